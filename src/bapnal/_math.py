@@ -1,0 +1,40 @@
+"""The quotients of the method, each with a defined zero: unit vectors and weighted means, 0/0 = 0."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.amp.autocast_mode import autocast, is_autocast_available
+
+
+def widen(x: Tensor) -> Tensor:
+    """Half precision as float32, everything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def full_precision(x: Tensor) -> autocast:
+    """A context in which autocast does not lower the precision of operations on ``x``'s device."""
+    kind = x.device.type
+    return autocast(kind if is_autocast_available(kind) else "cpu", enabled=False)
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient with 0 where the denominator is 0, and a gradient of 0 there."""
+    empty = denominator == 0
+    return torch.where(empty, 0.0, numerator / torch.where(empty, 1.0, denominator))
+
+
+def inverse_norm(x: Tensor, dim: int) -> Tensor:
+    """``1 / |x|`` along ``dim`` (kept), 0 for a zero vector, with a gradient of 0 there."""
+    squared = x.square().sum(dim, keepdim=True)
+    empty = squared == 0
+    return torch.where(empty, 0.0, torch.where(empty, 1.0, squared).rsqrt())
+
+
+def unit(x: Tensor, dim: int) -> Tensor:
+    """Vectors of length 1 along ``dim``; a zero vector stays zero, with a gradient of 0.
+
+    ``F.normalize`` has a gradient of 1e12 at a zero vector in float32, and gives NaN in float16.
+    A vector so short that its squared length underflows counts as zero.
+    """
+    return x * inverse_norm(x, dim)
