@@ -1,7 +1,8 @@
 """Every error message, in one form: the argument, the expectation, the fact.
 
-Shapes and values raise ``ValueError``, types and dtypes ``TypeError``, before any arithmetic. Values are
-read only where that costs no synchronisation: on the CPU, outside ``torch.compile`` and ``vmap``.
+Shapes and values raise ``ValueError``, types and dtypes ``TypeError``, before any arithmetic.
+Values are read only where that costs no synchronisation: on the CPU, outside ``torch.compile`` and
+``vmap``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def tensor(name: str, value: object) -> Tensor:
 
 
 def shape(name: str, value: object, expected: Sequence[int | str]) -> Tensor:
-    """Check a tensor against a pattern such as ``("B", 7, "*")``: words match any size, ``*`` any rest."""
+    """Check a tensor against a pattern: words match any size, a final ``*`` any rest."""
     checked = tensor(name, value)
     open_ended = len(expected) > 0 and expected[-1] == "*"
     fixed = expected[:-1] if open_ended else expected

@@ -1,4 +1,4 @@
-"""The quotients of the method, each with a defined zero: unit vectors and weighted means, 0/0 = 0."""
+"""The quotients of the method, each with a defined zero: unit vectors and weighted means."""
 
 from __future__ import annotations
 

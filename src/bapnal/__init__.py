@@ -1,0 +1,52 @@
+"""Pixel labels from object boxes, and training on such noisy labels, in the order of the method."""
+
+from bapnal.attention import (
+    Attention,
+    BackgroundAttention,
+    background_attention,
+    grid_prototypes,
+)
+from bapnal.boxes import box_bins, box_cells, definite_background
+from bapnal.classifier import CosineClassifier, cosine_similarity
+from bapnal.losses import (
+    BootstrappingLoss,
+    EntropyRegularizationLoss,
+    NoiseAwareLoss,
+    bootstrapping_loss,
+    confidence_map,
+    entropy_regularization_loss,
+    noise_aware_loss,
+    poly_schedule,
+)
+from bapnal.pooling import (
+    BackgroundAwarePooling,
+    PooledFeatures,
+    background_aware_pooling,
+    box_classification_loss,
+)
+
+__all__ = [
+    "box_cells",
+    "box_bins",
+    "definite_background",
+    "Attention",
+    "BackgroundAttention",
+    "background_attention",
+    "grid_prototypes",
+    "PooledFeatures",
+    "BackgroundAwarePooling",
+    "background_aware_pooling",
+    "box_classification_loss",
+    "CosineClassifier",
+    "cosine_similarity",
+    "NoiseAwareLoss",
+    "noise_aware_loss",
+    "confidence_map",
+    "EntropyRegularizationLoss",
+    "entropy_regularization_loss",
+    "BootstrappingLoss",
+    "bootstrapping_loss",
+    "poly_schedule",
+]
+
+__version__ = "0.1.0"

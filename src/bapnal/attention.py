@@ -1,0 +1,162 @@
+"""Grid prototypes of the definite background (Eq. 1) and the background attention map (Eq. 2-3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bapnal import _checks
+from bapnal._math import divide, full_precision, inverse_norm, unit, widen
+
+
+class Attention(NamedTuple):
+    """What :func:`background_attention` returns.
+
+    Attributes:
+        map: ``(B, 1, h, w)``, A in [0, 1]; 1 on the definite background.
+        prototypes: ``(B, N*N, D)``, the queries q_j; zero where not valid.
+        valid: ``(B, N*N)`` bool; which grid cells overlap the definite background.
+    """
+
+    map: Tensor
+    prototypes: Tensor
+    valid: Tensor
+
+
+def grid_assignment(map_size: tuple[int, int], grid_size: int, like: Tensor) -> Tensor:
+    """Which grid cell each position belongs to, as ``(h*w, N*N)`` in {0, 1}.
+
+    Row i lies in grid row ``floor(i * N / h)``: a partition for any h and N; with N > h some grid
+    cells are empty.
+    """
+    h, w = map_size
+    number = torch.arange(grid_size, device=like.device)
+    rows = (torch.arange(h, device=like.device) * grid_size // h)[:, None] == number
+    columns = (torch.arange(w, device=like.device) * grid_size // w)[:, None] == number
+    cells = rows[:, None, :, None] & columns[None, :, None, :]
+    return cells.reshape(h * w, grid_size * grid_size).to(like.dtype)
+
+
+def grid_prototypes(features: Tensor, background: Tensor, grid_size: int) -> tuple[Tensor, Tensor]:
+    r"""Mean background feature of every cell of an N x N grid (Eq. 1).
+
+    .. math:: q_j = \frac{\sum_{p \in G(j)} M(p) f(p)}{\sum_{p \in G(j)} M(p)}
+
+    Args:
+        features: f; ``(B, D, h, w)``.
+        background: M in {0, 1}, float or bool; ``(B, 1, h, w)``.
+        grid_size: N.
+
+    Returns:
+        The prototypes ``(B, N*N, D)``, zero where the grid cell holds no definite background, and
+        ``(B, N*N)`` bool, where it does.
+
+    Raises:
+        TypeError: If ``features`` is not floating.
+        ValueError: If a shape does not fit, or the two lie on different devices.
+
+    Example:
+        >>> features = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+        >>> background = torch.tensor([[[[1.0, 0.0], [1.0, 1.0]]]])
+        >>> q, valid = grid_prototypes(features, background, 2)
+        >>> q.flatten().tolist(), valid.tolist()
+        ([1.0, 0.0, 3.0, 4.0], [[True, False, True, True]])
+    """
+    _check(features, background, grid_size)
+    with full_precision(features):
+        prototypes, valid = _grid_prototypes(widen(features), background, grid_size)
+    return prototypes.to(features.dtype), valid
+
+
+def background_attention(features: Tensor, background: Tensor, *, grid_size: int = 4) -> Attention:
+    r"""How much each position looks like the definite background of its own picture (Eq. 1-3).
+
+    .. math:: A(p) = \frac{1}{J} \sum_j \mathrm{ReLU}\left(
+        \frac{f(p) \cdot q_j}{\lVert f(p) \rVert \, \lVert q_j \rVert}\right)
+
+    where M is 0, over the J valid grid cells; A = 1 where M is 1. Without a valid cell A is 0 where
+    M is 0, which makes the pooling after it global average pooling.
+
+    Args:
+        features: f; ``(B, D, h, w)``.
+        background: M in {0, 1}, float or bool; ``(B, 1, h, w)``.
+        grid_size: N of the N x N grid (4 for training a classifier, 1 for labels in the paper).
+
+    Returns:
+        The map A, the prototypes q_j and their validity, in the dtype of ``features``.
+
+    Raises:
+        TypeError: If ``features`` is not floating.
+        ValueError: If a shape does not fit, or the two lie on different devices.
+
+    Example:
+        >>> features = torch.tensor([[[[1.0, 0.0, 1.0]], [[0.0, 1.0, 1.0]]]])
+        >>> background = torch.tensor([[[[1.0, 0.0, 0.0]]]])
+        >>> background_attention(features, background, grid_size=1).map
+        tensor([[[[1.0000, 0.0000, 0.7071]]]])
+    """
+    _check(features, background, grid_size)
+    with full_precision(features):
+        x = widen(features)
+        prototypes, valid = _grid_prototypes(x, background, grid_size)
+        attention = background_similarity(x, prototypes, valid)
+        attention = torch.where(background.bool(), 1.0, attention)
+    return Attention(attention.to(features.dtype), prototypes.to(features.dtype), valid)
+
+
+def _check(features: Tensor, background: Tensor, grid_size: int) -> None:
+    _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
+    batch, _, h, w = features.shape
+    _checks.shape("background", background, (batch, 1, h, w))
+    _checks.same_device(features=features, background=background)
+    _checks.integer("grid_size", grid_size, minimum=1)
+
+
+def _grid_prototypes(x: Tensor, background: Tensor, grid_size: int) -> tuple[Tensor, Tensor]:
+    """Eq. 1 as one matrix product over the batch."""
+    h, w = x.shape[-2:]
+    assignment = grid_assignment((h, w), grid_size, x)
+    weights = background.to(x.dtype).flatten(1)[..., None] * assignment  # (B, h*w, N*N)
+    count = weights.sum(1)  # (B, N*N)
+    prototypes = divide((x.flatten(2) @ weights).mT, count[..., None])
+    return prototypes, count > 0
+
+
+def background_similarity(x: Tensor, prototypes: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the valid prototypes of ReLU(cosine); ``(B, 1, *)``, 0 without any (Eq. 2-3 off M).
+
+    ``x`` is ``(B, D, *)``. Only an ``(N*N, h*w)`` score matrix a picture is made, never one with D.
+    """
+    flat = x.flatten(2)
+    scores = (unit(prototypes, dim=-1) @ flat).relu() * valid[..., None]
+    mean = divide(scores.sum(1, keepdim=True), valid.sum(1).to(x.dtype)[:, None, None])
+    # The norm is positive, so it can wait until after the ReLU and the mean. Rounding may pass 1.
+    cosine = (mean * inverse_norm(flat, dim=1)).clamp(max=1)
+    return cosine.reshape(x.shape[0], 1, *x.shape[2:])
+
+
+class BackgroundAttention(nn.Module):
+    """Background attention as a layer without parameters; see :func:`background_attention`.
+
+    Args:
+        grid_size: N of the N x N grid.
+
+    Example:
+        >>> attention = BackgroundAttention(grid_size=4)
+        >>> attention(torch.rand(2, 8, 6, 6), torch.ones(2, 1, 6, 6)).map.shape
+        torch.Size([2, 1, 6, 6])
+    """
+
+    def __init__(self, grid_size: int = 4) -> None:
+        super().__init__()
+        self.grid_size = _checks.integer("grid_size", grid_size, minimum=1)
+
+    def forward(self, features: Tensor, background: Tensor) -> Attention:
+        """Return A, q_j and their validity for ``features`` and M ``background``."""
+        return background_attention(features, background, grid_size=self.grid_size)
+
+    def extra_repr(self) -> str:
+        """Name the settings in ``repr``."""
+        return f"grid_size={self.grid_size}"

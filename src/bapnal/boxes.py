@@ -1,0 +1,295 @@
+"""The one box convention, and the way from boxes to masks at any resolution.
+
+A box is ``(x1, y1, x2, y2)`` in pixels of the input image, half open: it covers ``[x1, x2) x [y1,
+y2)``. Boxes come as a list with one ``(K_i, 4)`` tensor a picture, or as one ``(K, 5)`` tensor with
+the batch index first (torchvision's RoI form). A cell of an ``(h, w)`` map belongs to a box when
+its centre lies in the box, which is nearest-neighbour resizing of the box mask; a box always owns
+the cell under its centre.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bapnal import _checks
+
+Boxes = Sequence[Tensor] | Tensor
+"""One ``(K_i, 4)`` tensor a picture, or one ``(K, 5)`` tensor with the batch index first."""
+
+
+class PaddedBoxes(NamedTuple):
+    """The boxes of a batch, one row a picture, and the way back to their order.
+
+    Attributes:
+        corners: ``(B, S, 4)``; S is at least the largest number of boxes of a picture.
+        present: ``(B, S)`` bool; which places hold a box.
+        picture: ``(K,)``; the picture of each box, in ``torch.cat`` order.
+        place: ``(K,)``; the place of each box in its picture's row.
+    """
+
+    corners: Tensor
+    present: Tensor
+    picture: Tensor
+    place: Tensor
+
+    def restore(self, values: Tensor) -> Tensor:
+        """``(B, S, *)`` values as ``(K, *)``, one a box, in ``torch.cat`` order."""
+        return values[self.picture, self.place]
+
+
+def pad_boxes(boxes: Boxes, batch_size: int, *, device: torch.device | None = None) -> PaddedBoxes:
+    """Bring either form of boxes into one tensor with a row for each picture.
+
+    Args:
+        boxes: A list with one ``(K_i, 4)`` tensor a picture, or a ``(K, 5)`` tensor, batch index
+            first. In pixels; half precision is widened to float32, integers too. On a GPU and under
+            ``torch.compile`` the list form is the cheaper one: its counts are known without a
+            synchronisation, where the other form reserves K places a picture.
+        batch_size: Number of pictures B.
+        device: Where to put the result for an empty list, which has no device of its own.
+
+    Returns:
+        The boxes as :class:`PaddedBoxes`.
+
+    Raises:
+        TypeError: If ``boxes`` is neither a list of tensors nor a tensor.
+        ValueError: If a shape does not fit, the list does not have B entries, a box is NaN or
+            infinite, has ``x2 < x1`` or ``y2 < y1``, or names a picture outside the batch (values
+            are checked on the CPU only).
+
+    Example:
+        >>> padded = pad_boxes([torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.empty(0, 4)], 2)
+        >>> padded.corners.shape, padded.present.tolist()
+        (torch.Size([2, 1, 4]), [[True], [False]])
+    """
+    if isinstance(boxes, Tensor):
+        corners, picture, place, places = _from_rois(boxes, batch_size)
+    else:
+        corners, picture, place, places = _from_list(boxes, batch_size, device)
+    corners = corners.to(torch.promote_types(corners.dtype, torch.float32))
+    _check_values(corners)
+    index = (picture, place)
+    padded = corners.new_zeros(batch_size, places, 4).index_put(index, corners)
+    present = torch.zeros(batch_size, places, dtype=torch.bool, device=corners.device)
+    present = present.index_put(index, torch.ones_like(picture, dtype=torch.bool))
+    return PaddedBoxes(padded, present, picture, place)
+
+
+def _from_list(
+    boxes: Sequence[Tensor], batch_size: int, device: torch.device | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    if not isinstance(boxes, Sequence) or isinstance(boxes, str):
+        raise TypeError(f"boxes must be a list of Tensors or a Tensor, got {type(boxes).__name__}")
+    if len(boxes) != batch_size:
+        raise ValueError(
+            f"boxes must have one entry per picture ({batch_size}), got {len(boxes)} entries"
+        )
+    for i, entry in enumerate(boxes):
+        _checks.shape(f"boxes[{i}]", entry, ("K", 4))
+    if batch_size == 0:
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        return torch.zeros(0, 4, device=device), nothing, nothing, 0
+    _checks.same_device(**{f"boxes[{i}]": entry for i, entry in enumerate(boxes)})
+    counts = [entry.shape[0] for entry in boxes]
+    corners = torch.cat(tuple(boxes))
+    order = [(i, k) for i, count in enumerate(counts) for k in range(count)]
+    index = torch.tensor(order, dtype=torch.long, device=corners.device).reshape(-1, 2)
+    return corners, index[:, 0], index[:, 1], max(counts)
+
+
+def _from_rois(boxes: Tensor, batch_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    _checks.shape("boxes", boxes, ("K", 5))
+    picture = boxes[:, 0].long()
+    readable = _checks.readable(boxes)
+    if readable and not bool(torch.isfinite(boxes[:, 0]).all()):
+        raise ValueError("boxes must be finite, got a batch index that is not")
+    _checks.labels_within("boxes[:, 0]", picture, 0, batch_size - 1)
+    member = picture[:, None] == torch.arange(batch_size, device=boxes.device)
+    rank = member.long().cumsum(0)
+    place = (rank * member).sum(1) - 1
+    count = boxes.shape[0]
+    places = int(rank[-1].max()) if readable and count > 0 and batch_size > 0 else count
+    return boxes[:, 1:], picture, place, places
+
+
+def _check_values(corners: Tensor) -> None:
+    if not _checks.readable(corners):
+        return
+    if not bool(torch.isfinite(corners).all()):
+        wrong = corners[~torch.isfinite(corners).all(1)][0]
+        raise ValueError(f"boxes must be finite, got {wrong.tolist()}")
+    if bool((corners[:, 2:] < corners[:, :2]).any()):
+        wrong = corners[(corners[:, 2:] < corners[:, :2]).any(1)][0]
+        raise ValueError(f"boxes must have x1 <= x2 and y1 <= y2, got {wrong.tolist()}")
+
+
+def box_cells(corners: Tensor, image_size: tuple[int, int], map_size: tuple[int, int]) -> Tensor:
+    r"""Which cells of a map belong to which box.
+
+    Cell (i, j) of an (h, w) map over an (H, W) image has its centre at
+    :math:`((i + 1/2) H / h, (j + 1/2) W / w)`. It belongs to a box when the centre lies in the box,
+    or when the centre of the box lies in it (clamped to the map), so that no box is empty.
+
+    Args:
+        corners: Boxes in pixels; ``(*, 4)``.
+        image_size: (H, W) of the input image.
+        map_size: (h, w) of the map; the image size itself for a mask of pixels.
+
+    Returns:
+        ``(*, h, w)`` bool.
+
+    Raises:
+        ValueError: If a shape or a size does not fit.
+
+    Example:
+        >>> box_cells(torch.tensor([2.0, 0.0, 8.0, 4.0]), (8, 8), (2, 4)).int()
+        tensor([[0, 1, 1, 1],
+                [0, 0, 0, 0]], dtype=torch.int32)
+    """
+    _checks.tensor("corners", corners)
+    if corners.dim() == 0 or corners.shape[-1] != 4:
+        raise ValueError(f"corners must have shape (*, 4), got {_checks.shape_text(corners.shape)}")
+    (height, width), (h, w) = (
+        _checks.size("image_size", image_size),
+        _checks.size("map_size", map_size),
+    )
+    x1, y1, x2, y2 = corners.unbind(-1)
+    inside_y, centre_y = _spans(y1, y2, height, h)
+    inside_x, centre_x = _spans(x1, x2, width, w)
+    return (inside_y[..., :, None] & inside_x[..., None, :]) | (
+        centre_y[..., :, None] & centre_x[..., None, :]
+    )
+
+
+def _spans(low: Tensor, high: Tensor, pixels: int, cells: int) -> tuple[Tensor, Tensor]:
+    """Along one axis: the cells with their centre in [low, high), and the cell under the middle."""
+    number = torch.arange(cells, device=low.device)
+    # One correctly rounded division of exact integers: centres on a pixel border stay exact.
+    centre = ((2 * number + 1) * pixels).to(low.dtype) / (2 * cells)
+    inside = (low[..., None] <= centre) & (centre < high[..., None])
+    middle = torch.floor((low + high) * cells / (2 * pixels)).clamp(0, cells - 1)
+    return inside, number == middle[..., None]
+
+
+def box_bins(corners: Tensor, bins: int) -> Tensor:
+    """Cut each box into ``bins x bins`` equal boxes, row by row.
+
+    Args:
+        corners: Boxes; ``(*, 4)``.
+        bins: Number of bins along each side.
+
+    Returns:
+        ``(*, bins**2, 4)``.
+
+    Example:
+        >>> box_bins(torch.tensor([0.0, 0.0, 4.0, 2.0]), 2).tolist()
+        [[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 4.0, 1.0], [0.0, 1.0, 2.0, 2.0], [2.0, 1.0, 4.0, 2.0]]
+    """
+    # lerp ends exactly on both corners, so that one bin is the box itself.
+    step = torch.linspace(0, 1, bins + 1, device=corners.device, dtype=corners.dtype)
+    x = torch.lerp(corners[..., 0, None], corners[..., 2, None], step)
+    y = torch.lerp(corners[..., 1, None], corners[..., 3, None], step)
+    shape = (*corners.shape[:-1], bins, bins)
+    edges = (
+        x[..., None, :-1].expand(shape),
+        y[..., :-1, None].expand(shape),
+        x[..., None, 1:].expand(shape),
+        y[..., 1:, None].expand(shape),
+    )
+    return torch.stack(edges, dim=-1).flatten(-3, -2)
+
+
+def valid_cells(valid: Tensor, map_size: tuple[int, int]) -> Tensor:
+    """Which cells of a map show picture: the validity of the pixel under each cell's centre.
+
+    Args:
+        valid: ``(B, H, W)`` bool, which pixels are picture.
+        map_size: (h, w) of the map.
+
+    Returns:
+        ``(B, h, w)`` bool.
+
+    Example:
+        >>> valid_cells(torch.tensor([[[True, True, False, False]]]), (1, 2))
+        tensor([[[ True, False]]])
+    """
+    (height, width), (h, w) = valid.shape[1:], _checks.size("map_size", map_size)
+    rows = (2 * torch.arange(h, device=valid.device) + 1) * height // (2 * h)
+    columns = (2 * torch.arange(w, device=valid.device) + 1) * width // (2 * w)
+    return valid[:, rows[:, None], columns]
+
+
+def box_masks(
+    boxes: PaddedBoxes,
+    image_size: tuple[int, int],
+    map_size: tuple[int, int],
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Masks of padded boxes: ``(B, S, h, w)`` bool, empty where no box is, False on padding.
+
+    Args:
+        boxes: From :func:`pad_boxes`.
+        image_size: (H, W) of the input image.
+        map_size: (h, w) of the masks.
+        valid: ``(B, H, W)`` bool, which pixels are picture; all by default.
+
+    Example:
+        >>> padded = pad_boxes([torch.tensor([[0.0, 0.0, 4.0, 2.0]])], 1)
+        >>> box_masks(padded, (4, 4), (2, 2)).int().tolist()
+        [[[[1, 1], [0, 0]]]]
+    """
+    masks = box_cells(boxes.corners, image_size, map_size) & boxes.present[..., None, None]
+    return masks if valid is None else masks & valid_cells(valid, map_size)[:, None]
+
+
+def definite_background(
+    boxes: Boxes,
+    image_size: tuple[int, int],
+    map_size: tuple[int, int] | None = None,
+    *,
+    batch_size: int | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """The paper's M: 1 where no box of the picture lies, 0 elsewhere (Sec. 3.1).
+
+    Args:
+        boxes: A list with one ``(K_i, 4)`` tensor a picture, or a ``(K, 5)`` tensor.
+        image_size: (H, W) of the input image.
+        map_size: (h, w) of the mask; the image size by default.
+        batch_size: Number of pictures; needed with the ``(K, 5)`` form.
+        valid: ``(B, H, W)`` bool, which pixels are picture; padding is not background.
+
+    Returns:
+        ``(B, 1, h, w)`` in {0, 1}, in the floating dtype of the boxes (at least float32).
+
+    Raises:
+        TypeError: If the type of ``boxes`` or the dtype of ``valid`` does not fit.
+        ValueError: If a shape, a size or a box does not fit.
+
+    Example:
+        >>> definite_background([torch.tensor([[0.0, 0.0, 2.0, 4.0]])], (4, 4), (2, 2))
+        tensor([[[[0., 1.],
+                  [0., 1.]]]])
+    """
+    if batch_size is None:
+        if isinstance(boxes, Tensor):
+            raise ValueError("batch_size must be given with boxes of shape (K, 5), got None")
+        batch_size = len(boxes)
+    size = _checks.size("image_size", image_size)
+    check_valid(valid, batch_size, size)
+    padded = pad_boxes(boxes, batch_size)
+    map_size = size if map_size is None else map_size
+    background = ~box_masks(padded, size, map_size).any(1, keepdim=True)
+    if valid is not None:
+        background = background & valid_cells(valid, map_size)[:, None]
+    return background.to(padded.corners.dtype)
+
+
+def check_valid(valid: Tensor | None, batch_size: int, image_size: tuple[int, int]) -> None:
+    """Check the optional ``(B, H, W)`` bool mask of picture pixels."""
+    if valid is not None:
+        _checks.boolean("valid", _checks.shape("valid", valid, (batch_size, *image_size)))

@@ -1,0 +1,465 @@
+"""Losses for noisy labels: noise-aware (Eq. 10-14), and its two rivals (supplement, Sec. 5).
+
+All take the two label maps of a pseudo label generator. Pixels on which the maps agree are reliable
+(S) and enter the cross-entropy of Eq. 10; the losses differ in what they do with the rest (~S).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bapnal import _checks
+from bapnal._math import divide, full_precision, widen
+
+
+class _Pixels(NamedTuple):
+    """Scores at label resolution, and what Eq. 10 makes of them."""
+
+    logits: Tensor  # (B, C, H, W), at least float32
+    target: Tensor  # (B, H, W) long, 0 where ignored
+    nll: Tensor  # (B, H, W), -log H of the label, 0 where ignored
+    reliable: Tensor  # (B, H, W) bool, S
+    unreliable: Tensor  # (B, H, W) bool, ~S
+
+
+def confidence_map(
+    similarity: Tensor, labels: Tensor, gamma: float = 7.0, ignore_index: int = 255
+) -> Tensor:
+    r"""How far the features at each pixel agree with its label (Eq. 11-12).
+
+    .. math:: D_c(p) = 1 + s_c(p), \qquad
+        \sigma(p) = \left(\frac{D_{c^*}(p)}{\max_c D_c(p)}\right)^\gamma
+
+    Args:
+        similarity: Cosines s between features and class vectors; ``(B, C, H, W)``.
+        labels: c*; ``(B, H, W)``, 0..C-1 or ``ignore_index``.
+        gamma: Damping, at least 1; large values keep only pixels whose label has the highest
+            cosine.
+        ignore_index: Label of pixels without one.
+
+    Returns:
+        Sigma in [0, 1], at least in float32; ``(B, H, W)``. 0 where ignored, and where all D_c are
+        0.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape does not fit, gamma is below 1 or a label is out of range (on the
+            CPU).
+
+    Example:
+        >>> similarity = torch.tensor([0.6, 0.2]).reshape(1, 2, 1, 1)
+        >>> confidence_map(similarity, torch.tensor([[[1]]]), gamma=1.0)
+        tensor([[[0.7500]]])
+    """
+    _checks.number("gamma", gamma, minimum=1)
+    _checks.shape("similarity", similarity, ("B", "C", "H", "W"))
+    _checks.floating("similarity", similarity)
+    batch, classes, height, width = similarity.shape
+    _check_labels("labels", labels, (batch, height, width), classes, ignore_index)
+    _checks.same_device(similarity=similarity, labels=labels)
+    with full_precision(similarity):
+        ignored = labels == ignore_index
+        target = labels.long().masked_fill(ignored, 0)
+        return _confidence(similarity, target, gamma).masked_fill(ignored, 0)
+
+
+def _confidence(similarity: Tensor, target: Tensor, gamma: float) -> Tensor:
+    # The label's and the best class's cosine in one gather: one gradient of full size instead of
+    # two.
+    best = similarity.detach().argmax(1)
+    pair = similarity.gather(1, torch.stack([target, best], dim=1))
+    distance = (1 + widen(pair)).clamp(min=0)  # a cosine may pass -1 by rounding
+    return divide(distance[:, 0], distance[:, 1]).pow(gamma)
+
+
+def noise_aware_loss(
+    logits: Tensor,
+    similarity: Tensor,
+    y_crf: Tensor,
+    y_ret: Tensor,
+    *,
+    gamma: float = 7.0,
+    balance: float = 0.1,
+    ignore_index: int = 255,
+    detach_confidence: bool = False,
+    align_corners: bool = False,
+) -> Tensor:
+    r"""Cross-entropy that trusts an unreliable pixel as far as its features agree with its label.
+
+    .. math::
+        \mathcal{L} = \mathcal{L}_{ce} + \lambda \mathcal{L}_{wce}, \qquad
+        \mathcal{L}_{ce} = -\frac{1}{|S|} \sum_{p \in S} \log H_{c^*}(p), \qquad
+        \mathcal{L}_{wce} = -\frac{\sum_{p \in \sim S} \sigma(p) \log H_{c^*}(p)}
+                                  {\sum_{p \in \sim S} \sigma(p)}
+
+    (Eq. 10, 13, 14) with c* from ``y_crf``, S the pixels on which both label maps agree, H the
+    softmax of ``logits`` and sigma the :func:`confidence_map`. A term without pixels is 0, with a
+    gradient of 0.
+
+    Args:
+        logits: Scores before the softmax; ``(B, C, h, w)``.
+        similarity: Cosines between features and class vectors; ``(B, C, h, w)``. From
+            ``CosineClassifier.similarity``, or for a dot-product head from
+            ``cosine_similarity(features, conv.weight.flatten(1))``.
+        y_crf: Labels 0..C-1; ``(B, H, W)``. ``ignore_index`` leaves a pixel out.
+        y_ret: Second opinion; ``(B, H, W)``. ``ignore_index`` makes a pixel unreliable.
+        gamma: Damping of sigma, at least 1; 7 in the paper.
+        balance: Lambda; 0.1 in the paper. 0 ignores unreliable pixels.
+        ignore_index: Label of pixels without one.
+        detach_confidence: True stops the gradient through sigma.
+        align_corners: How scores of lower resolution than the labels are upsampled (bilinearly).
+
+    Returns:
+        A scalar, in float32 for half precision scores.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape or an option does not fit, or a label is out of range (on the CPU).
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]]).reshape(1, 2, 1, 2)
+        >>> y = torch.tensor([[[0, 0]]])
+        >>> noise_aware_loss(logits, logits / 2, y, y)  # all reliable: cross-entropy
+        tensor(0.6931)
+    """
+    _checks.number("gamma", gamma, minimum=1)
+    with full_precision(logits):
+        pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
+        cosines = _upsample(similarity, pixels.nll.shape[1:], align_corners)
+        sigma = _confidence(cosines, pixels.target, gamma)
+        if detach_confidence:
+            sigma = sigma.detach()
+        trust = sigma * pixels.unreliable
+        return _mean(pixels.nll, pixels.reliable) + balance * _mean(pixels.nll, trust)
+
+
+def entropy_regularization_loss(
+    logits: Tensor,
+    similarity: Tensor | None,
+    y_crf: Tensor,
+    y_ret: Tensor,
+    *,
+    balance: float = 0.1,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> Tensor:
+    r"""Cross-entropy on reliable pixels, entropy on the others (suppl. Eq. 4-5).
+
+    .. math:: \mathcal{L} = \mathcal{L}_{ce} - \frac{\lambda}{|{\sim}S|}
+        \sum_{p \in \sim S} \sum_c H_c(p) \log H_c(p)
+
+    Args:
+        logits: Scores before the softmax; ``(B, C, h, w)``.
+        similarity: Not used; there so that all losses are called alike. May be None.
+        y_crf: Labels 0..C-1; ``(B, H, W)``. ``ignore_index`` leaves a pixel out.
+        y_ret: Second opinion; ``(B, H, W)``.
+        balance: Lambda; 0.1 in the paper.
+        ignore_index: Label of pixels without one.
+        align_corners: How scores of lower resolution than the labels are upsampled (bilinearly).
+
+    Returns:
+        A scalar, in float32 for half precision scores.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape or an option does not fit, or a label is out of range (on the CPU).
+
+    Example:
+        >>> y_crf, y_ret = torch.tensor([[[0]]]), torch.tensor([[[1]]])
+        >>> entropy_regularization_loss(torch.zeros(1, 2, 1, 1), None, y_crf, y_ret, balance=1.0)
+        tensor(0.6931)
+    """
+    with full_precision(logits):
+        pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
+        log_h = pixels.logits.log_softmax(1)
+        # A probability of 0 has no entropy, also where its logarithm is infinite.
+        entropy = -(log_h.exp() * log_h.clamp(min=torch.finfo(log_h.dtype).min)).sum(1)
+        return _mean(pixels.nll, pixels.reliable) + balance * _mean(entropy, pixels.unreliable)
+
+
+def bootstrapping_loss(
+    logits: Tensor,
+    similarity: Tensor | None,
+    y_crf: Tensor,
+    y_ret: Tensor,
+    beta: float,
+    *,
+    balance: float = 0.1,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+) -> Tensor:
+    r"""Cross-entropy on reliable pixels, bootstrapping on the others (suppl. Eq. 6-8).
+
+    .. math:: \mathcal{L} = \mathcal{L}_{ce} - \frac{\lambda}{|{\sim}S|}
+        \sum_{p \in \sim S} \sum_c Y_c(p) \log H_c(p), \qquad Y = \beta y + (1 - \beta) H
+
+    The target Y is estimated first and then predicted, as in expectation-maximisation: no gradient
+    flows through it.
+
+    Args:
+        logits: Scores before the softmax; ``(B, C, h, w)``.
+        similarity: Not used; there so that all losses are called alike. May be None.
+        y_crf: Labels 0..C-1; ``(B, H, W)``. ``ignore_index`` leaves a pixel out.
+        y_ret: Second opinion; ``(B, H, W)``.
+        beta: Trust in the label against the prediction, from 1 at the start of training to 0 at its
+            end; see :func:`poly_schedule`.
+        balance: Lambda; 0.1 in the paper.
+        ignore_index: Label of pixels without one.
+        align_corners: How scores of lower resolution than the labels are upsampled (bilinearly).
+
+    Returns:
+        A scalar, in float32 for half precision scores.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape or an option does not fit, or a label is out of range (on the CPU).
+
+    Example:
+        >>> y_crf, y_ret = torch.tensor([[[0]]]), torch.tensor([[[1]]])
+        >>> bootstrapping_loss(torch.zeros(1, 2, 1, 1), None, y_crf, y_ret, beta=0.5, balance=1.0)
+        tensor(0.6931)
+    """
+    _checks.number("beta", beta, minimum=0, maximum=1)
+    with full_precision(logits):
+        pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
+        log_h = pixels.logits.log_softmax(1)
+        guess = log_h.detach().exp()
+        agreement = -(guess * log_h.clamp(min=torch.finfo(log_h.dtype).min)).sum(1)
+        terms = beta * pixels.nll + (1 - beta) * agreement
+        return _mean(pixels.nll, pixels.reliable) + balance * _mean(terms, pixels.unreliable)
+
+
+def poly_schedule(step: int, total_steps: int, power: float = 0.9) -> float:
+    r"""Polynomial decay from 1 at step 0 to 0 at ``total_steps``: :math:`(1 - t/T)^{power}`.
+
+    The paper decays beta of the bootstrapping loss and the learning rates of DeepLab so.
+
+    Args:
+        step: t, from 0; beyond ``total_steps`` the value stays 0.
+        total_steps: T.
+        power: Exponent; 0.9 in DeepLab.
+
+    Returns:
+        The factor, in [0, 1].
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> [poly_schedule(step, 4, power=1.0) for step in range(5)]
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    _checks.integer("step", step, minimum=0)
+    _checks.integer("total_steps", total_steps, minimum=1)
+    _checks.number("power", power, above=0)
+    return float(max(0.0, 1 - step / total_steps) ** power)
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean over all pixels of the batch, 0 without weight."""
+    weights = weights.to(values.dtype)
+    return divide((values * weights).sum(), weights.sum())
+
+
+def _pixels(
+    logits: Tensor,
+    similarity: Tensor | None,
+    y_crf: Tensor,
+    y_ret: Tensor,
+    balance: float,
+    ignore_index: int,
+    align_corners: bool,
+) -> _Pixels:
+    """Check what all losses share and compute the cross-entropy of every pixel."""
+    _checks.number("balance", balance, minimum=0)
+    _checks.floating("logits", _checks.shape("logits", logits, ("B", "C", "h", "w")))
+    batch, classes = logits.shape[:2]
+    if similarity is not None:
+        _checks.shape("similarity", similarity, (batch, classes, "h", "w"))
+        _checks.floating("similarity", similarity)
+        _checks.same_device(logits=logits, similarity=similarity)
+    _check_labels("y_crf", y_crf, (batch, "H", "W"), classes, ignore_index)
+    _check_labels("y_ret", y_ret, tuple(y_crf.shape), classes, ignore_index)
+    _checks.same_device(logits=logits, y_crf=y_crf, y_ret=y_ret)
+    scores = widen(_upsample(logits, y_crf.shape[1:], align_corners))
+    ignored = y_crf == ignore_index
+    nll = F.cross_entropy(scores, y_crf.long(), reduction="none", ignore_index=ignore_index)
+    agree = y_crf == y_ret
+    target = y_crf.long().masked_fill(ignored, 0)
+    return _Pixels(scores, target, nll, agree & ~ignored, ~agree & ~ignored)
+
+
+def _check_labels(
+    name: str, labels: Tensor, shape: tuple[int | str, ...], classes: int, ignore_index: int
+) -> None:
+    _checks.integral(name, _checks.shape(name, labels, shape))
+    _checks.labels_within(name, labels, 0, classes - 1, ignore_index)
+
+
+def _upsample(scores: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
+    """Scores at label resolution, bilinearly; as they are where they have it already."""
+    if scores.shape[2:] == size:
+        return scores
+    # Interpolating no picture at all is an error in torch.
+    if scores.shape[0] == 0:
+        return scores.new_zeros(*scores.shape[:2], *size)
+    return F.interpolate(
+        widen(scores), size=tuple(size), mode="bilinear", align_corners=align_corners
+    )
+
+
+class NoiseAwareLoss(nn.Module):
+    """The noise-aware loss as a module; see :func:`noise_aware_loss`.
+
+    Args:
+        gamma: Damping of the confidence, at least 1.
+        balance: Weight lambda of the unreliable pixels.
+        ignore_index: Label of pixels without one.
+        detach_confidence: True stops the gradient through the confidence.
+        align_corners: How scores of lower resolution than the labels are upsampled.
+
+    Raises:
+        TypeError: If an option is not a number.
+        ValueError: If an option is out of range.
+
+    Example:
+        >>> scores = torch.rand(2, 3, 8, 8)
+        >>> y_crf, y_ret = torch.randint(0, 3, (2, 2, 16, 16))
+        >>> NoiseAwareLoss()(20 * scores, scores, y_crf, y_ret).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        gamma: float = 7.0,
+        balance: float = 0.1,
+        ignore_index: int = 255,
+        *,
+        detach_confidence: bool = False,
+        align_corners: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gamma = _checks.number("gamma", gamma, minimum=1)
+        self.balance = _checks.number("balance", balance, minimum=0)
+        self.ignore_index = ignore_index
+        self.detach_confidence = detach_confidence
+        self.align_corners = align_corners
+
+    def forward(self, logits: Tensor, similarity: Tensor, y_crf: Tensor, y_ret: Tensor) -> Tensor:
+        """Return the loss of scores ``(B, C, h, w)`` for labels ``(B, H, W)``."""
+        return noise_aware_loss(
+            logits,
+            similarity,
+            y_crf,
+            y_ret,
+            gamma=self.gamma,
+            balance=self.balance,
+            ignore_index=self.ignore_index,
+            detach_confidence=self.detach_confidence,
+            align_corners=self.align_corners,
+        )
+
+    def extra_repr(self) -> str:
+        """Name the settings in ``repr``."""
+        return f"gamma={self.gamma}, balance={self.balance}, ignore_index={self.ignore_index}"
+
+
+class EntropyRegularizationLoss(nn.Module):
+    """Entropy regularisation as a module; see :func:`entropy_regularization_loss`.
+
+    Args:
+        balance: Weight lambda of the unreliable pixels.
+        ignore_index: Label of pixels without one.
+        align_corners: How scores of lower resolution than the labels are upsampled.
+
+    Raises:
+        TypeError: If an option is not a number.
+        ValueError: If an option is out of range.
+
+    Example:
+        >>> y_crf, y_ret = torch.randint(0, 3, (2, 2, 16, 16))
+        >>> EntropyRegularizationLoss()(torch.rand(2, 3, 8, 8), None, y_crf, y_ret).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self, balance: float = 0.1, ignore_index: int = 255, *, align_corners: bool = False
+    ) -> None:
+        super().__init__()
+        self.balance = _checks.number("balance", balance, minimum=0)
+        self.ignore_index = ignore_index
+        self.align_corners = align_corners
+
+    def forward(
+        self, logits: Tensor, similarity: Tensor | None, y_crf: Tensor, y_ret: Tensor
+    ) -> Tensor:
+        """Return the loss of scores ``(B, C, h, w)`` for labels ``(B, H, W)``."""
+        return entropy_regularization_loss(
+            logits,
+            similarity,
+            y_crf,
+            y_ret,
+            balance=self.balance,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+        )
+
+    def extra_repr(self) -> str:
+        """Name the settings in ``repr``."""
+        return f"balance={self.balance}, ignore_index={self.ignore_index}"
+
+
+class BootstrappingLoss(nn.Module):
+    """Bootstrapping as a module; see :func:`bootstrapping_loss`. Beta is given with every call.
+
+    Args:
+        balance: Weight lambda of the unreliable pixels.
+        ignore_index: Label of pixels without one.
+        align_corners: How scores of lower resolution than the labels are upsampled.
+
+    Raises:
+        TypeError: If an option is not a number.
+        ValueError: If an option is out of range.
+
+    Example:
+        >>> y_crf, y_ret = torch.randint(0, 3, (2, 2, 16, 16))
+        >>> BootstrappingLoss()(torch.rand(2, 3, 8, 8), None, y_crf, y_ret, beta=0.5).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self, balance: float = 0.1, ignore_index: int = 255, *, align_corners: bool = False
+    ) -> None:
+        super().__init__()
+        self.balance = _checks.number("balance", balance, minimum=0)
+        self.ignore_index = ignore_index
+        self.align_corners = align_corners
+
+    def forward(
+        self,
+        logits: Tensor,
+        similarity: Tensor | None,
+        y_crf: Tensor,
+        y_ret: Tensor,
+        beta: float,
+    ) -> Tensor:
+        """Return the loss of scores ``(B, C, h, w)`` for labels ``(B, H, W)``."""
+        return bootstrapping_loss(
+            logits,
+            similarity,
+            y_crf,
+            y_ret,
+            beta,
+            balance=self.balance,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+        )
+
+    def extra_repr(self) -> str:
+        """Name the settings in ``repr``."""
+        return f"balance={self.balance}, ignore_index={self.ignore_index}"

@@ -1,0 +1,346 @@
+"""Background-aware pooling of box features (Eq. 4), and the box classification loss (Sec. 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bapnal import _checks
+from bapnal._math import divide, full_precision, widen
+from bapnal.attention import (
+    Attention,
+    background_attention,
+    background_similarity,
+    grid_assignment,
+    grid_prototypes,
+)
+from bapnal.boxes import (
+    Boxes,
+    PaddedBoxes,
+    box_bins,
+    box_masks,
+    check_valid,
+    pad_boxes,
+    valid_cells,
+)
+
+SAMPLINGS = ("cells", "roi_align")
+
+
+class PooledFeatures(NamedTuple):
+    """What :func:`background_aware_pooling` returns.
+
+    Attributes:
+        foreground: ``(K, output_size**2, D)``, the r_i of Eq. 4, boxes in ``torch.cat`` order, bins
+            row by row.
+        background: ``(B, N*N, D)``, the q_j of Eq. 1.
+        background_valid: ``(B, N*N)`` bool; which q_j exist.
+        attention: ``(B, 1, h, w)``, A of Eq. 2.
+    """
+
+    foreground: Tensor
+    background: Tensor
+    background_valid: Tensor
+    attention: Tensor
+
+
+def background_aware_pooling(
+    features: Tensor,
+    boxes: Boxes,
+    image_size: tuple[int, int],
+    *,
+    grid_size: int = 4,
+    output_size: int = 1,
+    min_background: float = 0.0,
+    attention: bool = True,
+    sampling: str = "cells",
+    roi_size: int = 7,
+    valid: Tensor | None = None,
+) -> PooledFeatures:
+    r"""Pool what is likely object inside each box (Eq. 4).
+
+    .. math:: r_i = \frac{\sum_{p \in B_i} (1 - A(p)) f(p)}{\sum_{p \in B_i} (1 - A(p))}
+
+    A is :func:`~bapnal.background_attention` of the features outside all boxes. With A = 0 this is
+    global average pooling (GAP) over the box. All boxes of all pictures are pooled by one matrix
+    product.
+
+    Args:
+        features: f; ``(B, D, h, w)``. h and w need not divide the image size.
+        boxes: A list with one ``(K_i, 4)`` tensor a picture, or a ``(K, 5)`` tensor with the batch
+            index first; xyxy in pixels of the input image, half open.
+        image_size: (H, W) of the input image.
+        grid_size: N of the grid of Eq. 1.
+        output_size: Bins along each side of a box; a bin pools like a box of its own.
+        min_background: Pictures in which the mean of M is not above this use A = 0, as those
+            without any definite background do. 0 in the paper, 1/8 in the authors' released code.
+        attention: False pools with A = 0 in the boxes: GAP.
+        sampling: ``"cells"`` pools the cells of the feature map that belong to the box;
+            ``"roi_align"`` pools bilinear samples (footnote 2), on which A is computed too; needs
+            torchvision.
+        roi_size: Samples along each side of a box with ``sampling="roi_align"``, each a mean of 2 x
+            2 points.
+        valid: ``(B, H, W)`` bool, which pixels are picture; padding is neither box nor background.
+
+    Returns:
+        The pooled features; see :class:`PooledFeatures`. A vector without weight, as that of a bin
+        that is definite background, is 0.
+
+    Raises:
+        ImportError: If ``sampling="roi_align"`` finds no torchvision.
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape, a box or an option does not fit, or tensors lie on different
+            devices.
+
+    Example:
+        >>> features = torch.tensor([[[[1.0, 0.0, 1.0]], [[0.0, 1.0, 1.0]]]])
+        >>> boxes = [torch.tensor([[1.0, 0.0, 3.0, 1.0]])]
+        >>> background_aware_pooling(features, boxes, (1, 3), grid_size=1).foreground
+        tensor([[[0.2265, 1.0000]]])
+    """
+    _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
+    check_options(grid_size, output_size, min_background, sampling, roi_size)
+    size = _checks.size("image_size", image_size)
+    check_valid(valid, features.shape[0], size)
+    padded = pad_boxes(boxes, features.shape[0], device=features.device)
+    _checks.same_device(features=features, boxes=padded.corners)
+    with full_precision(features):
+        x = widen(features)
+        cells = box_masks(padded, size, (x.shape[2], x.shape[3]), valid)
+        background = ~cells.any(1, keepdim=True)
+        if valid is not None:
+            background = background & valid_cells(valid, (x.shape[2], x.shape[3]))[:, None]
+        if attention:
+            found = background_attention(x, background, grid_size=grid_size)
+            gap = _too_little(background, min_background, valid)
+            a = torch.where(gap[:, None, None, None] & ~background, 0.0, found.map)
+        else:
+            found = Attention(background.to(x.dtype), *grid_prototypes(x, background, grid_size))
+            gap = torch.ones_like(background[:, 0, 0, 0])
+            a = found.map
+        if sampling == "roi_align":
+            pooled = _pool_samples(x, padded, size, found, gap, output_size, roi_size)
+        else:
+            masks = cells if output_size == 1 else _bin_masks(padded, size, x, output_size, valid)
+            pooled = _pool_cells(x, masks, a)  # (B, S * output_size**2, D)
+            shape = (x.shape[0], padded.present.shape[1], output_size**2, x.shape[1])
+            pooled = padded.restore(pooled.reshape(shape))
+    kind = features.dtype
+    return PooledFeatures(pooled.to(kind), found.prototypes.to(kind), found.valid, a.to(kind))
+
+
+def check_options(
+    grid_size: int, output_size: int, min_background: float, sampling: str, roi_size: int
+) -> None:
+    """Check the options that the function and the module share."""
+    _checks.integer("grid_size", grid_size, minimum=1)
+    _checks.integer("output_size", output_size, minimum=1)
+    _checks.number("min_background", min_background, minimum=0, maximum=1)
+    _checks.choice("sampling", sampling, SAMPLINGS)
+    _checks.integer("roi_size", roi_size, minimum=1)
+
+
+def _too_little(background: Tensor, min_background: float, valid: Tensor | None) -> Tensor:
+    """Pictures whose share of definite background is at most ``min_background``; ``(B,)`` bool."""
+    share = background.flatten(1).float()
+    if valid is None:
+        return share.mean(1) <= min_background
+    pictured = valid_cells(valid, (background.shape[2], background.shape[3])).flatten(1).float()
+    return divide(share.sum(1), pictured.sum(1)) <= min_background
+
+
+def _bin_masks(
+    padded: PaddedBoxes, size: tuple[int, int], x: Tensor, bins: int, valid: Tensor | None
+) -> Tensor:
+    """Masks of all bins of all boxes; ``(B, S * bins**2, h, w)``."""
+    corners = box_bins(padded.corners, bins).flatten(1, 2)
+    present = padded.present.repeat_interleave(bins**2, dim=1)
+    split = padded._replace(corners=corners, present=present)
+    return box_masks(split, size, (x.shape[2], x.shape[3]), valid)
+
+
+def _pool_cells(x: Tensor, masks: Tensor, a: Tensor) -> Tensor:
+    """Eq. 4 for the cells in each mask, as one matrix product; ``(B, S, D)``."""
+    weights = (masks * (1 - a)).flatten(2)  # (B, S, h*w)
+    return divide((x.flatten(2) @ weights.mT).mT, weights.sum(2, keepdim=True))
+
+
+def _pool_samples(
+    x: Tensor,
+    padded: PaddedBoxes,
+    size: tuple[int, int],
+    found: Attention,
+    gap: Tensor,
+    output_size: int,
+    roi_size: int,
+) -> Tensor:
+    """Eq. 2-4 on RoIAlign samples of each box; ``(K, output_size**2, D)``."""
+    try:
+        from torchvision.ops import roi_align
+    except ImportError as error:
+        raise ImportError(
+            'sampling="roi_align" needs torchvision: pip install "bapnal[align]"'
+        ) from error
+    (height, width), (h, w) = size, x.shape[-2:]
+    corners = padded.restore(padded.corners).to(x.dtype)
+    scale = corners.new_tensor([w / width, h / height, w / width, h / height])
+    rois = torch.cat([padded.picture[:, None].to(x.dtype), corners * scale], dim=1)
+    samples = roi_align(
+        x, rois, (roi_size, roi_size), spatial_scale=1.0, sampling_ratio=2, aligned=True
+    )  # (K, D, roi_size, roi_size)
+    owner = padded.picture
+    a = background_similarity(samples, found.prototypes[owner], found.valid[owner])
+    a = torch.where(gap[owner][:, None, None, None], 0.0, a)
+    bins = grid_assignment((roi_size, roi_size), output_size, x)  # (roi_size**2, output_size**2)
+    weights = (1 - a).flatten(1)[..., None] * bins
+    return divide((samples.flatten(2) @ weights).mT, weights.sum(1)[..., None])
+
+
+class BackgroundAwarePooling(nn.Module):
+    """Background-aware pooling as a layer without parameters; see :func:`background_aware_pooling`.
+
+    Args:
+        grid_size: N of the grid of Eq. 1.
+        output_size: Bins along each side of a box.
+        min_background: Share of definite background up to which a picture uses A = 0.
+        attention: False for global average pooling (GAP).
+        sampling: ``"cells"`` or ``"roi_align"``.
+        roi_size: Samples along each side of a box with ``sampling="roi_align"``.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If an option is out of range.
+
+    Example:
+        >>> pool = BackgroundAwarePooling(grid_size=4)
+        >>> boxes = [torch.tensor([[0.0, 0.0, 20.0, 30.0]]), torch.empty(0, 4)]
+        >>> out = pool(torch.rand(2, 8, 6, 6), boxes, image_size=(48, 48))
+        >>> out.foreground.shape, out.background.shape
+        (torch.Size([1, 1, 8]), torch.Size([2, 16, 8]))
+    """
+
+    def __init__(
+        self,
+        grid_size: int = 4,
+        output_size: int = 1,
+        min_background: float = 0.0,
+        *,
+        attention: bool = True,
+        sampling: str = "cells",
+        roi_size: int = 7,
+    ) -> None:
+        super().__init__()
+        check_options(grid_size, output_size, min_background, sampling, roi_size)
+        self.grid_size = grid_size
+        self.output_size = output_size
+        self.min_background = min_background
+        self.attention = attention
+        self.sampling = sampling
+        self.roi_size = roi_size
+
+    def forward(
+        self,
+        features: Tensor,
+        boxes: Boxes,
+        image_size: tuple[int, int],
+        valid: Tensor | None = None,
+    ) -> PooledFeatures:
+        """Return r_i, q_j and A for ``features`` and ``boxes`` of images of ``image_size``."""
+        return background_aware_pooling(
+            features,
+            boxes,
+            image_size,
+            grid_size=self.grid_size,
+            output_size=self.output_size,
+            min_background=self.min_background,
+            attention=self.attention,
+            sampling=self.sampling,
+            roi_size=self.roi_size,
+            valid=valid,
+        )
+
+    def extra_repr(self) -> str:
+        """Name the settings in ``repr``."""
+        return (
+            f"grid_size={self.grid_size}, output_size={self.output_size}, "
+            f"min_background={self.min_background}, attention={self.attention}, "
+            f"sampling={self.sampling!r}"
+        )
+
+
+def box_classification_loss(
+    out: PooledFeatures, classifier_weight: Tensor, labels: Sequence[Tensor] | Tensor
+) -> Tensor:
+    """Cross-entropy of a softmax classifier over foreground and background vectors (Sec. 3.1).
+
+    Every r_i is to be its box's class, every valid q_j background (class 0). All terms count the
+    same: the loss is one mean over both kinds, and 0 if there are none.
+
+    Args:
+        out: From :func:`background_aware_pooling`.
+        classifier_weight: w, background first; ``(L + 1, D)``. No bias.
+        labels: A list with one ``(K_i,)`` tensor a picture, or one ``(K,)`` tensor in the order of
+            the boxes; 1..L.
+
+    Returns:
+        A scalar, in float32 for half precision inputs.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape does not fit, or a label is out of range (on the CPU).
+
+    Example:
+        >>> pool = BackgroundAwarePooling(grid_size=1)
+        >>> features = torch.tensor([[[[1.0, 0.0]], [[0.0, 1.0]]]])
+        >>> out = pool(features, [torch.tensor([[1.0, 0.0, 2.0, 1.0]])], (1, 2))
+        >>> box_classification_loss(out, torch.eye(2), [torch.tensor([1])])
+        tensor(0.3133)
+    """
+    bins, channels = out.foreground.shape[1:]
+    _checks.shape("classifier_weight", classifier_weight, ("L + 1", channels))
+    _checks.floating("classifier_weight", classifier_weight)
+    target = flat_labels(labels, out)
+    _checks.labels_within("labels", target, 1, classifier_weight.shape[0] - 1)
+    with full_precision(out.foreground):
+        weight = widen(classifier_weight)
+        vectors = torch.cat([out.foreground.flatten(0, 1), out.background.flatten(0, 1)])
+        count = out.background_valid.numel()
+        targets = torch.cat([target.repeat_interleave(bins), target.new_zeros(count)])
+        counted = torch.cat(
+            [
+                weight.new_ones(out.foreground.shape[0] * bins),
+                out.background_valid.flatten().to(weight.dtype),
+            ]
+        )
+        logits = vectors.to(weight.dtype) @ weight.mT
+        terms = F.cross_entropy(logits, targets, reduction="none")
+        return divide((terms * counted).sum(), counted.sum())
+
+
+def flat_labels(labels: Sequence[Tensor] | Tensor, out: PooledFeatures) -> Tensor:
+    """Check box labels of either form and join them; ``(K,)`` long."""
+    boxes = out.foreground.shape[0]
+    if not isinstance(labels, Tensor):
+        if not isinstance(labels, Sequence) or isinstance(labels, str):
+            raise TypeError(
+                f"labels must be a list of Tensors or a Tensor, got {type(labels).__name__}"
+            )
+        for i, entry in enumerate(labels):
+            _checks.integral(f"labels[{i}]", _checks.shape(f"labels[{i}]", entry, ("K",)))
+        if len(labels) != out.background.shape[0]:
+            raise ValueError(
+                f"labels must have one entry per picture ({out.background.shape[0]}), "
+                f"got {len(labels)} entries"
+            )
+        labels = (
+            torch.cat(tuple(labels))
+            if labels
+            else torch.zeros(0, dtype=torch.long, device=out.foreground.device)
+        )
+    _checks.integral("labels", _checks.shape("labels", labels, (boxes,)))
+    _checks.same_device(features=out.foreground, labels=labels)
+    return labels.long()
