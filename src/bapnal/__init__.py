@@ -24,6 +24,7 @@ from bapnal.pooling import (
     background_aware_pooling,
     box_classification_loss,
 )
+from bapnal.pseudo_labels import PseudoLabelGenerator, PseudoLabels, pseudo_labels
 
 __all__ = [
     "box_cells",
@@ -39,6 +40,9 @@ __all__ = [
     "box_classification_loss",
     "CosineClassifier",
     "cosine_similarity",
+    "PseudoLabels",
+    "PseudoLabelGenerator",
+    "pseudo_labels",
     "NoiseAwareLoss",
     "noise_aware_loss",
     "confidence_map",

@@ -246,6 +246,14 @@ def box_masks(
     return masks if valid is None else masks & valid_cells(valid, map_size)[:, None]
 
 
+def outside_of(masks: Tensor, valid: Tensor | None = None) -> Tensor:
+    """What of the picture lies in none of the masks ``(B, S, h, w)``; ``(B, 1, h, w)`` bool."""
+    outside = ~masks.any(1, keepdim=True)
+    if valid is None:
+        return outside
+    return outside & valid_cells(valid, (masks.shape[2], masks.shape[3]))[:, None]
+
+
 def definite_background(
     boxes: Boxes,
     image_size: tuple[int, int],
@@ -283,9 +291,7 @@ def definite_background(
     check_valid(valid, batch_size, size)
     padded = pad_boxes(boxes, batch_size)
     map_size = size if map_size is None else map_size
-    background = ~box_masks(padded, size, map_size).any(1, keepdim=True)
-    if valid is not None:
-        background = background & valid_cells(valid, map_size)[:, None]
+    background = outside_of(box_masks(padded, size, map_size), valid)
     return background.to(padded.corners.dtype)
 
 

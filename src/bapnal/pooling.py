@@ -24,6 +24,7 @@ from bapnal.boxes import (
     box_bins,
     box_masks,
     check_valid,
+    outside_of,
     pad_boxes,
     valid_cells,
 )
@@ -111,9 +112,7 @@ def background_aware_pooling(
     with full_precision(features):
         x = widen(features)
         cells = box_masks(padded, size, (x.shape[2], x.shape[3]), valid)
-        background = ~cells.any(1, keepdim=True)
-        if valid is not None:
-            background = background & valid_cells(valid, (x.shape[2], x.shape[3]))[:, None]
+        background = outside_of(cells, valid)
         if attention:
             found = background_attention(x, background, grid_size=grid_size)
             gap = _too_little(background, min_background, valid)
@@ -303,7 +302,9 @@ def box_classification_loss(
     bins, channels = out.foreground.shape[1:]
     _checks.shape("classifier_weight", classifier_weight, ("L + 1", channels))
     _checks.floating("classifier_weight", classifier_weight)
-    target = flat_labels(labels, out)
+    target = join_labels(
+        labels, out.background.shape[0], out.foreground.shape[0], out.foreground.device
+    )
     _checks.labels_within("labels", target, 1, classifier_weight.shape[0] - 1)
     with full_precision(out.foreground):
         weight = widen(classifier_weight)
@@ -321,9 +322,10 @@ def box_classification_loss(
         return divide((terms * counted).sum(), counted.sum())
 
 
-def flat_labels(labels: Sequence[Tensor] | Tensor, out: PooledFeatures) -> Tensor:
-    """Check box labels of either form and join them; ``(K,)`` long."""
-    boxes = out.foreground.shape[0]
+def join_labels(
+    labels: Sequence[Tensor] | Tensor, pictures: int, boxes: int, device: torch.device
+) -> Tensor:
+    """Check box labels of either form against the boxes and join them; ``(K,)`` long."""
     if not isinstance(labels, Tensor):
         if not isinstance(labels, Sequence) or isinstance(labels, str):
             raise TypeError(
@@ -331,16 +333,13 @@ def flat_labels(labels: Sequence[Tensor] | Tensor, out: PooledFeatures) -> Tenso
             )
         for i, entry in enumerate(labels):
             _checks.integral(f"labels[{i}]", _checks.shape(f"labels[{i}]", entry, ("K",)))
-        if len(labels) != out.background.shape[0]:
+        if len(labels) != pictures:
             raise ValueError(
-                f"labels must have one entry per picture ({out.background.shape[0]}), "
-                f"got {len(labels)} entries"
+                f"labels must have one entry per picture ({pictures}), got {len(labels)} entries"
             )
-        labels = (
-            torch.cat(tuple(labels))
-            if labels
-            else torch.zeros(0, dtype=torch.long, device=out.foreground.device)
-        )
+        empty = torch.zeros(0, dtype=torch.long, device=device)
+        labels = torch.cat(tuple(labels)) if labels else empty
     _checks.integral("labels", _checks.shape("labels", labels, (boxes,)))
-    _checks.same_device(features=out.foreground, labels=labels)
+    if labels.device != device:
+        raise ValueError(f"labels must be on {device} like the features, got {labels.device}")
     return labels.long()
