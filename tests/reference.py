@@ -1,8 +1,8 @@
 """The equations as loops over Python floats: slow, short, and independent of the package.
 
-Every function works on one picture, unless it says so. Tensors are nested lists, as ``Tensor.tolist()``
-makes them, with the shape beside each. Sizes are ``(height, width)``; boxes are ``[x1, y1, x2, y2]`` in
-pixels, half open.
+Every function works on one picture, unless it says so. Tensors are nested lists, as
+``Tensor.tolist()`` makes them, with the shape beside each. Sizes are ``(height, width)``; boxes are
+``[x1, y1, x2, y2]`` in pixels, half open.
 Positions are fractions, so that a cell centre on the border of a box is decided exactly.
 """
 

@@ -1,0 +1,30 @@
+"""Settings of all tests: reproducible draws, no shared random state, CUDA where there is one."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "bapnal",
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
+)
+settings.load_profile("bapnal")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _own_random_state():
+    """No test sees what another one drew from the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield

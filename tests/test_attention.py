@@ -1,0 +1,436 @@
+"""Grid prototypes (Eq. 1) and background attention (Eq. 2-3) against the oracle, and their laws."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import reference
+from bapnal import (
+    BackgroundAttention,
+    background_attention,
+    definite_background,
+    grid_prototypes,
+)
+from comparing import close, close_gradients, finite, finite_gradients
+from drawing import scenes, seeded, seeds, sizes
+
+grids = st.integers(1, 5)
+
+
+def drawn(seed, map_size, batch=2, channels=3, share=0.5):
+    """Features (B, D, h, w) and a random M (B, 1, h, w), and the generator behind them."""
+    generator = seeded(seed)
+    features = torch.randn(batch, channels, *map_size, generator=generator, dtype=torch.float64)
+    background = torch.rand(batch, 1, *map_size, generator=generator) < share
+    return features, background.double(), generator
+
+
+shares = st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0])
+
+
+@given(seed=seeds, map_size=sizes, n=grids, share=shares)
+def test_values_agree_with_the_oracle(seed, map_size, n, share):
+    features, background, _ = drawn(seed, map_size, share=share)
+    found = background_attention(features, background, grid_size=n)
+    assert found.map.shape == background.shape
+    assert found.prototypes.shape == (2, n * n, 3)
+    assert found.valid.dtype == torch.bool
+    for b in range(2):
+        a, q, valid = reference.background_attention(
+            features[b].tolist(), background[b, 0].tolist(), n
+        )
+        close(found.map[b, 0], a)
+        close(found.prototypes[b], q)
+        assert found.valid[b].tolist() == valid
+
+
+@given(seed=seeds, map_size=sizes, n=grids, share=shares)
+def test_prototypes_agree_with_the_oracle(seed, map_size, n, share):
+    features, background, _ = drawn(seed, map_size, share=share)
+    prototypes, valid = grid_prototypes(features, background, n)
+    for b in range(2):
+        q, ok = reference.grid_prototypes(features[b].tolist(), background[b, 0].tolist(), n)
+        close(prototypes[b], q)
+        assert valid[b].tolist() == ok
+
+
+@settings(max_examples=10)
+@given(seed=seeds, map_size=sizes, n=grids, share=shares)
+def test_gradients_agree_with_differences_of_the_oracle(seed, map_size, n, share):
+    features, background, generator = drawn(seed, map_size, batch=1, share=share)
+    mix = torch.randn(1, 1, *map_size, generator=generator, dtype=torch.float64)
+    pull = torch.randn(1, n * n, 3, generator=generator, dtype=torch.float64)
+
+    def function(x):
+        found = background_attention(x, background, grid_size=n)
+        return (found.map * mix).sum() + (found.prototypes * pull).sum()
+
+    def oracle(x):
+        a, q, _ = reference.background_attention(x[0].tolist(), background[0, 0].tolist(), n)
+        total = (torch.tensor(a, dtype=torch.float64) * mix[0, 0]).sum()
+        return (total + (torch.tensor(q, dtype=torch.float64) * pull[0]).sum()).item()
+
+    close_gradients(function, oracle, [features], generator, entries=4)
+
+
+def test_gradcheck():
+    features, background, _ = drawn(3, (4, 5))
+    features.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: background_attention(x, background, grid_size=3)[:2], [features]
+    )
+
+
+def test_one_worked_picture():
+    """Two background cells with known directions: the mean of two cosines, one of them cut at 0."""
+    features = torch.tensor([[[[1.0, 0.0, 3.0, -2.0]], [[0.0, 2.0, 4.0, 0.0]]]])
+    background = torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]])
+    found = background_attention(features, background, grid_size=4)
+    # q = (1, 0) and (0, 2); f = (3, 4): cosines 0.6 and 0.8; f = (-2, 0): -1 -> 0 and 0.
+    close(found.map, [[[[1.0, 1.0, 0.7, 0.0]]]], tolerance=1e-6)
+    # The grid has four rows for one row of features: row 0 of the map is row 0 of the grid.
+    assert found.valid[0].nonzero().flatten().tolist() == [0, 1]
+
+
+@given(seed=seeds, map_size=sizes, n=grids, share=shares)
+def test_attention_is_in_the_unit_interval_and_one_on_the_background(seed, map_size, n, share):
+    for dtype in (torch.float32, torch.float64):
+        features, background, _ = drawn(seed, map_size, share=share)
+        found = background_attention(features.to(dtype), background, grid_size=n).map
+        assert found.min() >= 0
+        assert found.max() <= 1
+        assert (found[background.bool()] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_does_not_pass_one(dtype):
+    """Equal features have cosines of 1 up to rounding."""
+    generator = seeded(0)
+    for _ in range(30):
+        vector = torch.rand(1, 37, 1, 1, generator=generator).to(dtype)
+        features = vector.expand(1, 37, 3, 3) * torch.rand(3, 3, generator=generator).to(dtype)
+        background = torch.ones(1, 1, 3, 3)
+        background[..., 1:, 1:] = 0
+        assert background_attention(features, background, grid_size=1).map.max() <= 1
+
+
+@given(seed=seeds, map_size=sizes, n=grids)
+def test_without_a_valid_cell_attention_is_zero(seed, map_size, n):
+    features, background, _ = drawn(seed, map_size, share=0.0)
+    found = background_attention(features, background, grid_size=n)
+    assert not found.valid.any()
+    assert (found.prototypes == 0).all()
+    assert (found.map == 0).all()
+
+
+@given(seed=seeds, map_size=sizes, n=grids, power=st.integers(-3, 3))
+def test_scaling_features_leaves_attention(seed, map_size, n, power):
+    features, background, _ = drawn(seed, map_size)
+    plain = background_attention(features, background, grid_size=n)
+    scaled = background_attention(10.0**power * features, background, grid_size=n)
+    close(scaled.map, plain.map)
+    close(scaled.prototypes, 10.0**power * plain.prototypes)
+
+
+@given(seed=seeds, map_size=sizes)
+def test_scaling_one_position_in_a_box_leaves_attention(seed, map_size):
+    """The cosine forgets the length of every single feature inside the boxes."""
+    features, background, generator = drawn(seed, map_size)
+    lengths = torch.rand(2, 1, *map_size, generator=generator, dtype=torch.float64) + 0.1
+    lengths = torch.where(background.bool(), 1.0, lengths)
+    plain = background_attention(features, background, grid_size=2).map
+    close(background_attention(lengths * features, background, grid_size=2).map, plain)
+
+
+@given(seed=seeds, map_size=sizes, n=grids)
+def test_duplicate_queries_change_nothing(seed, map_size, n):
+    """A picture tiled 2 x 2 under a grid twice as fine has every query four times."""
+    features, background, _ = drawn(seed, map_size)
+    once = background_attention(features, background, grid_size=n)
+    tiled = background_attention(
+        features.tile(1, 1, 2, 2), background.tile(1, 1, 2, 2), grid_size=2 * n
+    )
+    close(tiled.map, once.map.tile(1, 1, 2, 2))
+    close(tiled.valid.sum(1), 4 * once.valid.sum(1))
+
+
+@given(seed=seeds, map_size=sizes)
+def test_attention_is_the_mean_over_valid_cells_only(seed, map_size):
+    """With every position a grid cell of its own, A is the mean over background positions."""
+    features, background, _ = drawn(seed, map_size)
+    n = max(map_size)
+    found = background_attention(features, background, grid_size=n)
+    assert torch.equal(found.valid.sum(1), background.flatten(1).sum(1).long())
+    directions = torch.nn.functional.normalize(features.flatten(2), dim=1)
+    scores = (directions.mT @ directions).relu()
+    count = background.flatten(1).sum(1).clamp(min=1)
+    mean = (scores * background.flatten(2)).sum(2) / count[:, None]
+    mean = torch.where(background.flatten(1) == 1, 1.0, mean)
+    close(found.map.flatten(1), mean)
+
+
+@given(seed=seeds, map_size=sizes, n=grids)
+def test_grid_cells_partition_the_map(seed, map_size, n):
+    """Counting with a constant feature: all positions are in one grid cell each."""
+    h, w = map_size
+    position = torch.arange(h * w, dtype=torch.float64).reshape(1, 1, h, w)
+    one_hot = torch.eye(h * w, dtype=torch.float64).reshape(1, h * w, h, w)
+    q, valid = grid_prototypes(one_hot, torch.ones_like(position), n)
+    assert torch.equal((q[0] > 0).sum(0), torch.ones(h * w, dtype=torch.long))
+    close(q[0].sum(1), valid[0])
+    rows = {i: i * n // h for i in range(h)}
+    columns = {j: j * n // w for j in range(w)}
+    for p in range(h * w):
+        assert q[0, rows[p // w] * n + columns[p % w], p] > 0
+
+
+@given(seed=seeds, map_size=sizes, n=grids)
+def test_inside_features_do_not_reach_the_prototypes(seed, map_size, n):
+    features, background, _ = drawn(seed, map_size)
+    other = torch.where(background.bool(), features, 100 + features)
+    close(
+        background_attention(other, background, grid_size=n).prototypes,
+        background_attention(features, background, grid_size=n).prototypes,
+    )
+
+
+@given(seed=seeds, map_size=sizes, n=grids, share=shares)
+def test_flipping_the_picture_flips_attention(seed, map_size, n, share):
+    """Where N divides the map, the grid is symmetric."""
+    size = (map_size[0] * n, map_size[1] * n)
+    features, background, _ = drawn(seed, size, share=share)
+    plain = background_attention(features, background, grid_size=n).map
+    flipped = background_attention(features.flip(3), background.flip(3), grid_size=n).map
+    close(flipped.flip(3), plain)
+    turned = background_attention(features.mT, background.mT, grid_size=n).map
+    close(turned.mT, plain)
+
+
+@given(seed=seeds, map_size=sizes, n=grids)
+def test_pictures_do_not_see_each_other(seed, map_size, n):
+    features, background, _ = drawn(seed, map_size, batch=3)
+    together = background_attention(features, background, grid_size=n)
+    for b in range(3):
+        alone = background_attention(features[b : b + 1], background[b : b + 1], grid_size=n)
+        for part, whole in zip(alone, together, strict=True):
+            close(part[0], whole[b])
+
+
+def test_corners_are_finite():
+    zero = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+    generic, background, _ = drawn(0, (4, 4), batch=1)
+    some = generic * (torch.arange(16).reshape(4, 4) % 3 > 0)  # zero vectors in and off the boxes
+    masks = [background, torch.zeros_like(background), torch.ones_like(background)]
+    for features in (zero, generic, some, 1e-30 * generic, 1e30 * generic):
+        for mask in masks:
+            for dtype in (torch.float64, torch.float32):
+                for part in (0, 1):
+                    gradients = finite_gradients(
+                        lambda x, m=mask, k=part: background_attention(x, m, grid_size=2)[k],
+                        features.to(dtype),
+                    )
+                    if features is zero and part == 0:
+                        assert (gradients[0] == 0).all()
+
+
+def test_a_zero_vector_looks_like_nothing():
+    features = torch.ones(1, 2, 1, 3)
+    features[..., 1] = 0
+    background = torch.tensor([[[[1.0, 0.0, 0.0]]]])
+    found = background_attention(features, background, grid_size=1).map
+    close(found, [[[[1.0, 0.0, 1.0]]]], tolerance=1e-6)
+    opposite = background_attention(features * 0, background, grid_size=1)
+    assert opposite.valid.all()
+    assert opposite.map.tolist() == [[[[1.0, 0.0, 0.0]]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    features, background, _ = drawn(1, (6, 6))
+    half = features.to(dtype)
+    found = background_attention(half, background.to(dtype), grid_size=2)
+    exact = background_attention(half.double(), background, grid_size=2)
+    assert found.map.dtype == found.prototypes.dtype == dtype
+    resolution = torch.finfo(dtype).eps
+    for part in (0, 1):
+        torch.testing.assert_close(found[part].double(), exact[part], rtol=resolution, atol=1e-6)
+    gradient = finite_gradients(
+        lambda x: background_attention(x, background, grid_size=2).map, half
+    )[0]
+    assert gradient.dtype == dtype
+
+
+def test_half_precision_does_not_overflow():
+    """300 ** 2 * 64 is beyond float16."""
+    features = torch.full((1, 64, 4, 4), 300.0, dtype=torch.float16)
+    background = torch.zeros(1, 1, 4, 4)
+    background[..., 0] = 1
+    found = background_attention(features, background, grid_size=2)
+    assert (found.map == 1).all()
+    assert (found.prototypes[:, [0, 2]] == 300).all()
+
+
+def test_autocast_changes_nothing():
+    features, background, _ = drawn(2, (6, 6))
+    features, background = features.float(), background.float()
+    plain = background_attention(features, background, grid_size=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = background_attention(features, background, grid_size=2)
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_layouts():
+    features, background, _ = drawn(4, (5, 6), channels=4)
+    plain = background_attention(features, background, grid_size=3)
+    wide = torch.zeros(2, 8, 6, 5, dtype=torch.float64)[:, ::2].mT
+    wide.copy_(features)
+    for other in (features.to(memory_format=torch.channels_last), wide):
+        assert not other.is_contiguous()
+        found = background_attention(other, background, grid_size=3)
+        for a, b in zip(plain, found, strict=True):
+            close(a, b)
+
+
+def test_bool_and_float_masks_mean_the_same():
+    features, background, _ = drawn(5, (4, 4))
+    for mask in (background.bool(), background.long(), background.float()):
+        for a, b in zip(
+            background_attention(features, mask, grid_size=2),
+            background_attention(features, background, grid_size=2),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_no_pictures():
+    found = background_attention(torch.zeros(0, 3, 4, 5), torch.zeros(0, 1, 4, 5), grid_size=2)
+    assert found.map.shape == (0, 1, 4, 5)
+    assert found.prototypes.shape == (0, 4, 3)
+    assert found.valid.shape == (0, 4)
+
+
+def test_inputs_are_not_written_to():
+    features, background, _ = drawn(6, (4, 4))
+    before = features.clone(), background.clone()
+    background_attention(features, background, grid_size=2)
+    assert torch.equal(features, before[0])
+    assert torch.equal(background, before[1])
+
+
+def test_vmap_and_func_grad():
+    features, background, _ = drawn(7, (4, 5), batch=3)
+    whole = background_attention(features, background, grid_size=2).map
+
+    def one(x, m):
+        return background_attention(x[None], m[None], grid_size=2).map[0]
+
+    close(torch.func.vmap(one)(features, background), whole)
+
+    def total(x, m):
+        return one(x, m).square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(total))(features, background)
+    leaf = features.clone().requires_grad_()
+    background_attention(leaf, background, grid_size=2).map.square().sum().backward()
+    close(gradients, leaf.grad)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiles_without_a_graph_break(backend):
+    torch._dynamo.reset()
+    features, background, _ = drawn(8, (4, 5))
+    module = BackgroundAttention(grid_size=3)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    leaf, twin = features.clone().requires_grad_(), features.clone().requires_grad_()
+    found, expected = compiled(leaf, background), module(twin, background)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+    found.map.square().sum().backward()
+    expected.map.square().sum().backward()
+    close(leaf.grad, twin.grad)
+
+
+def test_the_module_is_the_function():
+    features, background, _ = drawn(9, (6, 5))
+    for n in (1, 3, 4):
+        for a, b in zip(
+            BackgroundAttention(grid_size=n)(features, background),
+            background_attention(features, background, grid_size=n),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+    default = BackgroundAttention()
+    assert default.grid_size == 4
+    assert torch.equal(
+        default(features, background).map, background_attention(features, background).map
+    )
+    assert "grid_size=4" in repr(default)
+    assert BackgroundAttention(2).grid_size == 2
+
+
+def test_pickling_and_state():
+    module = pickle.loads(pickle.dumps(BackgroundAttention(grid_size=3)))
+    assert module.grid_size == 3
+    assert not module.state_dict()
+    module.load_state_dict({})
+
+
+@given(scene=scenes())
+def test_the_definite_background_of_boxes_goes_in_as_it_comes_out(scene):
+    m = definite_background(scene.boxes, scene.image_size, scene.map_size, valid=scene.valid)
+    found = background_attention(scene.features, m, grid_size=2)
+    finite(found.map)
+    assert (found.map[m.bool()] == 1).all()
+
+
+@pytest.mark.cuda
+def test_cuda():
+    features, background, _ = drawn(10, (7, 9))
+    expected = background_attention(features, background, grid_size=4)
+    found = background_attention(features.cuda(), background.cuda(), grid_size=4)
+    for a, b in zip(found, expected, strict=True):
+        assert a.is_cuda
+        close(a.cpu(), b)
+
+
+def test_errors():
+    x, m = torch.zeros(2, 3, 4, 5), torch.zeros(2, 1, 4, 5)
+    cases = [
+        (ValueError, "features must have shape (B, D, h, w), got (3, 4, 5)", (x[0], m)),
+        (TypeError, "features must have a floating-point dtype, got torch.int64", (x.long(), m)),
+        (TypeError, "features must be a Tensor, got list", ([1.0], m)),
+        (ValueError, "background must have shape (2, 1, 4, 5), got (2, 4, 5)", (x, m[:, 0])),
+        (ValueError, "background must have shape (2, 1, 4, 5), got (1, 1, 4, 5)", (x, m[:1])),
+        (TypeError, "background must be a Tensor, got NoneType", (x, None)),
+        (
+            ValueError,
+            "features, background must be on one device, got features on cpu, background on meta",
+            (x, m.to("meta")),
+        ),
+    ]
+    for kind, text, arguments in cases:
+        for function in (
+            BackgroundAttention(),
+            background_attention,
+            lambda f, b: grid_prototypes(f, b, 4),
+        ):
+            with pytest.raises(kind) as caught:
+                function(*arguments)
+            assert str(caught.value) == text
+    for wrong, kind, text in [
+        (0, ValueError, "grid_size must be >= 1, got 0"),
+        (2.0, TypeError, "grid_size must be an int, got float"),
+        (True, TypeError, "grid_size must be an int, got bool"),
+    ]:
+        for function in (
+            BackgroundAttention,
+            lambda n: background_attention(x, m, grid_size=n),
+            lambda n: grid_prototypes(x, m, n),
+        ):
+            with pytest.raises(kind) as caught:
+                function(wrong)
+            assert str(caught.value) == text
