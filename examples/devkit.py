@@ -290,7 +290,7 @@ class Augmentation:
 
 
 class BoxDataset(Dataset[Sample]):
-    """Pictures with boxes, and on request with label maps; everything is read when asked for.
+    """Pictures with boxes, and on request with label maps; each is read when asked for.
 
     Args:
         devkit: Where the pictures are.
@@ -298,6 +298,7 @@ class BoxDataset(Dataset[Sample]):
         augment: How to vary them; None leaves them as they are.
         label_maps: Folders of PNG label maps ``NAME.png`` to go with each picture.
         masks: Whether the true masks go with each picture, after ``label_maps``.
+        keep: Keep what was read in memory, for data sets that fit there.
     """
 
     def __init__(
@@ -308,12 +309,14 @@ class BoxDataset(Dataset[Sample]):
         *,
         label_maps: Sequence[Path] = (),
         masks: bool = False,
+        keep: bool = False,
     ) -> None:
         self.devkit = devkit
         self.names = list(names)
         self.augment = augment
         self.label_maps = list(label_maps)
         self.masks = masks
+        self.kept: dict[int, Sample] | None = {} if keep else None
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -321,7 +324,15 @@ class BoxDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """Return one picture, varied if so asked."""
-        name = self.names[index]
+        if self.kept is None:
+            sample = self._read(self.names[index])
+        else:
+            if index not in self.kept:
+                self.kept[index] = self._read(self.names[index])
+            sample = self.kept[index]
+        return self.augment(sample) if self.augment else sample
+
+    def _read(self, name: str) -> Sample:
         image, annotation = self.devkit.picture(name)
         size = image.shape[1:]
         maps = [read_label_map(folder / f"{name}.png") for folder in self.label_maps]
@@ -334,8 +345,7 @@ class BoxDataset(Dataset[Sample]):
                 )
         stacked = torch.stack(maps) if maps else torch.zeros(0, *size, dtype=torch.long)
         valid = torch.ones(size, dtype=torch.bool)
-        sample = Sample(name, image, annotation.boxes, annotation.labels, valid, stacked)
-        return self.augment(sample) if self.augment else sample
+        return Sample(name, image, annotation.boxes, annotation.labels, valid, stacked)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -348,14 +348,13 @@ def normalise(scores, softmax_scale=None):  # {class: unary} -> {class: probabil
     return {c: u / total for c, u in scores.items()}
 
 
-def pseudo_labels(
+def unaries(
     f,
     weight,
     boxes,
     labels,
     image_size,
     classes,
-    crf=None,
     n=1,
     threshold=0.99,
     background="attention",
@@ -363,26 +362,29 @@ def pseudo_labels(
     normalization="class",
     softmax_scale=None,
     align_corners=False,
-    ignore_index=255,
     valid=None,
 ):
     # f: [D][h][w], weight: [L + 1][D] or None, boxes: [K][4], labels: [K], classes = L
-    # crf: from {class: probability} at each position, [H][W], to the same, or None
-    # -> y_crf, y_ret, reliable, u_0: [H][W]; u: {class: [H][W]}; probabilities: [H][W] of dicts
-    masks = [box_cells(box, image_size, image_size) for box in boxes]
+    # -> u_0: [H][W], u: {class: [H][W]}, probabilities: [H][W] of {candidate class: probability}
     shown = valid if valid is not None else everywhere(image_size)
-    masks = [plane_of(image_size, lambda i, j, k=k: k[i][j] and shown[i][j]) for k in masks]
+    masks = [box_cells(box, image_size, image_size) for box in boxes]
+    masks = [plane_of(image_size, lambda i, j, m=m: m[i][j] and shown[i][j]) for m in masks]
     of_class = {
         c: [mask for mask, label in zip(masks, labels, strict=True) if label == c]
         for c in range(1, classes + 1)
     }
     covered = {c: union(of_class[c], image_size) for c in of_class}
 
-    u_0 = attention_unary(f, boxes, masks, image_size, n, threshold, scaling, valid, align_corners)
-    if background != "attention":
-        cam_0 = cam_unary(f, weight[0], masks, image_size, valid, align_corners)
-        attention_0 = u_0 if background == "both" else cam_0
-        u_0 = plane_of(image_size, lambda i, j: (attention_0[i][j] + cam_0[i][j]) / 2)
+    a = attention_unary(f, boxes, masks, image_size, n, threshold, scaling, valid, align_corners)
+    if background == "attention":
+        u_0 = a
+    else:
+        cam = cam_unary(f, weight[0], masks, image_size, valid, align_corners)
+        both = background == "both"
+        u_0 = plane_of(image_size, lambda i, j: (a[i][j] + cam[i][j]) / 2 if both else cam[i][j])
+
+    def candidates(i, j):
+        return [0] + [c for c in covered if covered[c][i][j]]
 
     u = {}
     for c in of_class:
@@ -390,41 +392,29 @@ def pseudo_labels(
             cam = activation(f, weight[c], image_size, align_corners)
             u[c] = foreground_unary(cam, of_class[c], normalization)
         else:
-            u[c] = plane_of(
-                image_size,
-                lambda i, j, c=c: (
-                    (1 - u_0[i][j]) / sum(covered[k][i][j] for k in covered)
-                    if covered[c][i][j]
-                    else 0.0
-                ),
-            )
 
-    def candidates(i, j):
-        return [0] + [c for c in covered if covered[c][i][j]]
+            def share(i, j, c=c):
+                return (1 - u_0[i][j]) / (len(candidates(i, j)) - 1) if covered[c][i][j] else 0.0
+
+            u[c] = plane_of(image_size, share)
 
     def probability(i, j):
-        scores = {c: u[c][i][j] if c else u_0[i][j] for c in candidates(i, j)}
-        return normalise(scores, softmax_scale)
+        found = candidates(i, j)
+        if weight is None and softmax_scale is not None and len(found) > 1:
+            two = normalise({0: u_0[i][j], 1: 1 - u_0[i][j]}, softmax_scale)
+            return {c: two[1] / (len(found) - 1) if c else two[0] for c in found}
+        return normalise({c: u[c][i][j] if c else u_0[i][j] for c in found}, softmax_scale)
 
-    p = plane_of(image_size, probability)
-    q = crf(p) if crf is not None else p
+    return u_0, u, plane_of(image_size, probability)
 
-    def best(scores):  # the first of the largest, in the order of the classes
-        return max(scores, key=lambda c: (scores[c], -c))
 
-    y_crf = plane_of(
-        image_size,
-        lambda i, j: (
-            best({c: q[i][j].get(c, 0.0) for c in candidates(i, j)})
-            if shown[i][j]
-            else ignore_index
-        ),
-    )
-
-    large = [bilinear(channel, image_size, align_corners) for channel in f]  # [D][H][W]
-    similarity = {}
+def retrieval(f, weight, y_crf, classes, align_corners=False):
+    # f: [D][h][w], weight: [L + 1][D] or None, y_crf: [H][W] -> {class: C_c [H][W]}
+    size = size_of(y_crf)
+    large = [bilinear(channel, size, align_corners) for channel in f]  # [D][H][W]
+    found = {}
     for c in range(classes + 1):
-        members = [(i, j) for i, j in positions(image_size) if y_crf[i][j] == c and shown[i][j]]
+        members = [(i, j) for i, j in positions(size) if y_crf[i][j] == c]
         if members:
             query = [sum(x[i][j] for i, j in members) / len(members) for x in large]  # Eq. 8
         elif weight is not None:
@@ -432,29 +422,8 @@ def pseudo_labels(
         else:
             continue
         correlation = cosine_similarity(f, [query])[0]  # Eq. 9
-        similarity[c] = bilinear(correlation, image_size, align_corners)
-
-    y_ret = plane_of(
-        image_size,
-        lambda i, j: (
-            best({c: similarity[c][i][j] for c in candidates(i, j) if c in similarity})
-            if shown[i][j]
-            else ignore_index
-        ),
-    )
-    reliable = plane_of(
-        image_size, lambda i, j: shown[i][j] and y_crf[i][j] == y_ret[i][j] != ignore_index
-    )
-    return {
-        "y_crf": y_crf,
-        "y_ret": y_ret,
-        "reliable": reliable,
-        "u_0": u_0,
-        "u": u,
-        "probabilities": p,
-        "similarity": similarity,
-        "candidates": plane_of(image_size, candidates),
-    }
+        found[c] = bilinear(correlation, size, align_corners)
+    return found
 
 
 # ------------------------------------------------------------------------------- Eq. 10-14: losses

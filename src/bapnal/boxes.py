@@ -189,10 +189,10 @@ def box_bins(corners: Tensor, bins: int) -> Tensor:
         >>> box_bins(torch.tensor([0.0, 0.0, 4.0, 2.0]), 2).tolist()
         [[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 4.0, 1.0], [0.0, 1.0, 2.0, 2.0], [2.0, 1.0, 4.0, 2.0]]
     """
-    # lerp ends exactly on both corners, so that one bin is the box itself.
-    step = torch.linspace(0, 1, bins + 1, device=corners.device, dtype=corners.dtype)
-    x = torch.lerp(corners[..., 0, None], corners[..., 2, None], step)
-    y = torch.lerp(corners[..., 1, None], corners[..., 3, None], step)
+    k = torch.arange(bins + 1, device=corners.device, dtype=corners.dtype)
+    # One division of a sum: edges that can be represented are exact, and one bin is the box.
+    x = ((bins - k) * corners[..., 0, None] + k * corners[..., 2, None]) / bins
+    y = ((bins - k) * corners[..., 1, None] + k * corners[..., 3, None]) / bins
     shape = (*corners.shape[:-1], bins, bins)
     edges = (
         x[..., None, :-1].expand(shape),
