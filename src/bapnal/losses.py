@@ -70,7 +70,7 @@ def confidence_map(
 def _confidence(similarity: Tensor, target: Tensor, gamma: float) -> Tensor:
     # The label's and the best class's cosine in one gather: one gradient of full size instead of
     # two.
-    best = similarity.detach().argmax(1)
+    best = similarity.detach().max(1).indices  # argmax takes three times as long on a CPU
     pair = similarity.gather(1, torch.stack([target, best], dim=1))
     distance = (1 + widen(pair)).clamp(min=0)  # a cosine may pass -1 by rounding
     return divide(distance[:, 0], distance[:, 1]).pow(gamma)

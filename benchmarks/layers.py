@@ -1,0 +1,204 @@
+"""Time and memory of background-aware pooling and of the noise-aware loss.
+
+    python benchmarks/layers.py
+
+Pooling runs at the paper's sizes (20 pictures, 41 x 41 features of 1,024 channels, N = 4) and with more
+boxes, against the same mathematics as a loop over pictures and boxes, and against global average
+pooling. The loss runs on 20 x 21 x 321 x 321 scores against ``F.cross_entropy``. Every row is the median
+of repeated runs after a warm-up; results go to ``benchmarks/results/layers.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import resource
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import rich
+import torch
+import tyro
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.benchmark import Timer
+
+import bapnal
+from bapnal import BackgroundAwarePooling, NoiseAwareLoss
+from bapnal.boxes import box_bins, box_cells
+
+IMAGE = (321, 321)
+
+
+def pool_by_loop(
+    features: Tensor, boxes: list[Tensor], image_size: tuple[int, int], grid: int, bins: int
+) -> tuple[Tensor, Tensor]:
+    """Eq. 1-4 as one would write them first: picture by picture, cell by cell, box by box."""
+    height, width = features.shape[-2:]
+    foreground, background = [], []
+    for f, own in zip(features, boxes, strict=True):
+        outside = ~box_cells(own, image_size, (height, width)).any(0)
+        rows = torch.arange(height, device=f.device) * grid // height
+        columns = torch.arange(width, device=f.device) * grid // width
+        queries = []
+        for i in range(grid):
+            for j in range(grid):
+                cell = outside & (rows[:, None] == i) & (columns == j)
+                if cell.any():
+                    queries.append(f[:, cell].mean(1))
+        if queries:
+            maps = [F.cosine_similarity(f, q[:, None, None], dim=0).relu() for q in queries]
+            attention = torch.where(outside, 1.0, torch.stack(maps).mean(0))
+            background.append(torch.stack(queries))
+        else:
+            attention = outside.to(f.dtype)
+        for box in own:
+            for mask in box_cells(box_bins(box, bins), image_size, (height, width)):
+                weight = (1 - attention[mask])[None]
+                foreground.append((weight * f[:, mask]).sum(1) / weight.sum().clamp(min=1e-6))
+    return torch.stack(foreground), torch.cat(background)
+
+
+def draw_boxes(pictures: int, mean: float, device: str) -> list[Tensor]:
+    """Boxes of a quarter of the picture's side or more; ``mean`` of them a picture."""
+    generator = torch.Generator().manual_seed(0)
+    boxes = []
+    for i in range(pictures):
+        count = int(mean * (i + 1)) - int(mean * i)
+        low = torch.rand(count, 2, generator=generator) * 200
+        side = 80 + torch.rand(count, 2, generator=generator) * 40
+        boxes.append(torch.cat([low, low + side], dim=1).to(device))
+    return boxes
+
+
+def measure(run: Callable[[], object], device: str) -> dict[str, float]:
+    """Median time, its spread and the number of runs, after a warm-up."""
+    run()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    found = timer.adaptive_autorange(min_run_time=2.0)
+    row = {
+        "median_ms": round(found.median * 1e3, 2),
+        "iqr_ms": round(found.iqr * 1e3, 2),
+        "runs": len(found.times) * found.number_per_run,
+    }
+    if device == "cuda":
+        row["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return row
+
+
+def pooling_rows(device: str, bins: int) -> dict[str, dict[str, float]]:
+    """Measure pooling for several numbers of boxes a picture."""
+    torch.manual_seed(0)
+    features = torch.randn(20, 1024, 41, 41, device=device, requires_grad=True)
+    rows = {}
+    for count in (2.5, 5, 20, 100):
+        boxes = draw_boxes(20, count, device)
+        bap = BackgroundAwarePooling(grid_size=4, output_size=bins)
+        gap = BackgroundAwarePooling(grid_size=4, output_size=bins, attention=False)
+
+        def by_loop(boxes: list[Tensor] = boxes) -> tuple[Tensor, Tensor]:
+            return pool_by_loop(features, boxes, IMAGE, 4, bins)
+
+        def layer(
+            pool: BackgroundAwarePooling, boxes: list[Tensor] = boxes
+        ) -> Callable[[], tuple[Tensor, Tensor]]:
+            return lambda: pool(features, boxes, IMAGE)[:2]
+
+        for name, forward in (("loop", by_loop), ("bap", layer(bap)), ("gap", layer(gap))):
+            if name == "loop" and count > 20:
+                continue  # minutes a run
+
+            def both(forward: Callable[[], tuple[Tensor, Tensor]] = forward) -> None:
+                features.grad = None
+                sum(part.sum() for part in forward()).backward()
+
+            with torch.no_grad():
+                rows[f"{name}, {count:g} boxes, {bins}x{bins}, forward"] = measure(forward, device)
+            rows[f"{name}, {count:g} boxes, {bins}x{bins}, forward + backward"] = measure(
+                both, device
+            )
+    return rows
+
+
+def loss_inputs(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores and labels at the paper's crop size; a fifth of the pixels is unreliable."""
+    torch.manual_seed(0)
+    cosines = (torch.rand(20, 21, *IMAGE, device=device) * 2 - 1).requires_grad_()
+    y_crf = torch.randint(0, 21, (20, *IMAGE), device=device)
+    other = torch.randint(0, 21, (20, *IMAGE), device=device)
+    y_ret = torch.where(torch.rand(y_crf.shape, device=device) < 0.8, y_crf, other)
+    logits = (20 * cosines).detach().requires_grad_()
+    return logits, cosines, y_crf, y_ret
+
+
+def loss_step(name: str, device: str) -> Callable[[], None]:
+    """Forward and backward of one loss."""
+    logits, cosines, y_crf, y_ret = loss_inputs(device)
+    noise_aware = NoiseAwareLoss()
+
+    def step() -> None:
+        logits.grad = cosines.grad = None
+        if name == "nal":
+            noise_aware(logits, cosines, y_crf, y_ret).backward()
+        else:
+            F.cross_entropy(logits, y_crf).backward()
+
+    return step
+
+
+def _peak(name: str, queue: multiprocessing.Queue) -> None:
+    step = loss_step(name, "cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def loss_rows(device: str) -> dict[str, dict[str, float]]:
+    """Measure both losses; memory on a CPU is the growth of a fresh process."""
+    rows = {}
+    for name in ("cross-entropy", "nal"):
+        row = measure(loss_step(name, device), device)
+        if device == "cpu":
+            context = multiprocessing.get_context("spawn")
+            queue: multiprocessing.Queue = context.Queue()
+            process = context.Process(target=_peak, args=(name, queue))
+            process.start()
+            row["peak_mib"] = round(queue.get())
+            process.join()
+        rows[f"{name}, forward + backward"] = row
+    return rows
+
+
+def main(
+    out: Path = Path("benchmarks/results/layers.json"),
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+) -> None:
+    """Run all rows, print them and write them to ``out``."""
+    rows = {**pooling_rows(device, 1), **pooling_rows(device, 2), **loss_rows(device)}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    about = {
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "bapnal": bapnal.__version__,
+        "commit": commit.stdout.strip(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    table = Table("case", "median ms", "IQR ms", "runs", "peak MiB")
+    for case, row in rows.items():
+        table.add_row(case, *(str(row.get(k, "")) for k in ("median_ms", "iqr_ms", "runs", "peak_mib")))
+    rich.print(table)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
