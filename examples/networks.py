@@ -38,6 +38,9 @@ class SmallFeatures(nn.Module):
             _convolution(half, channels),
             _convolution(channels, channels, dilation=2),
             _convolution(channels, channels, dilation=3),
+            # Signed: vectors that are nowhere negative would all be similar to each other.
+            nn.Conv2d(channels, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
         )
 
     def forward(self, images: Tensor) -> Tensor:

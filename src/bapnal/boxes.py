@@ -289,13 +289,23 @@ def definite_background(
         batch_size = len(boxes)
     size = _checks.size("image_size", image_size)
     check_valid(valid, batch_size, size)
-    padded = pad_boxes(boxes, batch_size)
+    padded = pad_boxes(boxes, batch_size, device=None if valid is None else valid.device)
+    if valid is not None:
+        _checks.same_device(boxes=padded.corners, valid=valid)
     map_size = size if map_size is None else map_size
     background = outside_of(box_masks(padded, size, map_size), valid)
     return background.to(padded.corners.dtype)
 
 
-def check_valid(valid: Tensor | None, batch_size: int, image_size: tuple[int, int]) -> None:
+def check_valid(
+    valid: Tensor | None,
+    batch_size: int,
+    image_size: tuple[int, int],
+    features: Tensor | None = None,
+) -> None:
     """Check the optional ``(B, H, W)`` bool mask of picture pixels."""
-    if valid is not None:
-        _checks.boolean("valid", _checks.shape("valid", valid, (batch_size, *image_size)))
+    if valid is None:
+        return
+    _checks.boolean("valid", _checks.shape("valid", valid, (batch_size, *image_size)))
+    if features is not None:
+        _checks.same_device(features=features, valid=valid)

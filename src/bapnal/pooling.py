@@ -106,7 +106,7 @@ def background_aware_pooling(
     _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
     check_options(grid_size, output_size, min_background, sampling, roi_size)
     size = _checks.size("image_size", image_size)
-    check_valid(valid, features.shape[0], size)
+    check_valid(valid, features.shape[0], size, features)
     padded = pad_boxes(boxes, features.shape[0], device=features.device)
     _checks.same_device(features=features, boxes=padded.corners)
     with full_precision(features):
@@ -302,6 +302,7 @@ def box_classification_loss(
     bins, channels = out.foreground.shape[1:]
     _checks.shape("classifier_weight", classifier_weight, ("L + 1", channels))
     _checks.floating("classifier_weight", classifier_weight)
+    _checks.same_device(features=out.foreground, classifier_weight=classifier_weight)
     target = join_labels(
         labels, out.background.shape[0], out.foreground.shape[0], out.foreground.device
     )

@@ -204,7 +204,7 @@ def _check_inputs(
         _checks.shape("weight", weight, ("L + 1", features.shape[1]))
         _checks.floating("weight", weight)
         _checks.same_device(features=features, weight=weight)
-    check_valid(valid, batch, size)
+    check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)
     _checks.same_device(features=features, boxes=padded.corners)
     target = join_labels(labels, batch, padded.picture.shape[0], features.device)
