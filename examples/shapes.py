@@ -63,7 +63,7 @@ def draw_picture(seed: int, index: int, size: int = 112) -> Picture:
             areas.append(int((alpha > 0.5).sum()))
         boxes = _boxes(owner, areas)
         if boxes is not None:
-            image += rng.normal(0, 0.02, image.shape)
+            image += rng.normal(0, 0.04, image.shape)
             mask = np.concatenate([[0], labels])[owner].astype(np.uint8)
             pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
             return Picture(pixels, mask, boxes, np.array(labels))
@@ -86,9 +86,8 @@ def _boxes(owner: Array, areas: list[int]) -> Array | None:
 # What the pictures are made of: colours, textures, backgrounds
 
 
-def _colour(rng: Rng, hue: float | None = None) -> Array:
-    hue = rng.random() if hue is None else hue % 1
-    return np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.25, 0.85), rng.uniform(0.3, 0.95)))
+def _colour(rng: Rng, hue: float, saturation: tuple[float, float] = (0.15, 0.8)) -> Array:
+    return np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(0.35, 0.95)))
 
 
 def _grid(size: int, angle: float) -> tuple[Array, Array]:
@@ -158,7 +157,7 @@ def _background(rng: Rng, size: int) -> Array:
         here = choice >= bounds[k]
         image[here] = patch[here]
     for alpha in _clutter(rng, size, kinds=2):
-        image += alpha[..., None] * (_colour(rng) - image)
+        image += alpha[..., None] * (_colour(rng, rng.random()) - image)
     light, _ = _grid(size, rng.uniform(0, 2 * math.pi))
     return image * (1 + 0.15 * light / np.abs(light).max())[..., None]
 
@@ -259,10 +258,10 @@ def _silhouette(rng: Rng, label: int, size: int) -> Array:
 def _surface(rng: Rng, label: int, size: int) -> Array:
     """Colour of every pixel of an object; ``(S, S, 3)``.
 
-    Hues of neighbouring classes overlap, and every texture also serves as a background.
+    Hues of neighbouring classes meet, and every texture also serves as a background.
     """
-    hue = (label - 1) / len(CLASSES) + rng.normal(0, 0.07)
-    one, other = _colour(rng, hue), _colour(rng, hue + rng.normal(0, 0.04))
+    hue = (label - 1) / len(CLASSES) + rng.normal(0, 0.05)
+    one, other = (_colour(rng, hue + shift, (0.35, 0.9)) for shift in (0, 0.12))
     pattern = TEXTURES[label - 1](rng, size, rng.uniform(5, 9))
     light, _ = _grid(size, rng.uniform(0, 2 * math.pi))
     return _paint(pattern, one, 0.4 * one + 0.6 * other) * (1 + 0.2 * light / size)[..., None]
