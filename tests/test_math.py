@@ -1,0 +1,82 @@
+"""Quotients with a defined zero, their gradients included."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+
+import reference
+from bapnal._math import divide, full_precision, inverse_norm, unit, widen
+from comparing import close, finite_gradients
+from drawing import seeded, seeds
+
+
+@given(seed=seeds)
+def test_divide_is_division(seed):
+    generator = seeded(seed)
+    a, b = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    expected = [reference.ratio(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    close(divide(a, b), expected)
+    leaves = a.requires_grad_(), b.requires_grad_()
+    assert torch.autograd.gradcheck(divide, leaves)
+
+
+def test_divide_has_a_zero():
+    numerator, denominator = torch.tensor([0.0, 3.0, -2.0, 1.0]), torch.tensor([0.0, 0, 0, 2])
+    assert divide(numerator, denominator).tolist() == [0, 0, 0, 0.5]
+    a, b = finite_gradients(divide, numerator, denominator)
+    assert a.tolist() == [0, 0, 0, 0.5]
+    assert b.tolist() == [0, 0, 0, -0.25]
+
+
+def test_divide_broadcasts():
+    close(divide(torch.ones(()), torch.tensor([0.0, 4.0])), [0.0, 0.25])
+    close(divide(torch.ones(2, 3), torch.tensor([[2.0], [0.0]])), [[0.5] * 3, [0.0] * 3])
+
+
+@given(seed=seeds)
+def test_unit_vectors_have_length_one(seed):
+    x = torch.randn(3, 4, 5, generator=seeded(seed), dtype=torch.float64)
+    for dim in (0, 1, -1):
+        close(unit(x, dim).norm(dim=dim), torch.ones(()).expand(unit(x, dim).norm(dim=dim).shape))
+        close(unit(x, dim), torch.nn.functional.normalize(x, dim=dim))
+        close(inverse_norm(x, dim), 1 / x.norm(dim=dim, keepdim=True))
+    assert torch.autograd.gradcheck(lambda v: unit(v, 1), x.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_zero_vector_stays_zero_without_a_gradient(dtype):
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0]], dtype=dtype)
+    assert unit(x, 1)[0].tolist() == [0, 0]
+    assert inverse_norm(x, 1).flatten().tolist()[0] == 0
+    for function in (unit, inverse_norm):
+        (gradient,) = finite_gradients(lambda v, f=function: f(v, 1), x)
+        assert gradient[0].tolist() == [0, 0]
+    close(unit(x, 1)[1], torch.tensor([0.6, 0.8]), tolerance=1e-2)
+
+
+def test_a_vector_whose_square_underflows_counts_as_zero():
+    x = torch.full((1, 3), 1e-30)
+    assert (unit(x, 1) == 0).all()
+    finite_gradients(lambda v: unit(v, 1), x)
+    assert math.isclose(unit(torch.full((1, 4), 1e-15), 1)[0, 0].item(), 0.5, rel_tol=1e-6)
+
+
+def test_widen_leaves_all_but_half_precision_alone():
+    for dtype in (torch.float16, torch.bfloat16):
+        assert widen(torch.ones(2, dtype=dtype)).dtype == torch.float32
+    for dtype in (torch.float32, torch.float64):
+        x = torch.ones(2, dtype=dtype)
+        assert widen(x) is x
+
+
+def test_full_precision_turns_autocast_off():
+    x = torch.rand(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        with full_precision(x):
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+    with full_precision(x.to("meta")):  # a device that knows no autocast
+        pass
