@@ -260,8 +260,8 @@ def _surface(rng: Rng, label: int, size: int) -> Array:
 
     Hues of neighbouring classes meet, and every texture also serves as a background.
     """
-    hue = (label - 1) / len(CLASSES) + rng.normal(0, 0.05)
-    one, other = (_colour(rng, hue + shift, (0.35, 0.9)) for shift in (0, 0.12))
+    hue = (label - 1) / len(CLASSES) + rng.normal(0, 0.03)
+    one, other = (_colour(rng, hue + shift, (0.45, 0.95)) for shift in (0, 0.12))
     pattern = TEXTURES[label - 1](rng, size, rng.uniform(5, 9))
     light, _ = _grid(size, rng.uniform(0, 2 * math.pi))
     return _paint(pattern, one, 0.4 * one + 0.6 * other) * (1 + 0.2 * light / size)[..., None]
