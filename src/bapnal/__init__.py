@@ -8,6 +8,7 @@ from bapnal.attention import (
 )
 from bapnal.boxes import box_bins, box_cells, definite_background
 from bapnal.classifier import CosineClassifier, cosine_similarity
+from bapnal.crf import DenseCRF, PermutohedralLattice, dense_crf
 from bapnal.losses import (
     BootstrappingLoss,
     EntropyRegularizationLoss,
@@ -43,6 +44,9 @@ __all__ = [
     "PseudoLabels",
     "PseudoLabelGenerator",
     "pseudo_labels",
+    "DenseCRF",
+    "dense_crf",
+    "PermutohedralLattice",
     "NoiseAwareLoss",
     "noise_aware_loss",
     "confidence_map",

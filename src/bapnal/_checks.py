@@ -127,7 +127,7 @@ def readable(value: Tensor) -> bool:
     return (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.is_batchedtensor(value)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(value)
     )
 
 

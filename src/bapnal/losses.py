@@ -127,6 +127,7 @@ def noise_aware_loss(
         tensor(0.6931)
     """
     _checks.number("gamma", gamma, minimum=1)
+    _checks.tensor("logits", logits)
     with full_precision(logits):
         pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
         cosines = _upsample(similarity, pixels.nll.shape[1:], align_corners)
@@ -173,6 +174,7 @@ def entropy_regularization_loss(
         >>> entropy_regularization_loss(torch.zeros(1, 2, 1, 1), None, y_crf, y_ret, balance=1.0)
         tensor(0.6931)
     """
+    _checks.tensor("logits", logits)
     with full_precision(logits):
         pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
         log_h = pixels.logits.log_softmax(1)
@@ -224,6 +226,7 @@ def bootstrapping_loss(
         tensor(0.6931)
     """
     _checks.number("beta", beta, minimum=0, maximum=1)
+    _checks.tensor("logits", logits)
     with full_precision(logits):
         pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
         log_h = pixels.logits.log_softmax(1)
@@ -305,9 +308,8 @@ def _upsample(scores: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
     """Scores at label resolution, bilinearly; as they are where they have it already."""
     if scores.shape[2:] == size:
         return scores
-    # Interpolating no picture at all is an error in torch.
-    if scores.shape[0] == 0:
-        return scores.new_zeros(*scores.shape[:2], *size)
+    if scores.shape[0] == 0:  # interpolating no picture is an error in torch
+        return widen(scores).sum((2, 3), keepdim=True).expand(-1, -1, *size)
     return F.interpolate(
         widen(scores), size=tuple(size), mode="bilinear", align_corners=align_corners
     )

@@ -207,6 +207,9 @@ def _check_inputs(
     check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)
     _checks.same_device(features=features, boxes=padded.corners)
+    if not isinstance(boxes, Tensor) and not isinstance(labels, Tensor):
+        for i, (own, named) in enumerate(zip(boxes, labels, strict=False)):
+            _checks.shape(f"labels[{i}]", named, (own.shape[0],))
     target = join_labels(labels, batch, padded.picture.shape[0], features.device)
     most = weight.shape[0] - 1 if weight is not None else torch.iinfo(torch.int32).max
     _checks.labels_within("labels", target, 1, most)
@@ -345,7 +348,9 @@ def _minmax(a: Tensor, inside: Tensor) -> Tensor:
     """Scale the values inside to [0, 1] in each picture; a constant becomes 0."""
     high = (a * inside).amax((1, 2), keepdim=True)  # a is not negative
     span = ((high - a) * inside).amax((1, 2), keepdim=True)
-    return divide(a - (high - span), span)
+    # What upsampling makes of a constant differs by rounding, which must not be scaled up.
+    constant = span <= 8 * torch.finfo(a.dtype).eps * high
+    return divide(a - (high - span), span.masked_fill(constant, 0))
 
 
 def _shared(amount: Tensor, masks: Tensor) -> Tensor:

@@ -1,183 +1,223 @@
-r"""The permutohedral lattice: Gaussian filtering of n values at n points in d dimensions, in O(n).
+r"""The permutohedral lattice, fast: built by a few sorts, applied by sparse matrix products.
 
-After Adams, Baek and Davis, *Fast High-Dimensional Filtering Using the Permutohedral Lattice*
-(2010). The lattice lies in the hyperplane of :math:`\mathbb{R}^{d+1}` whose coordinates sum to 0;
-its vertices are the integer points whose coordinates all leave the same remainder modulo d + 1.
-They cut the plane into simplices. Values are spread over the d + 1 vertices of the simplex around
-their point (splat), blurred along each of the d + 1 axes, and read off again (slice).
+What it computes is defined by :mod:`bapnal.crf.plain`, which reads like the paper: splat, blur along
+d + 1 axes, slice. Here arrays have one row a coordinate, so that everything elementwise runs over
+contiguous memory, and vertices are numbered by their remainder class first: vertex k of a point
+is never vertex k' of another, d + 1 sorts of n keys do for one of n(d + 1), and their keys fit
+32 bits on photographs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bapnal import _checks
 from bapnal._math import widen
+from bapnal.crf import plain
+
+# Spreads the codes of neighbouring vertices over a hash table: 2^64 over the golden ratio, odd.
+HASH_FACTOR = -7046029254386353131
 
 
 def elevate(features: Tensor) -> Tensor:
-    r"""Map ``(n, d)`` points onto the hyperplane as ``(n, d + 1)``.
-
-    The rows of the map are orthogonal; its scale :math:`(d + 1)\sqrt{2/3}` gives splat, blur and
-    slice together a standard deviation of 1 in the units of ``features``.
-    """
-    d = features.shape[1]
+    """:func:`bapnal.crf.plain.elevate` of columns: ``(d, n)`` to ``(d + 1, n)``."""
+    d, n = features.shape
     axis = torch.arange(1, d + 1, dtype=torch.float64)
     scale = (d + 1) * (2 / 3) ** 0.5 / (axis * (axis + 1)).sqrt()
-    scaled = features * scale.to(features)
-    above = features.new_zeros(features.shape[0])
-    columns = []
+    scaled = features * scale.to(features)[:, None]
+    elevated = features.new_empty(d + 1, n)
+    above = features.new_zeros(n)
     for i in range(d, 0, -1):
-        columns.append(above - i * scaled[:, i - 1])
-        above = above + scaled[:, i - 1]
-    return torch.stack([above, *reversed(columns)], dim=1)
+        torch.sub(above, scaled[i - 1] * i, out=elevated[i])
+        above = above + scaled[i - 1]
+    elevated[0] = above
+    return elevated
 
 
-def simplices(elevated: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the simplex around each point, and the point's barycentric coordinates in it.
+def descending_rank(values: Tensor) -> Tensor:
+    """Position of each value in the descending order of its column; ``(r, n)`` int16.
+
+    Counting pairs beats sorting many short columns. Of equal values the upper one is first.
+    """
+    rank = torch.zeros(values.shape, dtype=torch.int16, device=values.device)
+    for i in range(values.shape[0]):
+        for j in range(i + 1, values.shape[0]):
+            behind = values[i] >= values[j]
+            rank[j] += behind
+            rank[i] += ~behind
+    return rank
+
+
+def simplices(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The simplex around each point, as the paper's section 4 finds it.
 
     Returns:
-        Vertex k of each point, the one with remainder k, as integers ``(n, d + 1, d)`` (the last
-        coordinate follows from the sum), and its weight ``(n, d + 1)``.
+        The vertex of remainder 0 divided by d + 1, as integers; the rank of each coordinate,
+        which leads to the other vertices; the barycentric weights of vertices 0..d. All
+        ``(d + 1, n)``.
     """
-    n, corners = elevated.shape
-    nearest = (elevated / corners).round() * corners  # remainder 0, but perhaps off the plane
-    excess = (nearest.sum(1, keepdim=True) / corners).round().long()
-    order = (elevated - nearest).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank.scatter_(1, order, torch.arange(corners, device=order.device).expand(n, -1))
+    corners = elevated.shape[0]
+    cell = (elevated / corners).round()
+    rank = descending_rank(elevated - cell * corners)
     # Back onto the plane: the coordinates that were rounded furthest are rounded the other way.
-    rank = rank + excess
-    wrap = (rank < 0).long() - (rank > corners - 1).long()
-    rank = rank + wrap * corners
-    nearest = nearest + (wrap * corners).to(elevated)
-    offset = torch.empty_like(elevated).scatter_(1, rank, elevated - nearest)  # descending
-    step = (offset[:, :-1] - offset[:, 1:]) / corners
-    weights = torch.cat([1 - step.sum(1, keepdim=True), step.flip(1)], dim=1)
-    k = torch.arange(corners, device=rank.device)[:, None]
-    ladder = torch.where(rank[:, None] <= corners - 1 - k, k, k - corners)
-    return (nearest.long()[:, None] + ladder)[..., :-1], weights
+    rank += cell.sum(0).to(torch.int16)
+    wrap = (rank < 0).to(torch.int16) - (rank >= corners).to(torch.int16)
+    cell += wrap
+    rank += wrap * corners
+    wide = rank.long()
+    offset = torch.empty_like(elevated).scatter_(0, wide, elevated - cell * corners)
+    weights = torch.empty_like(elevated)
+    torch.sub(offset[:-1].flip(0), offset[1:].flip(0), out=weights[1:])
+    weights[0] = offset[-1] - offset[0]
+    weights /= corners
+    weights[0] += 1
+    return cell.to(torch.int32), wide, weights
 
 
-def row_codes(rows: Tensor) -> Tensor:
-    """One int64 for each integer row, equal exactly where the rows are equal.
+class Codes:
+    """Vertices as whole numbers: digits are the coordinates, of one remainder class at a time.
 
-    The columns are digits of a number; should it not fit, the codes so far are renumbered.
+    Coordinate i of a vertex of remainder k is (d + 1) a + k; digit i is a, counted from 2 below
+    the least, so that no neighbour of a vertex borrows from the next digit.
     """
-    code = rows.new_zeros(rows.shape[0])
-    span = 1
-    for column in rows.unbind(1):
-        low, high = (int(x) for x in torch.aminmax(column))
-        if span * (high - low + 1) >= 2**62:
-            code = torch.unique(code, return_inverse=True)[1]
-            span = rows.shape[0]
-        code = code * (high - low + 1) + (column - low)
-        span *= high - low + 1
-    return code
+
+    def __init__(self, cell: Tensor, groups: int) -> None:
+        low, high = (x.tolist() for x in torch.aminmax(cell[:-1], dim=1))
+        self.low = [x - 2 for x in low]
+        self.radices = [1]
+        for least, most in zip(low, high, strict=True):
+            self.radices.append(self.radices[-1] * (most - least + 4))
+        self.group = self.radices.pop(-1)
+        self.span = self.group * groups
+        self.fits = self.span * (cell.shape[0] + 1) < 2**62
+        self.dtype = torch.int32 if self.span < 2**31 else torch.int64
+
+    def of_points(self, cell: Tensor, rank: Tensor, group: Tensor | None) -> Tensor:
+        """Codes of the vertices 0..d of each point within their class; ``(d + 1, n)``."""
+        corners = cell.shape[0]
+        codes = torch.empty(cell.shape, dtype=self.dtype, device=cell.device)
+        codes[0] = 0 if group is None else group * self.group
+        for row, low, radix in zip(cell, self.low, self.radices, strict=False):
+            codes[0] += (row.to(self.dtype) - low) * radix
+        # From vertex k - 1 to k, the coordinate of rank d + 1 - k loses d + 1, and all gain 1.
+        radices = torch.tensor([*self.radices, 0], dtype=self.dtype, device=cell.device)
+        steps = torch.empty_like(codes).scatter_(0, rank, radices[:, None].expand_as(rank))
+        for k in range(1, corners):
+            torch.sub(codes[k - 1], steps[corners - k], out=codes[k])
+        return codes
 
 
-def find_neighbours(vertices: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For each of the d + 1 axes, the rows of the next and the previous vertex.
+def find_neighbours(codes: Tensor, starts: Sequence[int], digits: Codes) -> list[Tensor]:
+    """For each of the d + 1 axes, the number of the vertex that follows each vertex, or m.
 
-    ``vertices`` is ``(m, d)``; m stands for a vertex that does not exist.
+    One probe of a hash table finds most; vertices whose place in it another one took are few, and
+    their predecessors are searched for instead.
+
+    Args:
+        codes: Codes of the m vertices, ascending within each class; int64.
+        starts: Where the d + 1 classes start.
+        digits: What the codes mean.
     """
-    m, d = vertices.shape
-    missing = torch.full((m + 1,), m, device=vertices.device)
+    m, corners = codes.shape[0], len(starts)
+    codes = codes.clone()
+    for start in starts[1:]:
+        codes[start:] += digits.span
+    around = sum(digits.radices) - corners * digits.span  # from the last class to the first
+    following = codes + digits.span
+    following[starts[-1] :] += around
+    bits = (4 * m).bit_length()
+    number = torch.arange(m, device=codes.device)
+    place = _hashed(codes, bits)
+    table = number.new_zeros(2**bits, dtype=torch.int32).scatter_(0, place, number.int())
+    lost = (table.index_select(0, place) != number).nonzero()[:, 0]
+    preceding = codes[lost] - digits.span
+    preceding -= torch.where(lost < (starts[1] if corners > 1 else m), around, 0)
     neighbours = []
-    for axis in range(d + 1):
-        step = torch.ones(d, dtype=torch.long, device=vertices.device)
-        if axis < d:
-            step[axis] = -d
-        code, wanted = row_codes(torch.cat([vertices, vertices + step])).chunk(2)
-        code, order = code.sort()
-        place = torch.searchsorted(code, wanted).clamp(max=m - 1)
-        following = missing.clone()
-        following[:m] = torch.where(code[place] == wanted, order[place], m)
-        preceding = missing.clone()
-        preceding[following[:m]] = torch.arange(m, device=vertices.device)
-        preceding[m] = m
-        neighbours.append((following, preceding))
+    for radix in [*digits.radices, 0]:
+        wanted = following - radix
+        found = table.index_select(0, _hashed(wanted, bits))
+        found = torch.where(codes.index_select(0, found) == wanted, found, m)
+        source = preceding + radix
+        at = torch.searchsorted(codes, source).clamp_(max=m - 1)
+        exists = codes[at] == source
+        found[at[exists]] = lost[exists].int()
+        neighbours.append(found)
     return neighbours
 
 
-class PermutohedralLattice:
-    r"""A Gaussian filter between points of d dimensions; built once, used many times.
+def _hashed(codes: Tensor, bits: int) -> Tensor:
+    """The upper ``bits`` bits of a product modulo 2^64."""
+    return ((codes * HASH_FACTOR) >> (64 - bits)) & (2**bits - 1)
 
-    :meth:`filter` approximates, for values :math:`v_j` at points :math:`f_j`,
 
-    .. math:: v'_i = \sum_j \exp\left(-\tfrac12 \lVert f_i - f_j \rVert^2\right) v_j
+class Table(NamedTuple):
+    """The lattice as indices. Row m, past the m vertices, is for those that do not exist.
 
-    up to a common factor. Only vertices around a point exist, as in the lattice of the fully
-    connected CRF of Krähenbühl and Koltun (2011); equal vertices are found by their exact keys.
-
-    Args:
-        features: The points f, divided by the widths of the Gaussian; ``(n, d)``. They get no
-            gradient.
-
-    Raises:
-        TypeError: If ``features`` is not a floating tensor.
-        ValueError: If ``features`` is not ``(n, d)`` with d >= 1, or not finite (on the CPU).
-
-    Example:
-        >>> lattice = PermutohedralLattice(torch.tensor([[0.0], [0.0], [50.0]]))
-        >>> lattice.filter(torch.tensor([[1.0], [3.0], [7.0]]))
-        tensor([[3.3333],
-                [3.3333],
-                [5.3789]])
+    Attributes:
+        vertices: ``(n, d + 1)``; the vertices around each point.
+        points: ``(n (d + 1),)``; the points around each vertex, one vertex after the other.
+        corners: Which corner of its point's simplex the vertex is, times n, plus the point.
+        offsets: ``(m + 2,)``; where in ``points`` each vertex starts, and the end.
+        blurs: For each axis ``(m + 1, 3)``: the vertex, the next one, the one before.
     """
 
-    def __init__(self, features: Tensor) -> None:
-        _checks.floating("features", _checks.shape("features", features, ("n", "d")))
-        if features.shape[1] == 0:
-            raise ValueError(f"features must have at least one column, got {features.shape[1]}")
-        if _checks.readable(features) and not bool(torch.isfinite(features).all()):
-            raise ValueError("features must be finite, got NaN or infinity")
-        with torch.no_grad():
-            self._build(widen(features))
+    vertices: Tensor
+    points: Tensor
+    corners: Tensor
+    offsets: Tensor
+    blurs: list[Tensor]
 
-    def _build(self, features: Tensor) -> None:
-        n, d = features.shape
-        keys, self.weights = simplices(elevate(features))
-        if n == 0:
-            self.size = 0
-            return
-        flat = keys.reshape(n * (d + 1), d)
-        codes, inverse = torch.unique(row_codes(flat), return_inverse=True)
-        self.size = codes.shape[0]
-        vertices = flat.new_empty(self.size, d)
-        vertices[inverse] = flat
-        self.rows = inverse.view(n, d + 1)
-        self.neighbours = find_neighbours(vertices)
 
-    def filter(self, values: Tensor) -> Tensor:
-        """Filter values at the lattice's points.
+def number_vertices(codes: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
+    """Number the distinct codes of each class, one class after the other.
 
-        Args:
-            values: One row for each point, on the lattice's device; ``(n, C)``.
+    Returns:
+        Numbers of the vertices of each point ``(d + 1, n)``; points sorted by vertex
+        ``(d + 1, n)``; where each vertex starts among these, and the end, ``(m + 1,)``; where each
+        class starts among the vertices; the codes of the vertices ``(m,)``, int64.
+    """
+    corners, n = codes.shape
+    numbers = torch.empty_like(codes, dtype=torch.int32)
+    points = torch.empty_like(numbers)
+    starts, offsets, found = [0], [], []
+    for k in range(corners):
+        ordered, order = codes[k].sort(stable=True)
+        fresh = torch.ones(n, dtype=torch.bool, device=codes.device)
+        torch.ne(ordered[1:], ordered[:-1], out=fresh[1:])
+        number = fresh.cumsum(0, dtype=torch.int32).add_(starts[-1] - 1)
+        numbers[k].scatter_(0, order, number)
+        points[k] = order
+        begin = fresh.nonzero()[:, 0]
+        offsets.append(begin + k * n)
+        found.append(ordered[begin].long())
+        starts.append(starts[-1] + begin.shape[0])
+    end = torch.tensor([corners * n], device=codes.device)
+    return numbers, points, torch.cat([*offsets, end]), starts[:-1], torch.cat(found)
 
-        Returns:
-            The filtered values ``(n, C)``, differentiable in ``values``; float32 for half inputs.
 
-        Raises:
-            TypeError: If ``values`` is not a floating tensor.
-            ValueError: If it does not have n rows, or lies on another device.
-        """
-        n, corners = self.weights.shape
-        _checks.floating("values", _checks.shape("values", values, (n, "C")))
-        _checks.same_device(values=values, features=self.weights)
-        if n == 0:
-            return widen(values)
-        values = widen(values)
-        weights = self.weights.to(values.dtype)
-        # One row more than vertices: it stands for those that do not exist, and stays 0.
-        table = values.new_zeros(self.size + 1, values.shape[1])
-        for k in range(corners):
-            table = table.index_add(0, self.rows[:, k], weights[:, k, None] * values)
-        for following, preceding in self.neighbours:
-            table = table + (table[following] + table[preceding]) / 2
-        sliced = torch.zeros_like(values)
-        for k in range(corners):
-            sliced = sliced + weights[:, k, None] * table[self.rows[:, k]]
-        # Blur and slice of a constant give 1 + 2^-d times too much.
-        return sliced / (1 + 2.0 ** (1 - corners))
+def number_wide_vertices(
+    cell: Tensor, rank: Tensor, group: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The same for vertices whose codes do not fit 64 bits, by the plain form's exact keys.
+
+    Returns:
+        Numbers ``(d + 1, n)``, points ``(d + 1, n)``, starts ``(m + 1,)``, next vertices.
+    """
+    corners, n = cell.shape
+    k = torch.arange(corners, device=cell.device)[:, None, None]
+    ladder = torch.where(rank < corners - k, k, k - corners)  # (vertex, coordinate, point)
+    keys = (cell.long() * corners + ladder)[:, :-1].transpose(1, 2).reshape(corners * n, -1)
+    if group is not None:
+        # A last digit no step changes; it is not a coordinate, so the axes are those before it.
+        keys = torch.cat([keys, group.repeat(corners)[:, None]], dim=1)
+    number, vertices = plain.distinct(keys)
+    following = [f[:-1].int() for f, _ in plain.find_neighbours(vertices, corners - 1)]
+    order = number.argsort(stable=True)
+    starts = torch.bincount(number, minlength=vertices.shape[0]).cumsum(0)
+    starts = torch.cat([starts.new_zeros(1), starts])
+    return number.view(corners, n).int(), order.view(corners, n), starts, following
