@@ -2,10 +2,10 @@
 
     python benchmarks/layers.py
 
-Pooling runs at the paper's sizes (20 pictures, 41 x 41 features of 1,024 channels, N = 4) and with more
-boxes, against the same mathematics as a loop over pictures and boxes, and against global average
-pooling. The loss runs on 20 x 21 x 321 x 321 scores against ``F.cross_entropy``. Every row is the median
-of repeated runs after a warm-up; results go to ``benchmarks/results/layers.json``.
+Pooling runs at the paper's sizes (20 pictures, 41 x 41 features of 1,024 channels, N = 4) and with
+more boxes, against the same mathematics as a loop over pictures and boxes, and against global
+average pooling. The loss runs on 20 x 21 x 321 x 321 scores against ``F.cross_entropy``. Every row
+is the median of repeated runs after a warm-up; results go to ``benchmarks/results/layers.json``.
 """
 
 from __future__ import annotations
@@ -196,7 +196,9 @@ def main(
     out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     table = Table("case", "median ms", "IQR ms", "runs", "peak MiB")
     for case, row in rows.items():
-        table.add_row(case, *(str(row.get(k, "")) for k in ("median_ms", "iqr_ms", "runs", "peak_mib")))
+        table.add_row(
+            case, *(str(row.get(k, "")) for k in ("median_ms", "iqr_ms", "runs", "peak_mib"))
+        )
     rich.print(table)
 
 

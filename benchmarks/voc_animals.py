@@ -2,9 +2,9 @@
 
     python benchmarks/voc_animals.py --root VOCdevkit/VOC2012
 
-Trains EfficientNet-Lite0 on the boxes of ``train_aug`` with background-aware pooling and with global
-average pooling, searches the settings of the label generator on 100 training pictures for each
-trained network, and measures all labels on ``val`` against the true masks. Weights are kept in
+Trains EfficientNet-Lite0 on the boxes of ``train_aug`` with background-aware pooling and with
+global average pooling, searches the settings of the label generator on 100 training pictures for
+each trained network, and measures all labels on ``val`` against the true masks. Weights are kept in
 ``--work`` and results are written after every row, so that an interrupted run continues.
 """
 
@@ -21,16 +21,6 @@ from pathlib import Path
 import rich
 import torch
 import tyro
-from devkit import (
-    VOID,
-    Augmentation,
-    BoxDataset,
-    Devkit,
-    SegmentationScore,
-    collate,
-    fill_boxes,
-)
-from networks import TimmFeatures
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -42,6 +32,16 @@ from bapnal import (
     PseudoLabelGenerator,
     box_classification_loss,
 )
+from devkit import (
+    VOID,
+    Augmentation,
+    BoxDataset,
+    Devkit,
+    SegmentationScore,
+    collate,
+    fill_boxes,
+)
+from networks import TimmFeatures
 
 ANIMALS = (0, 8, 10, 12, 13, 17)
 CLASSES = 21
@@ -116,7 +116,8 @@ def features_of(network: TimmFeatures, devkit: Devkit, names: Sequence[str]) -> 
     """Compute the features of each picture at its own size, once for all settings."""
     network.eval()
     return [
-        network(devkit.image(name)[None]).half() for name in track(names, "features", transient=True)
+        network(devkit.image(name)[None]).half()
+        for name in track(names, "features", transient=True)
     ]
 
 

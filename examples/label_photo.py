@@ -1,11 +1,11 @@
 """Boxes to masks on photographs, without any training.
 
-    python examples/label_photo.py                                   # five photographs of scikit-image
+    python examples/label_photo.py                                  # photographs of scikit-image
     python examples/label_photo.py --image cat.jpg --box 50 5 450 299
 
 An ImageNet network gives the features; what looks like the surroundings of the boxes is background,
-the rest is object. Writes a mask of every picture as PNG (0 background, 1 the first box, 2 the second,
-and so on; smaller boxes win where boxes overlap) and one figure of them all.
+the rest is object. Writes a mask of every picture as PNG (0 background, 1 the first box, 2 the
+second, and so on; smaller boxes win where boxes overlap) and one figure of them all.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import matplotlib
 import numpy as np
 import torch
 import tyro
-from devkit import write_label_map
-from networks import TimmFeatures
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from bapnal import DenseCRF, PseudoLabelGenerator
+from devkit import write_label_map
+from networks import TimmFeatures
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
-from matplotlib.axes import Axes  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 Box = tuple[float, float, float, float]
 
@@ -94,8 +94,8 @@ def label(
     """
     with torch.no_grad():
         features = network(image[None])
-    # Every box is a class of its own. Where boxes overlap and nothing else decides, the lowest class
-    # wins, so the smallest box comes first.
+    # Every box is a class of its own. Where boxes overlap and nothing else decides, the lowest
+    # class wins, so the smallest box comes first.
     order = (boxes[:, 2:] - boxes[:, :2]).prod(1).argsort()
     y = generate(image[None], features, None, [boxes[order]], [torch.arange(1, len(boxes) + 1)])
     numbers = torch.cat([torch.zeros(1, dtype=torch.long), order + 1])

@@ -128,6 +128,7 @@ def noise_aware_loss(
     """
     _checks.number("gamma", gamma, minimum=1)
     _checks.tensor("logits", logits)
+    _checks.tensor("similarity", similarity)
     with full_precision(logits):
         pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
         cosines = _upsample(similarity, pixels.nll.shape[1:], align_corners)

@@ -207,7 +207,7 @@ def _check_inputs(
     check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)
     _checks.same_device(features=features, boxes=padded.corners)
-    if not isinstance(boxes, Tensor) and not isinstance(labels, Tensor):
+    if not isinstance(boxes, Tensor) and isinstance(labels, (list, tuple)):
         for i, (own, named) in enumerate(zip(boxes, labels, strict=False)):
             _checks.shape(f"labels[{i}]", named, (own.shape[0],))
     target = join_labels(labels, batch, padded.picture.shape[0], features.device)
