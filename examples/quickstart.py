@@ -397,29 +397,26 @@ def main(
         output: Folder for everything that is written.
         root: A devkit such as VOCdevkit/VOC2012; without it, pictures are drawn.
         seeds: How often to repeat it all, with other random numbers.
-        steps: Batches that each network is trained on.
+        steps: Batches each network is trained on.
         pictures: How many to draw.
         validation: How many of these are for validation.
         size: Side of the drawn pictures.
         examples: How many pictures the report shows.
         train_split: Of a devkit: what to train on.
         val_split: Of a devkit: what to measure on.
-        classes: Of a devkit: classes that count for the score, apart from the background; all if
-            none are named.
+        classes: Of a devkit: classes that count for the score, besides background; none for all.
         network: For a devkit: timm name of the backbone.
         weights: For a devkit: path of the backbone's weights; "random" for none.
         crf_backend: pydensecrf is faster, if it is installed.
-        device: Where to compute.
+        device: cpu or cuda.
 
     Returns:
         The rows of the table.
     """
-    for name, value in (("seeds", seeds), ("steps", steps)):
-        if value < 1:
-            raise ValueError(f"{name} must be >= 1, got {value}")
+    if min(seeds, steps) < 1:
+        raise ValueError(f"seeds and steps must be >= 1, got {seeds} and {steps}")
     started = time.monotonic()
-    settings = {key: value for key, value in locals().items() if key in SETTINGS}
-    claim(output, settings)
+    claim(output, settings := {k: v for k, v in locals().items() if k in SETTINGS})
     console = Console()
     with progress_bars(console) as bars:
         if root is None:
@@ -427,9 +424,8 @@ def main(
             shapes.write_shapes(data, pictures, validation, size, 0, bars("drawing pictures"))
             plan = plan_shapes(data, steps, crf_backend, device)
         else:
-            splits = (train_split, val_split)
-            backbone = (network, weights)
-            plan = plan_pictures(root, *splits, classes, *backbone, steps, crf_backend, device)
+            names = (train_split, val_split, classes, network, weights)
+            plan = plan_pictures(root, *names, steps, crf_backend, device)
         runs = [run_seed(plan, seed, output / f"seed{seed}", bars) for seed in range(seeds)]
     rows = collect_rows([run[0] for run in runs])
     print_table(console, rows, seeds)
@@ -474,15 +470,15 @@ def write_results(
         output / "report.html",
         report.Report(
             title="From boxes to pixels",
-            lead=f"A network that labels every pixel, learned from {len(plan.train)} pictures whose "
-            "objects are marked with boxes and nothing else.",
+            lead="A network that labels every pixel, learned from pictures whose objects are "
+            "marked with boxes and nothing else.",
             rows=rows,
             examples=panels,
             meanings=MEANINGS,
             classes=names,
             notes=[
-                f"{len(plan.train)} pictures to train on, {len(plan.val)} to measure on; true masks "
-                "are used to measure, and for the ceiling.",
+                f"{len(plan.train)} pictures to train on, {len(plan.val)} to measure on. True "
+                "masks serve to measure, and for the ceiling.",
                 f"{max(len(row.val) for row in rows)} seeds; ± is half the range over them. "
                 "The same settings serve GAP and BAP.",
                 f"{plan.first.steps} steps of {plan.first.batch_size} pictures in stages 1 and 3.",

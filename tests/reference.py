@@ -323,7 +323,8 @@ def attention_unary(
     if scaling == "minmax":
         inside = [a[i][j] for i, j in positions(image_size) if boxed[i][j] and shown[i][j]]
         low, high = min(inside, default=0.0), max(inside, default=0.0)
-        a = plane_of(image_size, lambda i, j: ratio(a[i][j] - low, high - low))
+        span = high - low if high - low > 1e-12 else 0.0  # the rest is rounding
+        a = plane_of(image_size, lambda i, j: ratio(a[i][j] - low, span))
     a = plane_of(image_size, lambda i, j: a[i][j] if boxed[i][j] else 1.0)
     if threshold is not None:
         limit = threshold * largest(a, shown)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from label_photo import load_photo, main, photos
 from PIL import Image
+
+from label_photo import load_photo, main, photos
 
 
 @pytest.fixture
 def photo(tmp_path):
-    """A red disc on a striped ground; its box is (20, 20, 76, 76)."""
+    """A red disc, box (20, 20, 76, 76), and a blue bar, on a striped ground."""
     y, x = np.mgrid[:96, :96]
     pixels = np.zeros((96, 96, 3), np.uint8)
     pixels[..., 1] = 90 + 60 * (x // 8 % 2)
     pixels[(x - 48) ** 2 + (y - 48) ** 2 < 28**2] = (220, 30, 30)
+    pixels[82:92, 6:26] = (30, 30, 220)
     path = tmp_path / "disc.png"
     Image.fromarray(pixels).save(path)
     return path
@@ -36,10 +38,11 @@ def test_disc_is_cut_out_of_its_box(photo, tmp_path):
 
 
 def test_each_box_has_its_number(photo, tmp_path):
-    boxes = [(20.0, 20.0, 76.0, 76.0), (2.0, 80.0, 30.0, 94.0)]
+    boxes = [(20.0, 20.0, 76.0, 76.0), (4.0, 80.0, 28.0, 94.0)]
     mask = np.array(Image.open(main(photo, boxes, tmp_path / "out", crf=False)[0]))
     assert set(np.unique(mask[20:76, 20:76])) <= {0, 1}
-    assert set(np.unique(mask[80:94, 2:30])) == {0, 2}
+    assert set(np.unique(mask[80:94, 4:28])) == {0, 2}
+    assert (mask[82:92, 6:26] == 2).mean() > 0.8
 
 
 def test_boxes_are_clipped_to_the_picture(photo):

@@ -474,27 +474,27 @@ CORNER_BOXES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("sampling", ["cells", "roi_align"])
-def test_corners_are_finite(dtype, sampling):
+def test_corners_are_finite(sampling):
     if sampling == "roi_align":
         pytest.importorskip("torchvision")
     nothing = torch.zeros(2, 16, 16, dtype=torch.bool)
-    weight = torch.randn(4, 3, generator=seeded(0), dtype=torch.float64).to(dtype)
+    weight = torch.randn(4, 3, generator=seeded(0))
     for features in corner_features():
         for boxes in CORNER_BOXES:
-            for valid in (None, nothing) if sampling == "cells" else (None,):
-                for bins in (1, 2):
+            for valid, bins in ((None, 1), (None, 2), (nothing, 1)):
+                if valid is not None and sampling == "roi_align":
+                    continue
 
-                    def loss(x, w, boxes=boxes, valid=valid, bins=bins):
-                        out = background_aware_pooling(
-                            x, boxes, (16, 16), output_size=bins, sampling=sampling, valid=valid
-                        )
-                        finite(*out)
-                        labels = [torch.ones(len(row), dtype=torch.long) for row in boxes]
-                        return box_classification_loss(out, w, labels)
+                def loss(x, w, boxes=boxes, valid=valid, bins=bins):
+                    out = background_aware_pooling(
+                        x, boxes, (16, 16), output_size=bins, sampling=sampling, valid=valid
+                    )
+                    finite(*out)
+                    labels = [torch.ones(len(row), dtype=torch.long) for row in boxes]
+                    return box_classification_loss(out, w, labels)
 
-                    finite_gradients(loss, features.to(dtype), weight)
+                finite_gradients(loss, features.float(), weight)
 
 
 def test_a_box_without_weight_pools_to_zero():

@@ -1,7 +1,7 @@
 r"""The permutohedral lattice, fast: built by a few sorts, applied by sparse matrix products.
 
-What it computes is defined by :mod:`bapnal.crf.plain`, which reads like the paper: splat, blur along
-d + 1 axes, slice. Here arrays have one row a coordinate, so that everything elementwise runs over
+What it computes is defined by :mod:`bapnal.crf.plain`, which reads like the paper: splat, blur
+along d + 1 axes, slice. Here arrays have one row a coordinate, so that everything elementwise runs over
 contiguous memory, and vertices are numbered by their remainder class first: vertex k of a point
 is never vertex k' of another, d + 1 sorts of n keys do for one of n(d + 1), and their keys fit
 32 bits on photographs.
@@ -10,7 +10,7 @@ is never vertex k' of another, d + 1 sorts of n keys do for one of n(d + 1), and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -80,30 +80,28 @@ def simplices(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Codes:
-    """Vertices as whole numbers: digits are the coordinates, of one remainder class at a time.
+    """Vertices as whole numbers, whose digits are the coordinates within one remainder class.
 
     Coordinate i of a vertex of remainder k is (d + 1) a + k; digit i is a, counted from 2 below
     the least, so that no neighbour of a vertex borrows from the next digit.
     """
 
-    def __init__(self, cell: Tensor, groups: int) -> None:
-        low, high = (x.tolist() for x in torch.aminmax(cell[:-1], dim=1))
-        self.low = [x - 2 for x in low]
+    def __init__(self, cell: Tensor) -> None:
+        self.low, high = (x.tolist() for x in torch.aminmax(cell[:-1], dim=1))
         self.radices = [1]
-        for least, most in zip(low, high, strict=True):
+        for least, most in zip(self.low, high, strict=True):
             self.radices.append(self.radices[-1] * (most - least + 4))
-        self.group = self.radices.pop(-1)
-        self.span = self.group * groups
+        self.span = self.radices.pop()
         self.fits = self.span * (cell.shape[0] + 1) < 2**62
         self.dtype = torch.int32 if self.span < 2**31 else torch.int64
 
-    def of_points(self, cell: Tensor, rank: Tensor, group: Tensor | None) -> Tensor:
-        """Codes of the vertices 0..d of each point within their class; ``(d + 1, n)``."""
+    def of_points(self, cell: Tensor, rank: Tensor) -> Tensor:
+        """Codes of vertices 0..d of each point, each within its own class; ``(d + 1, n)``."""
         corners = cell.shape[0]
         codes = torch.empty(cell.shape, dtype=self.dtype, device=cell.device)
-        codes[0] = 0 if group is None else group * self.group
+        codes[0] = 0
         for row, low, radix in zip(cell, self.low, self.radices, strict=False):
-            codes[0] += (row.to(self.dtype) - low) * radix
+            codes[0] += (row.to(self.dtype) - (low - 2)) * radix
         # From vertex k - 1 to k, the coordinate of rank d + 1 - k loses d + 1, and all gain 1.
         radices = torch.tensor([*self.radices, 0], dtype=self.dtype, device=cell.device)
         steps = torch.empty_like(codes).scatter_(0, rank, radices[:, None].expand_as(rank))
@@ -152,72 +150,246 @@ def find_neighbours(codes: Tensor, starts: Sequence[int], digits: Codes) -> list
 
 def _hashed(codes: Tensor, bits: int) -> Tensor:
     """The upper ``bits`` bits of a product modulo 2^64."""
-    return ((codes * HASH_FACTOR) >> (64 - bits)) & (2**bits - 1)
+    mixed = codes * HASH_FACTOR
+    return mixed.bitwise_right_shift_(64 - bits).bitwise_and_(2**bits - 1)
 
 
-class Table(NamedTuple):
-    """The lattice as indices. Row m, past the m vertices, is for those that do not exist.
+class Numbering(NamedTuple):
+    """The vertices of a lattice, numbered.
 
     Attributes:
-        vertices: ``(n, d + 1)``; the vertices around each point.
-        points: ``(n (d + 1),)``; the points around each vertex, one vertex after the other.
-        corners: Which corner of its point's simplex the vertex is, times n, plus the point.
-        offsets: ``(m + 2,)``; where in ``points`` each vertex starts, and the end.
-        blurs: For each axis ``(m + 1, 3)``: the vertex, the next one, the one before.
+        vertices: ``(d + 1, n)``; the vertices of each point.
+        points: ``(d + 1, n)``; read row by row, the points around one vertex after the other.
+        places: ``(d + 1, n)``; where in ``vertices``, read row by row, these pairs are.
+        offsets: ``(m + 1,)``; where in ``points`` each vertex starts, and the end.
+        following: For each axis the next vertex of each vertex, or m.
     """
 
     vertices: Tensor
     points: Tensor
-    corners: Tensor
+    places: Tensor
     offsets: Tensor
-    blurs: list[Tensor]
+    following: list[Tensor]
 
 
-def number_vertices(codes: Tensor) -> tuple[Tensor, Tensor, Tensor, list[int], Tensor]:
-    """Number the distinct codes of each class, one class after the other.
-
-    Returns:
-        Numbers of the vertices of each point ``(d + 1, n)``; points sorted by vertex
-        ``(d + 1, n)``; where each vertex starts among these, and the end, ``(m + 1,)``; where each
-        class starts among the vertices; the codes of the vertices ``(m,)``, int64.
-    """
+def number_vertices(codes: Tensor, digits: Codes) -> Numbering:
+    """Number the distinct codes, class by class, by sorting each class."""
     corners, n = codes.shape
-    numbers = torch.empty_like(codes, dtype=torch.int32)
-    points = torch.empty_like(numbers)
-    starts, offsets, found = [0], [], []
+    vertices = torch.empty_like(codes, dtype=torch.int32)
+    points, places = torch.empty_like(vertices), torch.empty_like(vertices)
+    starts, offsets, distinct = [0], [], []
     for k in range(corners):
         ordered, order = codes[k].sort(stable=True)
         fresh = torch.ones(n, dtype=torch.bool, device=codes.device)
         torch.ne(ordered[1:], ordered[:-1], out=fresh[1:])
         number = fresh.cumsum(0, dtype=torch.int32).add_(starts[-1] - 1)
-        numbers[k].scatter_(0, order, number)
+        vertices[k].scatter_(0, order, number)
         points[k] = order
+        torch.add(points[k], k * n, out=places[k])
         begin = fresh.nonzero()[:, 0]
         offsets.append(begin + k * n)
-        found.append(ordered[begin].long())
+        distinct.append(ordered[begin].long())
         starts.append(starts[-1] + begin.shape[0])
-    end = torch.tensor([corners * n], device=codes.device)
-    return numbers, points, torch.cat([*offsets, end]), starts[:-1], torch.cat(found)
+    offsets.append(torch.tensor([corners * n], device=codes.device))
+    following = find_neighbours(torch.cat(distinct), starts[:-1], digits)
+    return Numbering(vertices, points, places, torch.cat(offsets), following)
 
 
-def number_wide_vertices(
-    cell: Tensor, rank: Tensor, group: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The same for vertices whose codes do not fit 64 bits, by the plain form's exact keys.
-
-    Returns:
-        Numbers ``(d + 1, n)``, points ``(d + 1, n)``, starts ``(m + 1,)``, next vertices.
-    """
+def number_wide_vertices(cell: Tensor, rank: Tensor) -> Numbering:
+    """The same for vertices whose codes do not fit 64 bits, by the plain form's exact keys."""
     corners, n = cell.shape
     k = torch.arange(corners, device=cell.device)[:, None, None]
     ladder = torch.where(rank < corners - k, k, k - corners)  # (vertex, coordinate, point)
     keys = (cell.long() * corners + ladder)[:, :-1].transpose(1, 2).reshape(corners * n, -1)
-    if group is not None:
-        # A last digit no step changes; it is not a coordinate, so the axes are those before it.
-        keys = torch.cat([keys, group.repeat(corners)[:, None]], dim=1)
-    number, vertices = plain.distinct(keys)
-    following = [f[:-1].int() for f, _ in plain.find_neighbours(vertices, corners - 1)]
-    order = number.argsort(stable=True)
-    starts = torch.bincount(number, minlength=vertices.shape[0]).cumsum(0)
-    starts = torch.cat([starts.new_zeros(1), starts])
-    return number.view(corners, n).int(), order.view(corners, n), starts, following
+    number, found = plain.distinct(keys)
+    places = number.argsort(stable=True).int().view(corners, n)
+    counts = torch.bincount(number, minlength=found.shape[0])
+    following = [ahead[:-1].int() for ahead, _ in plain.find_neighbours(found)]
+    return Numbering(
+        number.int().view(corners, n),
+        places % n,
+        places,
+        F.pad(counts.cumsum(0), (1, 0)),
+        following,
+    )
+
+
+class PermutohedralLattice:
+    r"""A Gaussian filter between points of d dimensions; built once, used many times.
+
+    :meth:`filter` approximates, for values :math:`v_j` at points :math:`f_j`,
+
+    .. math:: v'_i = \sum_j \exp\left(-\tfrac12 \lVert f_i - f_j \rVert^2\right) v_j
+
+    up to a common factor (Adams, Baek and Davis 2010). Only vertices around a point exist, as in
+    the lattice of the fully connected CRF of Krähenbühl and Koltun (2011); equal vertices are found
+    by their exact keys. On the CPU indices have 32 bits, which allows for 2^31 / (d + 1) points.
+
+    Args:
+        features: The points f, divided by the widths of the Gaussian; ``(n, d)``. They get no
+            gradient.
+        groups: ``(n,)`` integers >= 0; points of different groups do not see each other, as if
+            each group had a lattice of its own. None: all see each other.
+
+    Raises:
+        TypeError: If ``features`` is not a floating tensor or ``groups`` not integral.
+        ValueError: If ``features`` is not ``(n, d)`` with d >= 1, or not finite (on the CPU), or
+            ``groups`` does not fit.
+
+    Example:
+        >>> lattice = PermutohedralLattice(torch.tensor([[0.0], [0.0], [50.0]]))
+        >>> lattice.filter(torch.tensor([[1.0], [3.0], [7.0]]))
+        tensor([[3.3333],
+                [3.3333],
+                [5.3789]])
+    """
+
+    def __init__(self, features: Tensor, groups: Tensor | None = None) -> None:
+        _checks.floating("features", _checks.shape("features", features, ("n", "d")))
+        if features.shape[1] == 0:
+            raise ValueError(f"features must have at least one column, got {features.shape[1]}")
+        if _checks.readable(features) and not bool(torch.isfinite(features).all()):
+            raise ValueError("features must be finite, got NaN or infinity")
+        if groups is not None:
+            _checks.integral("groups", _checks.shape("groups", groups, (features.shape[0],)))
+            _checks.same_device(groups=groups, features=features)
+        self.points, dimensions = features.shape
+        self.dimensions = dimensions
+        if self.points > 0:
+            with torch.no_grad():
+                self._build(widen(features).T.contiguous(), groups)
+
+    def _build(self, features: Tensor, groups: Tensor | None) -> None:
+        cell, rank, weights = simplices(elevate(features))
+        if groups is not None:  # far apart along the first coordinate
+            least, most = torch.aminmax(cell[0])
+            cell[0] += (groups * (most - least + 4)).to(cell.dtype)
+        digits = Codes(cell)
+        if digits.fits:
+            table = number_vertices(digits.of_points(cell, rank), digits)
+        else:
+            table = number_wide_vertices(cell, rank)
+        m = table.offsets.shape[0] - 1
+        index = torch.int32 if features.device.type == "cpu" else torch.int64
+        # Row m, past the m vertices, stands for those that do not exist, and stays 0.
+        self.vertices = table.vertices.T.contiguous().to(index)  # (n, d + 1)
+        self.weights = weights.T.contiguous()
+        self.splat_points = table.points.flatten()
+        self.splat_weights = weights.flatten().index_select(0, table.places.flatten())
+        self.splat_offsets = torch.cat([table.offsets, table.offsets[-1:]]).int()
+        self.blurs = [_blur(ahead, m, index) for ahead in table.following]
+        self.blur_weights = self.weights.new_tensor([1, 0.5, 0.5]).repeat(m + 1, 1)
+
+    @property
+    def size(self) -> int:
+        """How many vertices there are."""
+        return self.blurs[0].shape[0] - 1 if self.points > 0 else 0
+
+    def filter(self, values: Tensor) -> Tensor:
+        """Filter values at the lattice's points.
+
+        Args:
+            values: One row for each point, on the lattice's device; ``(n, C)``.
+
+        Returns:
+            The filtered values ``(n, C)``, differentiable in ``values`` any number of times;
+            float32 for half inputs.
+
+        Raises:
+            TypeError: If ``values`` is not a floating tensor.
+            ValueError: If it does not have n rows, or lies on another device.
+        """
+        _checks.floating("values", _checks.shape("values", values, (self.points, "C")))
+        if self.points == 0 or values.shape[1] == 0:
+            return widen(values)
+        _checks.same_device(values=values, features=self.weights)
+        # Blur and slice of a constant give 1 + 2^-d times too much.
+        return apply_lattice(self, widen(values)) / (1 + 2.0**-self.dimensions)
+
+
+def _blur(following: Tensor, m: int, index: torch.dtype) -> Tensor:
+    """``(m + 1, 3)``: each vertex, the next one and the one before, m where there is none."""
+    blur = torch.full((m + 1, 3), m, dtype=index, device=following.device)
+    number = torch.arange(m, dtype=index, device=following.device)
+    blur[:m, 0] = number
+    blur[:m, 1] = following
+    preceding = blur.new_full((m + 1,), m).scatter_(0, following.long(), number)
+    blur[:m, 2] = preceding[:m]
+    return blur
+
+
+def apply_lattice(lattice: PermutohedralLattice, values: Tensor) -> Tensor:
+    """Splat, blur and slice; differentiable in the values."""
+    return cast(Tensor, _Filter.apply(values, lattice, False))
+
+
+class _Filter(torch.autograd.Function):
+    """The filter is linear; its transpose blurs along the axes in the opposite order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, lattice: PermutohedralLattice, transposed: bool
+    ) -> Tensor:
+        ctx.lattice, ctx.transposed = lattice, transposed
+        blurs = reversed(lattice.blurs) if transposed else iter(lattice.blurs)
+        kernels = Bags if values.device.type == "cpu" else Gathers
+        table = kernels.splat(lattice, values.contiguous())
+        for blur in blurs:
+            table = kernels.blur(lattice, table, blur)
+        return kernels.slice(lattice, table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _Filter.apply(gradient, ctx.lattice, not ctx.transposed), None, None
+
+
+class Bags:
+    """Splat, blur and slice as sums over bags of rows, the fastest form on a CPU."""
+
+    @staticmethod
+    def splat(lattice: PermutohedralLattice, values: Tensor) -> Tensor:
+        """Values ``(n, C)`` to the table of the vertices, ``(m + 1, C)``."""
+        return F.embedding_bag(
+            lattice.splat_points,
+            values,
+            lattice.splat_offsets,
+            mode="sum",
+            per_sample_weights=lattice.splat_weights.to(values.dtype),
+            include_last_offset=True,
+        )
+
+    @staticmethod
+    def blur(lattice: PermutohedralLattice, table: Tensor, blur: Tensor) -> Tensor:
+        """Blur the table along one axis."""
+        weights = lattice.blur_weights.to(table.dtype)
+        return F.embedding_bag(blur, table, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    def slice(lattice: PermutohedralLattice, table: Tensor) -> Tensor:
+        """The table to values ``(n, C)``."""
+        weights = lattice.weights.to(table.dtype)
+        return F.embedding_bag(lattice.vertices, table, mode="sum", per_sample_weights=weights)
+
+
+class Gathers:
+    """The same as indexed reads and writes, for a GPU.
+
+    There a sum over bags waits for the largest: most vertices have a few points, some thousands.
+    """
+
+    @staticmethod
+    def splat(lattice: PermutohedralLattice, values: Tensor) -> Tensor:
+        """Values ``(n, C)`` to the table of the vertices, ``(m + 1, C)``."""
+        spread = lattice.weights.to(values.dtype)[..., None] * values[:, None]
+        table = values.new_zeros(lattice.size + 1, values.shape[1])
+        return table.index_add_(0, lattice.vertices.flatten(), spread.flatten(0, 1))
+
+    @staticmethod
+    def blur(lattice: PermutohedralLattice, table: Tensor, blur: Tensor) -> Tensor:
+        """Blur the table along one axis."""
+        return table + (table[blur[:, 1]] + table[blur[:, 2]]) / 2
+
+    @staticmethod
+    def slice(lattice: PermutohedralLattice, table: Tensor) -> Tensor:
+        """The table to values ``(n, C)``."""
+        return (lattice.weights.to(table.dtype)[..., None] * table[lattice.vertices]).sum(1)

@@ -1,4 +1,4 @@
-r"""The permutohedral lattice, plainly: Gaussian filtering of n values at n points in d dimensions, in O(n).
+r"""The permutohedral lattice, plainly: Gaussian filtering of n values at n points, in O(n).
 
 After Adams, Baek and Davis, *Fast High-Dimensional Filtering Using the Permutohedral Lattice*
 (2010). The lattice lies in the hyperplane of :math:`\mathbb{R}^{d+1}` whose coordinates sum to 0;
@@ -142,9 +142,7 @@ class PlainLattice:
         return sliced / (1 + 2.0 ** (1 - corners))
 
 
-def plain_mean_field(
-    terms: list[tuple[float, Tensor]], logits: Tensor, iterations: int
-) -> Tensor:
+def plain_mean_field(terms: list[tuple[float, Tensor]], logits: Tensor, iterations: int) -> Tensor:
     """Marginals of one picture; see :func:`bapnal.crf.dense_crf`.
 
     Args:
