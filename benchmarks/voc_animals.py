@@ -76,14 +76,14 @@ def train(root: Path, pool: str, seed: int, epochs: int, path: Path) -> None:
     """Train stage 1 on the boxes of ``train_aug`` and keep weights at ``path``."""
     torch.manual_seed(seed)
     devkit = Devkit(root)
-    data = BoxDataset(devkit, devkit.names("train_aug"), Augmentation(crop=321))
+    data = BoxDataset(devkit, devkit.names("train_aug"), Augmentation(crop=257))
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(
         data, 16, shuffle=True, drop_last=True, collate_fn=collate, generator=generator
     )
     network = TimmFeatures(stride=16).to(memory_format=torch.channels_last)
     network.network.conv_stem.requires_grad_(False)
-    network.network.blocks[:2].requires_grad_(False)
+    network.network.blocks[:3].requires_grad_(False)
     weight = torch.nn.Parameter(torch.randn(CLASSES, network.channels) * 0.01)
     learned = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -239,7 +239,7 @@ def main(
     out: Path = Path("benchmarks/results/voc_animals_labels.json"),
     work: Path = Path("runs/voc_animals"),
     seeds: tuple[int, ...] = (0, 1, 2),
-    epochs: int = 4,
+    epochs: int = 3,
     only_train: bool = False,
 ) -> None:
     """Run whatever is missing.

@@ -433,6 +433,17 @@ def test_class_agnostic_labels():
     close(y.foreground_unary[0, 0][alone], 1 - y.background_unary[0][alone])
 
 
+def test_a_softmax_may_be_asked_for_by_a_flag():
+    def seen(**options):
+        found = []
+        labels_of(fixed(), crf=lambda _, p: found.append(p) or p, **options)
+        return torch.cat([p.flatten() for p in found])
+
+    assert torch.equal(seen(unary_softmax=True), seen(unary_softmax=1.0))
+    assert torch.equal(seen(unary_softmax=False), seen())
+    assert not torch.equal(seen(unary_softmax=True), seen())
+
+
 def test_a_softmax_of_high_scale_is_the_argmax_of_the_unaries():
     scene = fixed()
     sharp = labels_of(scene, unary_softmax=1e4)
@@ -925,7 +936,7 @@ def test_errors_of_options():
             "cam_normalization must be one of 'class', 'box', got 'picture'",
         ),
         ({"unary_softmax": 0}, ValueError, "unary_softmax must be > 0, got 0"),
-        ({"unary_softmax": True}, TypeError, "unary_softmax must be a number, got bool"),
+        ({"unary_softmax": "1"}, TypeError, "unary_softmax must be a number, got str"),
     ]:
         with pytest.raises(kind) as caught:
             labels_of(scene, **wrong)

@@ -82,7 +82,7 @@ def pseudo_labels(
     background_threshold: float | None = 0.99,
     attention_minmax: bool = False,
     cam_normalization: str = "class",
-    unary_softmax: float | None = None,
+    unary_softmax: float | bool | None = None,
     align_corners: bool = False,
     ignore_index: int = 255,
 ) -> PseudoLabels:
@@ -128,7 +128,7 @@ def pseudo_labels(
         cam_normalization: Maximum of Eq. 5 over all boxes of the class (``"class"``), or over each
             box alone (``"box"``, as the authors' released code does).
         unary_softmax: None divides the unaries by their sum; a number is the scale of a softmax
-            over the background and the classes whose boxes cover the pixel; without weights, over
+            (True: 1, as in the authors' released code) over the background and the classes whose boxes cover the pixel; without weights, over
             u_0 and 1 - u_0, of which those classes then share the second.
         align_corners: How maps are upsampled.
         ignore_index: Label of padding.
@@ -169,7 +169,8 @@ def pseudo_labels(
             u_c = _shared(1 - u_0, regions.masks)
         else:
             u_c = _foreground_unary(x, w, padded, regions, cam_normalization, align_corners)
-        probabilities = _probabilities(u_0, u_c, regions.masks, unary_softmax, w is None)
+        softmax = float(unary_softmax or 0)
+        probabilities = _probabilities(u_0, u_c, regions.masks, softmax, w is None)
         marginals = _apply_crf(crf, images, probabilities, regions.classes, valid)
         allowed = F.pad(regions.masks, (0, 0, 0, 0, 1, 0), value=True)  # background everywhere
         channel = (marginals * allowed).argmax(1)
@@ -221,7 +222,7 @@ def _check_options(
     background: str,
     background_threshold: float | None,
     cam_normalization: str,
-    unary_softmax: float | None,
+    unary_softmax: float | bool | None,
     weight: Tensor | None = None,
     *,
     has_weight: bool = True,
@@ -231,7 +232,7 @@ def _check_options(
     _checks.choice("cam_normalization", cam_normalization, CAM_NORMALIZATIONS)
     if background_threshold is not None:
         _checks.number("background_threshold", background_threshold, minimum=0, maximum=1)
-    if unary_softmax is not None:
+    if unary_softmax is not None and not isinstance(unary_softmax, bool):
         _checks.number("unary_softmax", unary_softmax, above=0)
     if has_weight and weight is None and background != "attention":
         raise ValueError(f'background must be "attention" where weight is None, got {background!r}')
@@ -361,16 +362,19 @@ def _shared(amount: Tensor, masks: Tensor) -> Tensor:
 
 
 def _probabilities(
-    u_0: Tensor, u_c: Tensor, masks: Tensor, softmax: float | None, agnostic: bool
+    u_0: Tensor, u_c: Tensor, masks: Tensor, softmax: float, agnostic: bool
 ) -> Tensor:
-    """Unaries as probabilities of the background and P classes; ``(B, 1 + P, H, W)``."""
+    """Unaries as probabilities of the background and P classes; ``(B, 1 + P, H, W)``.
+
+    ``softmax`` is the scale of a softmax, 0 for none.
+    """
     boxed = masks.any(1)
-    if softmax is not None and agnostic:
+    if softmax > 0 and agnostic:
         p_0 = torch.where(boxed, torch.sigmoid(softmax * (2 * u_0 - 1)), 1.0)
         return torch.cat([p_0[:, None], _shared(1 - p_0, masks)], dim=1)
     allowed = F.pad(masks, (0, 0, 0, 0, 1, 0), value=True)
     unary = torch.cat([u_0[:, None], u_c], dim=1)
-    if softmax is not None:
+    if softmax > 0:
         return (softmax * unary).masked_fill(~allowed, -torch.inf).softmax(1)
     total = unary.sum(1, keepdim=True)
     even = allowed / allowed.sum(1, keepdim=True)  # where nothing speaks for any class
@@ -445,7 +449,7 @@ class PseudoLabelGenerator(nn.Module):
         background: ``"attention"``, ``"cam"`` or ``"both"``.
         attention_minmax: Scale A inside the boxes of a picture to [0, 1] first.
         cam_normalization: ``"class"`` or ``"box"``.
-        unary_softmax: None, or the scale of a softmax.
+        unary_softmax: None, or the scale of a softmax (True: 1).
         align_corners: How maps are upsampled.
         ignore_index: Label of padding.
 
@@ -471,7 +475,7 @@ class PseudoLabelGenerator(nn.Module):
         background: str = "attention",
         attention_minmax: bool = False,
         cam_normalization: str = "class",
-        unary_softmax: float | None = None,
+        unary_softmax: float | bool | None = None,
         align_corners: bool = False,
         ignore_index: int = 255,
     ) -> None:
