@@ -1,10 +1,10 @@
 r"""The permutohedral lattice, fast: built by a few sorts, applied by sparse matrix products.
 
 What it computes is defined by :mod:`bapnal.crf.plain`, which reads like the paper: splat, blur
-along d + 1 axes, slice. Here arrays have one row a coordinate, so that everything elementwise runs over
-contiguous memory, and vertices are numbered by their remainder class first: vertex k of a point
-is never vertex k' of another, d + 1 sorts of n keys do for one of n(d + 1), and their keys fit
-32 bits on photographs.
+along d + 1 axes, slice. Here arrays have one row a coordinate, so that everything elementwise runs
+over contiguous memory, and vertices are numbered by their remainder class first: vertex k of a
+point is never vertex k' of another, d + 1 sorts of n keys do for one of n (d + 1), and the keys
+fit 32 bits on photographs.
 """
 
 from __future__ import annotations
@@ -304,7 +304,11 @@ class PermutohedralLattice:
             return widen(values)
         _checks.same_device(values=values, features=self.weights)
         # Blur and slice of a constant give 1 + 2^-d times too much.
-        return apply_lattice(self, widen(values)) / (1 + 2.0**-self.dimensions)
+        return self.apply(widen(values)) / (1 + 2.0**-self.dimensions)
+
+    def apply(self, values: Tensor) -> Tensor:
+        """:meth:`filter` without checks and without its constant factor."""
+        return cast(Tensor, _Filter.apply(values, self, False))
 
 
 def _blur(following: Tensor, m: int, index: torch.dtype) -> Tensor:
@@ -316,11 +320,6 @@ def _blur(following: Tensor, m: int, index: torch.dtype) -> Tensor:
     preceding = blur.new_full((m + 1,), m).scatter_(0, following.long(), number)
     blur[:m, 2] = preceding[:m]
     return blur
-
-
-def apply_lattice(lattice: PermutohedralLattice, values: Tensor) -> Tensor:
-    """Splat, blur and slice; differentiable in the values."""
-    return cast(Tensor, _Filter.apply(values, lattice, False))
 
 
 class _Filter(torch.autograd.Function):

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from bapnal import _checks
 from bapnal._math import full_precision, widen
 from bapnal.crf.lattice import PermutohedralLattice
+from bapnal.crf.pydensecrf_backend import pydensecrf_marginals
+from bapnal.crf.terms import (
+    PairwiseTerm,
+    check_term,
+    check_term_fits,
+    message,
+    normalized,
+    term_features,
+    weight_of_classes,
+)
 
 BACKENDS = ("torch", "pydensecrf")
+# Lattices over positions alone, by picture size: they are the same for all pictures of one size.
+Cache = dict[tuple[object, ...], PermutohedralLattice]
+CACHED_SIZES = 4
 
 
 def dense_crf(
@@ -17,13 +33,15 @@ def dense_crf(
     probabilities: Tensor,
     valid: Tensor | None = None,
     *,
-    bilateral_weight: float = 4.0,
+    bilateral_weight: float | Tensor = 4.0,
     bilateral_xy: float = 55.0,
     bilateral_rgb: float = 3.0,
-    gaussian_weight: float = 3.0,
+    gaussian_weight: float | Tensor = 3.0,
     gaussian_xy: float = 3.0,
     iterations: int = 10,
     backend: str = "torch",
+    terms: Sequence[PairwiseTerm] | None = None,
+    classes: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     r"""Sharpen class probabilities to the edges of their pictures, by a fully connected CRF.
 
@@ -46,24 +64,31 @@ def dense_crf(
     pydensecrf's ``DenseCRF2D`` computes.
 
     Args:
-        images: RGB, uint8; ``(B, 3, H, W)``.
+        images: RGB, uint8; ``(B, 3, H, W)``. With ``terms``, any guidance, uint8 or floating;
+            ``(B, G, H, W)``. It gets no gradient.
         probabilities: p, non-negative, summing to 1 over the classes; ``(B, C, H, W)``, C >= 1.
         valid: ``(B, H, W)`` bool, which pixels are picture. Others take no part; they get their
-            own clipped probabilities back.
-        bilateral_weight: w of the kernel of position and colour.
+            own clipped probabilities back, normalised.
+        bilateral_weight: w of the kernel of position and colour; see :class:`PairwiseTerm` for
+            tensors.
         bilateral_xy: Its width over positions, in pixels.
         bilateral_rgb: Its width over colours, in grey levels of 0..255.
         gaussian_weight: w of the kernel of position alone.
         gaussian_xy: Its width, in pixels.
         iterations: Mean-field steps; 0 returns the clipped probabilities, normalised.
-        backend: ``"torch"``, or ``"pydensecrf"`` for the same through that package.
+        backend: ``"torch"``, or ``"pydensecrf"`` for the same through that package, in float32
+            on the CPU and without gradients.
+        terms: Pairwise terms in place of the two above, whose five settings then do not count.
+        classes: How many classes each picture has, where they differ; ``(B,)``, each 1..C.
+            Channels from there on take no part, and are 0 in the result.
 
     Returns:
-        Marginals Q, ``(B, C, H, W)``, summing to 1; float32 for half inputs.
+        Marginals Q, ``(B, C, H, W)``, summing to 1, differentiable in the probabilities and in
+        weights that are tensors; float32 for half inputs.
 
     Raises:
-        TypeError: If ``images`` is not uint8, ``probabilities`` not floating, or ``valid`` not
-            bool.
+        TypeError: If ``images`` is not uint8 (or floating, with ``terms``), ``probabilities`` not
+            floating, ``valid`` not bool, or a setting not of its type.
         ValueError: If a shape or a setting does not fit, probabilities are negative, NaN or do not
             sum to 1 (on the CPU), or tensors lie on different devices.
         ImportError: If ``backend="pydensecrf"`` and pydensecrf is not installed.
@@ -75,103 +100,211 @@ def dense_crf(
         >>> dense_crf(image, torch.cat([p, 1 - p], 1), gaussian_weight=0)[0, 0, 0].round()
         tensor([1., 1., 0., 0.])
     """
-    _check_inputs(images, probabilities, valid)
-    kernels = _check_settings(
-        bilateral_weight, bilateral_xy, bilateral_rgb, gaussian_weight, gaussian_xy
-    )
-    _checks.integer("iterations", iterations, minimum=0)
-    _checks.choice("backend", backend, BACKENDS)
-    run = _torch_picture if backend == "torch" else _pydensecrf_picture
-    with full_precision(probabilities):
-        clipped = widen(probabilities).clamp(1e-5, 1)
-        logits = clipped.log().flatten(2)  # -U, (B, C, H*W)
-        marginals = torch.empty_like(logits)
-        results = []
-        for b in range(logits.shape[0]):
-            keep = None if valid is None else valid[b].flatten().nonzero()[:, 0]
-            features = _pixel_features(images[b], keep)
-            own = logits[b].T if keep is None else logits[b].T[keep]
-            q = run(features, own.contiguous(), kernels, iterations)
-            if keep is not None:
-                q = logits[b].T.softmax(1).index_copy(0, keep, q)
-            results.append(q.T)
-        marginals = torch.stack(results) if results else logits
-        return marginals.reshape(probabilities.shape)
+    if terms is None:
+        terms = common_terms(
+            bilateral_weight, bilateral_xy, bilateral_rgb, gaussian_weight, gaussian_xy
+        )
+        _check_rgb(images)
+    _check_settings(terms, iterations, backend)
+    return _dense_crf(images, probabilities, valid, terms, iterations, backend, classes, {})
 
 
-# weight, width over positions, width over colours (None: position alone)
-Kernel = tuple[float, float, float | None]
+def common_terms(
+    bilateral_weight: float | Tensor,
+    bilateral_xy: float,
+    bilateral_rgb: float,
+    gaussian_weight: float | Tensor,
+    gaussian_xy: float,
+) -> list[PairwiseTerm]:
+    """The two terms that everybody uses, with errors that name their five settings."""
+    for name, width in (
+        ("bilateral_xy", bilateral_xy),
+        ("bilateral_rgb", bilateral_rgb),
+        ("gaussian_xy", gaussian_xy),
+    ):
+        _checks.number(name, width, above=0)
+    for name, weight in (
+        ("bilateral_weight", bilateral_weight),
+        ("gaussian_weight", gaussian_weight),
+    ):
+        if not isinstance(weight, Tensor):
+            _checks.number(name, weight)
+    return [
+        PairwiseTerm(gaussian_weight, gaussian_xy),
+        PairwiseTerm(bilateral_weight, bilateral_xy, bilateral_rgb),
+    ]
 
 
-def _pixel_features(image: Tensor, keep: Tensor | None) -> Tensor:
-    """Columns x, y, r, g, b of the pixels ``keep``; ``(n, 5)``."""
-    _, height, width = image.shape
-    y, x = torch.meshgrid(
-        torch.arange(height, device=image.device),
-        torch.arange(width, device=image.device),
-        indexing="ij",
-    )
-    columns = torch.stack([x, y, *image.unbind(0)], dim=-1).reshape(-1, 5).float()
-    return columns if keep is None else columns[keep]
-
-
-def _scaled(features: Tensor, kernel: Kernel) -> Tensor:
-    """The features of one kernel, divided by its widths."""
-    _, xy, rgb = kernel
-    if rgb is None:
-        return features[:, :2] / xy
-    return torch.cat([features[:, :2] / xy, features[:, 2:] / rgb], dim=1)
-
-
-def _torch_picture(
-    features: Tensor, logits: Tensor, kernels: list[Kernel], iterations: int
+def _dense_crf(
+    images: Tensor,
+    probabilities: Tensor,
+    valid: Tensor | None,
+    terms: Sequence[PairwiseTerm],
+    iterations: int,
+    backend: str,
+    classes: Sequence[int] | Tensor | None,
+    cache: Cache,
 ) -> Tensor:
-    """Marginals of one picture; features ``(n, 5)``, logits -U and result ``(n, C)``."""
-    q = logits.softmax(1)
-    if iterations == 0 or features.shape[0] == 0:
-        return q
-    terms = []
-    for kernel in kernels:
-        lattice = PermutohedralLattice(_scaled(features, kernel))
-        total = lattice.filter(logits.new_ones(logits.shape[0], 1))
-        terms.append((kernel[0], lattice, (total + 1e-20).rsqrt()))
+    """:func:`dense_crf` after its settings are checked, with lattices remembered in ``cache``."""
+    _check_inputs(images, probabilities, valid)
+    batch, channels = probabilities.shape[:2]
+    for i, term in enumerate(terms):
+        check_term_fits(f"terms[{i}]", term, images.shape[1], channels)
+    counts = _check_counts(classes, batch, channels)
+    terms = [x for x in terms if isinstance(x.weight, Tensor) or x.weight != 0]
+    with full_precision(probabilities):
+        p = widen(probabilities)
+        if counts is not None:
+            there = torch.arange(channels) < torch.tensor(counts).view(batch, 1)
+            absent = ~there.to(p.device)[..., None]
+            p = p.masked_fill(absent[..., None], 0)
+        if _checks.readable(p):
+            _check_distributions(p.detach(), valid, probabilities.dtype)
+        logits = p.clamp(1e-5, 1).log().flatten(2)  # -U, (B, C, H*W)
+        if counts is not None:
+            logits = logits.masked_fill(absent, -torch.inf)
+        # A GPU wants the whole batch at once, a CPU one picture after the other in its caches.
+        size = batch if backend == "torch" and logits.device.type != "cpu" else 1
+        results = []
+        for start in range(0, batch, max(size, 1)):
+            part = slice(start, start + size)
+            most = channels if counts is None else max(counts[part])
+            q = _marginals(
+                images[part],
+                logits[part, :most],
+                None if valid is None else valid[part],
+                [x._replace(weight=weight_of_classes(x.weight, most)) for x in terms],
+                iterations,
+                backend,
+                cache,
+            )
+            results.append(nn.functional.pad(q, (0, 0, 0, channels - most)))
+        return torch.cat(results).reshape(p.shape) if results else p
+
+
+def _marginals(
+    guidance: Tensor,
+    logits: Tensor,
+    valid: Tensor | None,
+    terms: Sequence[PairwiseTerm],
+    iterations: int,
+    backend: str,
+    cache: Cache,
+) -> Tensor:
+    """Marginals of pictures side by side; logits -U and result ``(b, C, H*W)``."""
+    batch, classes, pixels = logits.shape
+    rows = logits.transpose(1, 2).reshape(batch * pixels, classes)
+    keep = None if valid is None else valid.flatten().nonzero()[:, 0]
+    own = rows if keep is None else rows[keep]
+    pictures = _Pictures(guidance, keep)
+    if backend == "pydensecrf":
+        points = [pictures.features(term) for term in terms]
+        q = pydensecrf_marginals(terms, points, own, iterations)
+    elif iterations == 0 or own.shape[0] == 0:
+        q = short_softmax(own)
+    else:
+        kernels = [(x.weight, pictures.kernel(x, own.dtype, cache)) for x in terms]
+        q = _iterate(own, kernels, iterations)
+    if keep is not None:
+        q = short_softmax(rows).index_copy(0, keep, q)
+    return q.view(batch, pixels, classes).transpose(1, 2)
+
+
+def _iterate(
+    logits: Tensor,
+    kernels: Sequence[tuple[float | Tensor, PermutohedralLattice]],
+    iterations: int,
+) -> Tensor:
+    """The mean-field steps; logits -U and result ``(n, C)``."""
+    q = short_softmax(logits)
     for _ in range(iterations):
         energy = logits
-        for weight, lattice, norm in terms:
-            energy = energy + weight * norm * lattice.filter(norm * q)
-        q = energy.softmax(1)
+        for weight, kernel in kernels:
+            if isinstance(weight, Tensor):
+                energy = energy + message(weight, kernel.apply(q))
+            else:
+                energy = torch.add(energy, kernel.apply(q), alpha=weight)
+        q = short_softmax(energy)
     return q
 
 
-def _pydensecrf_picture(
-    features: Tensor, logits: Tensor, kernels: list[Kernel], iterations: int
-) -> Tensor:
-    """The same through pydensecrf, which knows no gradients and only float32 on the CPU."""
-    try:
-        from pydensecrf.densecrf import DIAG_KERNEL, NORMALIZE_SYMMETRIC, DenseCRF
-    except ImportError as error:
-        raise ImportError(
-            'backend="pydensecrf" needs pydensecrf: pip install "bapnal[crf]"'
-        ) from error
-    if features.shape[0] == 0:
-        return logits
-    model = DenseCRF(*logits.shape)
-    model.setUnaryEnergy((-logits.detach()).T.contiguous().cpu().float().numpy())
-    for kernel in kernels:
-        columns = _scaled(features, kernel).T.contiguous().cpu().numpy()
-        model.addPairwiseEnergy(
-            columns, compat=kernel[0], kernel=DIAG_KERNEL, normalization=NORMALIZE_SYMMETRIC
+def short_softmax(x: Tensor) -> Tensor:
+    """Softmax over the rows of ``(n, C)``; for few classes on the CPU many times faster.
+
+    There the sum is a matrix product, and nothing is subtracted unless exp could overflow.
+    """
+    if x.device.type != "cpu" or x.shape[1] >= 16 or x.numel() == 0:
+        return x.softmax(1)
+    least, most = torch.aminmax(x.detach())
+    if float(least) < -60 or not float(most) < 60:
+        return x.softmax(1)
+    p = x.exp()
+    total = p @ p.new_ones(x.shape[1], 1)
+    return p / total if x.requires_grad else p.div_(total)
+
+
+class _Pictures:
+    """The points of pictures of one size: positions, guidance, and which picture they are in."""
+
+    def __init__(self, guidance: Tensor, keep: Tensor | None) -> None:
+        batch, channels, self.height, self.width = guidance.shape
+        device = guidance.device
+        kind = torch.float64 if guidance.dtype == torch.float64 else torch.float32
+        y, x = torch.meshgrid(
+            torch.arange(self.height, device=device, dtype=kind),
+            torch.arange(self.width, device=device, dtype=kind),
+            indexing="ij",
         )
-    marginals = torch.tensor(model.inference(iterations)).reshape(logits.T.shape)
-    return marginals.T.to(logits)
+        self.batch, self.keep = batch, keep
+        self.positions = torch.stack([x, y], dim=-1).reshape(-1, 2).repeat(batch, 1)
+        self.guidance = guidance.detach().movedim(1, -1).reshape(-1, channels).to(kind)
+        self.groups: Tensor | None = None
+        if batch > 1:
+            pixels = self.height * self.width
+            self.groups = torch.arange(batch, device=device).repeat_interleave(pixels)
+        if keep is not None:
+            self.positions, self.guidance = self.positions[keep], self.guidance[keep]
+            self.groups = None if self.groups is None else self.groups[keep]
+
+    def features(self, term: PairwiseTerm) -> Tensor:
+        """The points of a term's lattice, ``(n, d)``."""
+        return term_features(term, self.positions, self.guidance)
+
+    @torch.no_grad()
+    def kernel(self, term: PairwiseTerm, dtype: torch.dtype, cache: Cache) -> PermutohedralLattice:
+        """The normalised lattice of a term, from the cache where only positions matter."""
+        if term.guidance is not None or self.keep is not None:
+            return normalized(PermutohedralLattice(self.features(term), self.groups), dtype)
+        device, kind = self.positions.device, self.positions.dtype
+        key = (self.batch, self.height, self.width, term.xy, device, kind, dtype)
+        known = cache.get(key)
+        if known is None:
+            known = normalized(PermutohedralLattice(self.features(term), self.groups), dtype)
+            for oldest in list(cache)[: max(len(cache) + 1 - CACHED_SIZES, 0)]:
+                cache.pop(oldest, None)
+            cache[key] = known
+        return known
+
+
+def _check_rgb(images: Tensor) -> None:
+    _checks.shape("images", images, ("B", 3, "H", "W"))
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must have dtype torch.uint8, got {images.dtype}")
+
+
+def _check_settings(terms: Sequence[PairwiseTerm], iterations: int, backend: str) -> None:
+    for i, term in enumerate(terms):
+        check_term(f"terms[{i}]", term)
+    _checks.integer("iterations", iterations, minimum=0)
+    _checks.choice("backend", backend, BACKENDS)
 
 
 def _check_inputs(images: Tensor, probabilities: Tensor, valid: Tensor | None) -> None:
     _checks.floating("probabilities", _checks.shape("probabilities", probabilities, "BCHW"))
     batch, classes, height, width = probabilities.shape
-    _checks.shape("images", images, (batch, 3, height, width))
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must have dtype torch.uint8, got {images.dtype}")
+    _checks.shape("images", images, (batch, "G", height, width))
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise TypeError(f"images must have dtype torch.uint8 or floating, got {images.dtype}")
     _checks.same_device(images=images, probabilities=probabilities)
     if classes == 0 or height == 0 or width == 0:
         raise ValueError(
@@ -181,14 +314,28 @@ def _check_inputs(images: Tensor, probabilities: Tensor, valid: Tensor | None) -
     if valid is not None:
         _checks.boolean("valid", _checks.shape("valid", valid, (batch, height, width)))
         _checks.same_device(valid=valid, probabilities=probabilities)
-    if _checks.readable(probabilities):
-        _check_distributions(probabilities.detach(), valid)
 
 
-def _check_distributions(probabilities: Tensor, valid: Tensor | None) -> None:
+def _check_counts(
+    classes: Sequence[int] | Tensor | None, batch: int, channels: int
+) -> list[int] | None:
+    """The number of classes of each picture as a list."""
+    if classes is None:
+        return None
+    if isinstance(classes, Tensor):
+        classes = _checks.integral("classes", classes).tolist()
+    if not isinstance(classes, Sequence) or len(classes) != batch:
+        raise ValueError(
+            f"classes must have one number for each of {batch} pictures, got {classes}"
+        )
+    counts = [_checks.integer(f"classes[{b}]", x, minimum=1) for b, x in enumerate(classes)]
+    if counts and max(counts) > channels:
+        raise ValueError(f"classes must be <= {channels} channels, got {max(counts)}")
+    return counts
+
+
+def _check_distributions(p: Tensor, valid: Tensor | None, dtype: torch.dtype) -> None:
     """Each pixel of the picture has non-negative probabilities that sum to 1."""
-    half = probabilities.dtype in (torch.float16, torch.bfloat16)
-    p = widen(probabilities)
     low, total = p.amin(1), p.sum(1)
     if valid is not None:
         low, total = low[valid], total[valid]
@@ -197,36 +344,16 @@ def _check_distributions(probabilities: Tensor, valid: Tensor | None) -> None:
     if not bool((low >= 0).all()):
         raise ValueError(f"probabilities must be >= 0, got {float(low.min())}")
     wrong = (total - 1).abs()
-    if not bool((wrong <= (0.02 if half else 1e-3)).all()):
+    if not bool((wrong <= (0.02 if dtype in (torch.float16, torch.bfloat16) else 1e-3)).all()):
         worst = float(total.flatten()[wrong.argmax()])
         raise ValueError(f"probabilities must sum to 1 over dimension 1, got a sum of {worst}")
 
 
-def _check_settings(
-    bilateral_weight: float,
-    bilateral_xy: float,
-    bilateral_rgb: float,
-    gaussian_weight: float,
-    gaussian_xy: float,
-) -> list[Kernel]:
-    """The two kernels, those of weight 0 left out."""
-    kernels: list[Kernel] = [
-        (
-            _checks.number("gaussian_weight", gaussian_weight),
-            _checks.number("gaussian_xy", gaussian_xy, above=0),
-            None,
-        ),
-        (
-            _checks.number("bilateral_weight", bilateral_weight),
-            _checks.number("bilateral_xy", bilateral_xy, above=0),
-            _checks.number("bilateral_rgb", bilateral_rgb, above=0),
-        ),
-    ]
-    return [kernel for kernel in kernels if kernel[0] != 0]
-
-
 class DenseCRF(nn.Module):
-    """Fully connected CRF as a module without parameters; see :func:`dense_crf`.
+    """Fully connected CRF as a module; see :func:`dense_crf`.
+
+    It has no parameters, unless weights are given as ``nn.Parameter``. It remembers the lattices
+    over positions alone for the last few picture sizes, which no result depends on.
 
     Args:
         bilateral_weight: Strength of the kernel of position and colour.
@@ -236,6 +363,7 @@ class DenseCRF(nn.Module):
         gaussian_xy: Its width, in pixels.
         iterations: Mean-field steps.
         backend: ``"torch"`` or ``"pydensecrf"``.
+        terms: Pairwise terms in place of these two.
 
     Example:
         >>> crf = DenseCRF(bilateral_xy=67, iterations=5)
@@ -246,44 +374,64 @@ class DenseCRF(nn.Module):
 
     def __init__(
         self,
-        bilateral_weight: float = 4.0,
+        bilateral_weight: float | Tensor = 4.0,
         bilateral_xy: float = 55.0,
         bilateral_rgb: float = 3.0,
-        gaussian_weight: float = 3.0,
+        gaussian_weight: float | Tensor = 3.0,
         gaussian_xy: float = 3.0,
         iterations: int = 10,
         backend: str = "torch",
+        *,
+        terms: Sequence[PairwiseTerm] | None = None,
     ) -> None:
         super().__init__()
-        _check_settings(bilateral_weight, bilateral_xy, bilateral_rgb, gaussian_weight, gaussian_xy)
         self.bilateral_weight = bilateral_weight
         self.bilateral_xy = bilateral_xy
         self.bilateral_rgb = bilateral_rgb
         self.gaussian_weight = gaussian_weight
         self.gaussian_xy = gaussian_xy
-        self.iterations = _checks.integer("iterations", iterations, minimum=0)
-        self.backend = _checks.choice("backend", backend, BACKENDS)
+        self.iterations = iterations
+        self.backend = backend
+        self.terms = terms
+        self._cache: Cache = {}
+        _check_settings(self._terms(), iterations, backend)
 
-    def forward(self, images: Tensor, probabilities: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Return the marginals of ``probabilities`` on ``images``."""
-        return dense_crf(
-            images,
-            probabilities,
-            valid,
-            bilateral_weight=self.bilateral_weight,
-            bilateral_xy=self.bilateral_xy,
-            bilateral_rgb=self.bilateral_rgb,
-            gaussian_weight=self.gaussian_weight,
-            gaussian_xy=self.gaussian_xy,
-            iterations=self.iterations,
-            backend=self.backend,
+    def _terms(self) -> Sequence[PairwiseTerm]:
+        if self.terms is not None:
+            return self.terms
+        return common_terms(
+            self.bilateral_weight,
+            self.bilateral_xy,
+            self.bilateral_rgb,
+            self.gaussian_weight,
+            self.gaussian_xy,
         )
+
+    def forward(
+        self,
+        images: Tensor,
+        probabilities: Tensor,
+        valid: Tensor | None = None,
+        *,
+        classes: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Return the marginals of ``probabilities`` on ``images``."""
+        if self.terms is None:
+            _check_rgb(images)
+        settings = (self._terms(), self.iterations, self.backend, classes)
+        return _dense_crf(images, probabilities, valid, *settings, self._cache)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the remembered lattices out of pickles and copies."""
+        return {**self.__dict__, "_cache": {}}
 
     def extra_repr(self) -> str:
         """Name the settings in ``repr``."""
-        return (
-            f"bilateral_weight={self.bilateral_weight}, bilateral_xy={self.bilateral_xy}, "
+        pairwise = (
+            f"terms={list(self.terms)}"
+            if self.terms is not None
+            else f"bilateral_weight={self.bilateral_weight}, bilateral_xy={self.bilateral_xy}, "
             f"bilateral_rgb={self.bilateral_rgb}, gaussian_weight={self.gaussian_weight}, "
-            f"gaussian_xy={self.gaussian_xy}, iterations={self.iterations}, "
-            f"backend={self.backend!r}"
+            f"gaussian_xy={self.gaussian_xy}"
         )
+        return f"{pairwise}, iterations={self.iterations}, backend={self.backend!r}"
