@@ -27,9 +27,7 @@ HASH_FACTOR = -7046029254386353131
 def elevate(features: Tensor) -> Tensor:
     """:func:`bapnal.crf.plain.elevate` of columns: ``(d, n)`` to ``(d + 1, n)``."""
     d, n = features.shape
-    axis = torch.arange(1, d + 1, dtype=torch.float64)
-    scale = (d + 1) * (2 / 3) ** 0.5 / (axis * (axis + 1)).sqrt()
-    scaled = features * scale.to(features)[:, None]
+    scaled = features * plain.axis_scale(features, d)[:, None]
     elevated = features.new_empty(d + 1, n)
     above = features.new_zeros(n)
     for i in range(d, 0, -1):

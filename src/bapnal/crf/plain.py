@@ -16,16 +16,22 @@ import torch
 from torch import Tensor
 
 
-def elevate(features: Tensor) -> Tensor:
-    r"""Map ``(n, d)`` points onto the hyperplane as ``(n, d + 1)``.
+def axis_scale(features: Tensor, d: int) -> Tensor:
+    r"""The length of each of the d axes on the hyperplane, in the dtype of ``features``.
 
-    The rows of the map are orthogonal; its scale :math:`(d + 1)\sqrt{2/3}` gives splat, blur and
-    slice together a standard deviation of 1 in the units of ``features``.
+    The factor :math:`(d + 1)\sqrt{2/3}` gives splat, blur and slice together a standard deviation
+    of 1. It is rounded on its own first: points that lie between two simplices up to rounding,
+    and pictures have many, then fall to the same side as in pydensecrf.
     """
-    d = features.shape[1]
     axis = torch.arange(1, d + 1, dtype=torch.float64)
-    scale = (d + 1) * (2 / 3) ** 0.5 / (axis * (axis + 1)).sqrt()
-    scaled = features * scale.to(features)
+    common = torch.tensor((d + 1) * (2 / 3) ** 0.5, dtype=features.dtype).double()
+    return (common / (axis * (axis + 1)).sqrt()).to(features)
+
+
+def elevate(features: Tensor) -> Tensor:
+    """Map ``(n, d)`` points onto the hyperplane as ``(n, d + 1)``, by orthogonal axes."""
+    d = features.shape[1]
+    scaled = features * axis_scale(features, d)
     above = features.new_zeros(features.shape[0])
     columns = []
     for i in range(d, 0, -1):
