@@ -160,7 +160,8 @@ def plan_pictures(
         cam_normalization="box",
         unary_softmax=3.0,
     )
-    schedule = stages.Schedule(steps, 16, rate=1e-3, head_rate=1e-2, optimizer="sgd", workers=2)
+    workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
+    schedule = stages.Schedule(steps, rate=1e-3, head_rate=1e-2, optimizer="sgd", workers=workers)
     return Plan(
         devkit=devkit,
         train=devkit.names(train_split),
