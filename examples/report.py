@@ -7,6 +7,7 @@ import colorsys
 import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,7 @@ def mean_and_range(values: Sequence[float]) -> str:
 def write_report(path: Path, report: Report) -> None:
     """Write the page, whole or not at all."""
     meanings = "".join(
-        f"<div><dt>{html.escape(title)}</dt><dd>{html.escape(text)}</dd></div>"
+        f"<div><dt>{_text(title)}</dt><dd>{_text(text)}</dd></div>"
         for title, text in report.meanings
     )
     colours = class_colours()
@@ -136,7 +137,7 @@ def write_report(path: Path, report: Report) -> None:
         for label, name in report.classes.items()
     )
     examples = "".join(_example(panels) for panels in report.examples)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in report.notes)
+    notes = "".join(f"<li>{_text(note)}</li>" for note in report.notes)
     page = PAGE.format(
         title=html.escape(report.title),
         lead=html.escape(report.lead),
@@ -150,6 +151,11 @@ def write_report(path: Path, report: Report) -> None:
     unfinished = path.with_name(f".{path.name}.part")
     unfinished.write_text(page, encoding="utf-8")
     unfinished.replace(path)
+
+
+def _text(text: str) -> str:
+    """Escape text and set Y_crf and Y_ret as they are set in print."""
+    return re.sub(r"Y_(crf|ret)", r"<i>Y</i><sub>\1</sub>", html.escape(text))
 
 
 def _css(colour: np.ndarray) -> str:
@@ -167,7 +173,7 @@ def _table(rows: list[Row]) -> str:
         bar = f'<i class="bar" style="width:{width:.1f}%"></i>'
         coverage = mean_and_range(row.coverage) if row.coverage else "100"
         lines.append(
-            f"<tr><th>{html.escape(row.name)}</th><td>{cells[0]}</td>"
+            f"<tr><th>{_text(row.name)}</th><td>{cells[0]}</td>"
             f'<td class="val"><b>{cells[1]}</b>{bar}</td><td>{coverage}</td></tr>'
         )
     return "".join(lines)
@@ -187,7 +193,8 @@ def _figure(panel: Panel) -> str:
     title = html.escape(panel.title)
     return (
         f'<figure><div class="frame"><img alt="{title}" src="data:image/png;base64,{data}">'
-        f"{_outlines(panel, width, height)}</div><figcaption>{title}</figcaption></figure>"
+        f"{_outlines(panel, width, height)}</div>"
+        f"<figcaption>{_text(panel.title)}</figcaption></figure>"
     )
 
 
@@ -196,8 +203,9 @@ def _outlines(panel: Panel, width: int, height: int) -> str:
         return ""
     colours = class_colours()
     rectangles = "".join(
-        f'<rect x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}" '
+        f'<rect class="{kind}" x="{x1:g}" y="{y1:g}" width="{x2 - x1:g}" height="{y2 - y1:g}" '
         f'stroke="{_css(colours[label])}"/>'
+        for kind in ("edge", "line")
         for (x1, y1, x2, y2), label in zip(panel.boxes.tolist(), panel.labels.tolist(), strict=True)
     )
     return f'<svg viewBox="0 0 {width} {height}">{rectangles}</svg>'
@@ -230,8 +238,10 @@ thead th {{ border-top: 0; color: var(--soft); font-size: .85rem; text-align: ri
 thead th:first-child {{ text-align: left; }}
 .group th {{ color: var(--soft); font-size: .78rem; letter-spacing: .05em;
   text-transform: uppercase; padding: .9rem .9rem .3rem; }}
-td.val {{ width: 38%; white-space: nowrap; }}
 td {{ white-space: nowrap; }}
+td.val, thead th.val {{ text-align: left; padding-left: 1.6rem; }}
+td.val {{ width: 40%; }}
+sub {{ font-size: .72em; line-height: 0; }}
 .bar {{ display: block; height: 5px; border-radius: 3px; background: var(--bar);
   margin: .25rem 0 0; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 0 0 1rem; }}
@@ -245,6 +255,7 @@ figure {{ margin: 0; min-width: 0; }}
 .frame img {{ width: 100%; border-radius: 6px; }}
 .frame svg {{ position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }}
 .frame rect {{ fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }}
+.frame rect.edge {{ stroke: #fff; stroke-width: 4; }}
 figcaption {{ font-size: .8rem; color: var(--soft); text-align: center; padding-top: .25rem; }}
 dl {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr));
   gap: .7rem 1.6rem; margin: 0 0 1.2rem; }}
@@ -254,8 +265,15 @@ ul {{ color: var(--soft); padding-left: 1.2rem; }}
 @media (max-width: 760px) {{
   main {{ padding: 1.2rem .8rem 2rem; }}
   .panels {{ grid-template-columns: repeat(4, 1fr); gap: .35rem; padding: .4rem; }}
-  th, td {{ padding: .45rem .5rem; font-size: .9rem; }}
-  td.val {{ width: auto; }}
+  tr {{ display: grid; grid-template-columns: 1fr 1.5fr 1fr; border-top: 1px solid var(--line); }}
+  thead tr {{ border-top: 0; }}
+  thead th:first-child {{ display: none; }}
+  th, td {{ border-top: 0; padding: .2rem .8rem .45rem; font-size: .9rem; }}
+  thead th {{ padding-top: .5rem; }}
+  tbody th {{ grid-column: 1 / -1; padding: .45rem .8rem 0; }}
+  td:not(.val), thead th:not(.val) {{ text-align: left; }}
+  td:last-child, thead th:last-child {{ text-align: right; }}
+  td.val, thead th.val {{ width: auto; padding-left: .8rem; }}
 }}
 </style>
 </head>
@@ -265,7 +283,7 @@ ul {{ color: var(--soft); padding-left: 1.2rem; }}
 <p class="lead">{lead}</p>
 <h2>Mean intersection over union, in percent</h2>
 <div class="card"><table>
-<thead><tr><th></th><th>train</th><th>val</th><th>pixels labelled</th></tr></thead>
+<thead><tr><th></th><th>train</th><th class="val">val</th><th>pixels labelled</th></tr></thead>
 <tbody>{table}</tbody>
 </table></div>
 <h2>Validation pictures</h2>
