@@ -257,7 +257,8 @@ class _Pictures:
         )
         self.batch, self.keep = batch, keep
         self.positions = torch.stack([x, y], dim=-1).reshape(-1, 2).repeat(batch, 1)
-        self.guidance = guidance.detach().movedim(1, -1).reshape(-1, channels).to(kind)
+        rows = self.positions.shape[0]
+        self.guidance = guidance.detach().movedim(1, -1).reshape(rows, channels).to(kind)
         self.groups: Tensor | None = None
         if batch > 1:
             pixels = self.height * self.width
@@ -314,6 +315,10 @@ def _check_inputs(images: Tensor, probabilities: Tensor, valid: Tensor | None) -
     if valid is not None:
         _checks.boolean("valid", _checks.shape("valid", valid, (batch, height, width)))
         _checks.same_device(valid=valid, probabilities=probabilities)
+    if images.is_floating_point() and _checks.readable(images):
+        inside = images if valid is None else images.movedim(1, -1)[valid]
+        if not bool(torch.isfinite(inside).all()):
+            raise ValueError("images must be finite, got NaN or infinity")
 
 
 def _check_counts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def pydensecrf_marginals(
         if isinstance(term.weight, Tensor) and term.weight.dim() == 0:
             compatibility = float(term.weight)
         elif isinstance(term.weight, Tensor):
-            compatibility = term.weight.detach().cpu().float().numpy()
+            compatibility = term.weight.detach().cpu().float().contiguous().numpy()
             if compatibility.ndim == 1:
                 compatibility = -compatibility  # pydensecrf takes a penalty here
         model.addPairwiseEnergy(
@@ -49,5 +50,5 @@ def pydensecrf_marginals(
             kernel=DIAG_KERNEL,
             normalization=NORMALIZE_SYMMETRIC,
         )
-    marginals = torch.tensor(model.inference(iterations)).reshape(logits.T.shape)
+    marginals = torch.from_numpy(np.array(model.inference(iterations))).reshape(logits.T.shape)
     return marginals.T.to(logits)
