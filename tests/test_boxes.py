@@ -205,10 +205,14 @@ def test_the_map_size_is_the_image_size_by_default():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
 def test_coarse_dtypes_are_widened_before_any_arithmetic(dtype):
-    """Half precision cannot tell 300.5 from 300; the centre of a cell must not be rounded to it."""
-    box = torch.tensor([[0, 0, 128, 256]])
-    exact = definite_background([box.double()], (300, 300), (30, 30))
-    assert torch.equal(definite_background([box.to(dtype)], (300, 300), (30, 30)), exact.float())
+    """Half precision cannot tell 900.5 from 900; the centre of a cell must not be rounded so."""
+    corners = (torch.rand(40, 2, generator=seeded(0)) * 1000).sort(dim=1).values
+    boxes = torch.stack([corners[:, 0], 0 * corners[:, 0], corners[:, 1], corners[:, 1]], 1)
+    for box in boxes.to(dtype):
+        exact = definite_background([box[None].double()], (1000, 1000), (30, 300))
+        found = definite_background([box[None]], (1000, 1000), (30, 300))
+        assert found.dtype == torch.float32
+        assert torch.equal(found, exact.float())
 
 
 def error(kind, text, function, *args, **kwargs):
