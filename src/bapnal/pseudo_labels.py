@@ -128,8 +128,9 @@ def pseudo_labels(
         cam_normalization: Maximum of Eq. 5 over all boxes of the class (``"class"``), or over each
             box alone (``"box"``, as the authors' released code does).
         unary_softmax: None divides the unaries by their sum; a number is the scale of a softmax
-            (True: 1, as in the authors' released code) over the background and the classes whose boxes cover the pixel; without weights, over
-            u_0 and 1 - u_0, of which those classes then share the second.
+            (True: 1, as in the authors' released code) over the background and the classes whose
+            boxes cover the pixel; without weights, over u_0 and 1 - u_0, of which those classes
+            then share the second.
         align_corners: How maps are upsampled.
         ignore_index: Label of padding.
 

@@ -275,8 +275,10 @@ class PermutohedralLattice:
         self.splat_points = table.points.flatten()
         self.splat_weights = weights.flatten().index_select(0, table.places.flatten())
         self.splat_offsets = torch.cat([table.offsets, table.offsets[-1:]]).int()
+        self.slice_offsets = _multiples(self.points, self.vertices)
         self.blurs = [_blur(ahead, m, index) for ahead in table.following]
         self.blur_weights = self.weights.new_tensor([1, 0.5, 0.5]).repeat(m + 1, 1)
+        self.blur_offsets = _multiples(m + 1, self.blurs[0])
 
     @property
     def size(self) -> int:
@@ -307,6 +309,12 @@ class PermutohedralLattice:
     def apply(self, values: Tensor) -> Tensor:
         """:meth:`filter` without checks and without its constant factor."""
         return cast(Tensor, _Filter.apply(values, self, False))
+
+
+def _multiples(count: int, rows: Tensor) -> Tensor:
+    """Where each row of a matrix of indices starts, and the end; ``(count + 1,)``."""
+    width = rows.shape[1]
+    return torch.arange(0, (count + 1) * width, width, dtype=torch.int32, device=rows.device)
 
 
 def _blur(following: Tensor, m: int, index: torch.dtype) -> Tensor:
@@ -346,26 +354,30 @@ class Bags:
     @staticmethod
     def splat(lattice: PermutohedralLattice, values: Tensor) -> Tensor:
         """Values ``(n, C)`` to the table of the vertices, ``(m + 1, C)``."""
-        return F.embedding_bag(
-            lattice.splat_points,
-            values,
-            lattice.splat_offsets,
-            mode="sum",
-            per_sample_weights=lattice.splat_weights.to(values.dtype),
-            include_last_offset=True,
-        )
+        offsets = lattice.splat_offsets
+        return _bag_sums(values, lattice.splat_points, lattice.splat_weights, offsets)
 
     @staticmethod
     def blur(lattice: PermutohedralLattice, table: Tensor, blur: Tensor) -> Tensor:
         """Blur the table along one axis."""
-        weights = lattice.blur_weights.to(table.dtype)
-        return F.embedding_bag(blur, table, mode="sum", per_sample_weights=weights)
+        return _bag_sums(table, blur, lattice.blur_weights, lattice.blur_offsets)
 
     @staticmethod
     def slice(lattice: PermutohedralLattice, table: Tensor) -> Tensor:
         """The table to values ``(n, C)``."""
-        weights = lattice.weights.to(table.dtype)
-        return F.embedding_bag(lattice.vertices, table, mode="sum", per_sample_weights=weights)
+        return _bag_sums(table, lattice.vertices, lattice.weights, lattice.slice_offsets)
+
+
+def _bag_sums(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Weighted sums of rows of ``table``, one for each stretch between two offsets."""
+    return F.embedding_bag(
+        rows.view(-1),
+        table,
+        offsets,
+        mode="sum",
+        per_sample_weights=weights.view(-1).to(table.dtype),
+        include_last_offset=True,
+    )
 
 
 class Gathers:
