@@ -193,7 +193,7 @@ def _marginals(
 ) -> Tensor:
     """Marginals of pictures side by side; logits -U and result ``(b, C, H*W)``."""
     batch, classes, pixels = logits.shape
-    rows = logits.transpose(1, 2).reshape(batch * pixels, classes)
+    rows = logits.transpose(1, 2).reshape(batch * pixels, classes).contiguous()
     keep = None if valid is None else valid.flatten().nonzero()[:, 0]
     own = rows if keep is None else rows[keep]
     pictures = _Pictures(guidance, keep)
