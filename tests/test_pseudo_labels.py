@@ -255,6 +255,24 @@ def test_each_class_peaks_at_one_in_its_boxes():
         close(by_box.foreground_unary[0, 1, y1:y2, x1:x2].max(), torch.tensor(1.0))
 
 
+def test_where_boxes_of_one_class_overlap_the_larger_value_counts():
+    """Activations 1, 2, 4; the first box peaks at 2, the second at 4, in either order."""
+    features = torch.tensor([1.0, 2.0, 4.0]).reshape(1, 1, 1, 3)
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 3.0, 1.0]])
+    image = torch.zeros(1, 3, 1, 3, dtype=torch.uint8)
+    for rows in (boxes, boxes.flip(0)):
+        y = pseudo_labels(
+            image,
+            features,
+            torch.ones(2, 1),
+            [rows],
+            [torch.tensor([1, 1])],
+            crf=None,
+            cam_normalization="box",
+        )
+        assert y.foreground_unary.tolist() == [[[[0.5, 1.0, 1.0]]]]
+
+
 @given(scene=scenes(max_image=9, padding=False), kwargs=options)
 def test_a_picture_gets_the_same_labels_alone_and_in_a_batch(scene, kwargs):
     together = labels_of(scene, crf=blurring, **kwargs)
