@@ -55,6 +55,10 @@ MEANINGS = [
     ("Prediction", "What the network trained with NAL says of this picture, without its boxes."),
     ("Truth", "The true mask, for measuring only."),
 ]
+WARM_START = (
+    "All segmentation networks, that with true masks too, start from the features that BAP "
+    "trained on boxes."
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Plan:
     grid_size: int
     batch_size: int  # when nothing is trained
     keep: bool  # pictures in memory
+    warm_start: bool  # stage 3 starts from the features of stage 1, as nothing is pretrained
     device: str
 
     def dataset(self, names: Sequence[str], **options: object) -> BoxDataset:
@@ -127,6 +132,7 @@ def plan_shapes(root: Path, steps: int, crf_backend: str, device: str) -> Plan:
         grid_size=2,  # 4 background vectors a picture, about as many as boxes
         batch_size=20,
         keep=True,
+        warm_start=True,
         device=device,
     )
 
@@ -175,6 +181,7 @@ def plan_pictures(
         grid_size=4,
         batch_size=1,
         keep=False,
+        warm_start=False,
         device=device,
     )
 
@@ -212,7 +219,8 @@ def run_seed(
             scores[key] = stages.score_labels(data, plan.classes, labels, what)
     networks = {}
     for _, _, loss in NETWORK_ROWS:
-        networks[loss] = _segmentation(plan, loss, seed, folder, bars)
+        start = trained["bap"][0] if plan.warm_start else None
+        networks[loss] = _segmentation(plan, loss, seed, folder, bars, start)
         for split, names in splits.items():
             data = plan.dataset(names, masks=True)
             scores[f"network/{loss}/{split}"] = stages.score_network(
@@ -249,11 +257,13 @@ def _classifier(
 
 
 def _segmentation(
-    plan: Plan, loss: str, seed: int, folder: Path, bars: Bars
+    plan: Plan, loss: str, seed: int, folder: Path, bars: Bars, start: nn.Module | None
 ) -> stages.SegmentationNetwork:
     """Stage 3, or what is left of it from an earlier run."""
     torch.manual_seed(seed)
     network = stages.SegmentationNetwork(plan.features(), len(plan.devkit.classes) + 1)
+    if start is not None:
+        network.features.load_state_dict(start.state_dict())
     network.to(plan.device)
     path = folder / f"segmentation_{loss}.pt"
     bar = bars(f"seed {seed}, stage 3: pixels, {loss}")
@@ -482,6 +492,7 @@ def write_results(
                 "masks serve to measure, and for the ceiling.",
                 f"{max(len(row.val) for row in rows)} seeds; ± is half the range over them. "
                 "The same settings serve GAP and BAP.",
+                *([WARM_START] if plan.warm_start else []),
                 f"{plan.first.steps} steps of {plan.first.batch_size} pictures in stages 1 and 3.",
                 f"{seconds:.0f} seconds on {os.cpu_count()} CPU cores ({plan.device}), "
                 f"torch {torch.__version__}.",

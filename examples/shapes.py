@@ -63,7 +63,7 @@ def draw_picture(seed: int, index: int, size: int = 112) -> Picture:
             areas.append(int((alpha > 0.5).sum()))
         boxes = _boxes(owner, areas)
         if boxes is not None:
-            image += rng.normal(0, 0.04, image.shape)
+            image += rng.normal(0, 0.03, image.shape)
             mask = np.concatenate([[0], labels])[owner].astype(np.uint8)
             pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
             return Picture(pixels, mask, boxes, np.array(labels))
@@ -86,7 +86,7 @@ def _boxes(owner: Array, areas: list[int]) -> Array | None:
 # What the pictures are made of: colours, textures, backgrounds
 
 
-def _colour(rng: Rng, hue: float, saturation: tuple[float, float] = (0.15, 0.8)) -> Array:
+def _colour(rng: Rng, hue: float, saturation: tuple[float, float] = (0.1, 0.6)) -> Array:
     return np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(0.35, 0.95)))
 
 
