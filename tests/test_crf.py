@@ -183,18 +183,66 @@ def test_side_by_side_is_one_after_the_other():
     """What a GPU does, the whole batch in one lattice, on the CPU."""
     images, p = draw_pictures(10, 3)
     valid = torch.rand(3, 9, 12, generator=seeded(1)) < 0.8
-    logits = p.clamp(1e-5, 1).log().flatten(2)
+    logits = p.clamp(1e-5, 1).log()
     terms = mean_field.common_terms(4, 55, 3, 3, 3)
-    for mask in (None, valid):
-        q = mean_field._marginals(images, logits, mask, terms, 10, "torch", {})
-        close(q.reshape(p.shape), dense_crf(images, p, mask))
-    absent = logits.clone()
-    absent[0, 2] = -torch.inf  # the first picture has two classes only
-    q = mean_field._marginals(images, absent, None, terms, 10, "torch", {}).reshape(p.shape)
-    two = p[:1, :2] / p[:1, :2].sum(1, keepdim=True)
-    close(q[0, :2], dense_crf(images[:1], two)[0], tolerance=1e-3)
-    close(q[0, 2], torch.zeros(9, 12))
-    close(q[1:], dense_crf(images, p)[1:])
+    for half in (False, True):
+        settings = mean_field._Settings(terms, 10, "torch", half)
+        for mask in (None, valid):
+            q = mean_field._pictures(images, logits, mask, settings, {})
+            close(q, dense_crf(images, p, mask, half_resolution=half))
+        absent = logits.clone()
+        absent[0, 2] = -torch.inf  # the first picture has two classes only
+        q = mean_field._pictures(images, absent, None, settings, {})
+        two = p[:1, :2] / p[:1, :2].sum(1, keepdim=True)
+        alone = dense_crf(images[:1], two, half_resolution=half)
+        close(q[0, :2], alone[0], tolerance=1e-3)
+        close(q[0, 2], torch.zeros(9, 12))
+        close(q[1:], dense_crf(images, p, half_resolution=half)[1:])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (15, 20), (16, 21)])
+def test_half_resolution(size):
+    images, p = draw_pictures(24, 2, 3, size)
+    q = dense_crf(images, p, half_resolution=True)
+    assert q.shape == p.shape
+    close(q.sum(1), torch.ones(2, *size))
+    assert torch.equal(q, DenseCRF(half_resolution=True)(images, p))
+    small = dense_crf(images[..., ::2, ::2], p[..., ::2, ::2], bilateral_xy=27.5, gaussian_xy=1.5)
+    close(q[..., ::2, ::2], small)
+    close(
+        dense_crf(images, p, half_resolution=True, iterations=0), dense_crf(images, p, iterations=0)
+    )
+
+
+def test_half_resolution_is_near_the_full_one():
+    """On a picture with structure and scores that are smooth, as a network's are."""
+    y, x = torch.meshgrid(torch.arange(60), torch.arange(80), indexing="ij")
+    inside = ((x - 40) ** 2 + (y - 30) ** 2) < 300
+    image = torch.where(inside, 180, 60) + (x * 7 + y * 13) % 5
+    image = image.byte().expand(1, 3, 60, 80)
+    p = torch.sigmoid((24 - ((x - 43) ** 2 + (y - 28) ** 2).float().sqrt()) / 8)
+    p = torch.stack([p, 1 - p])[None]
+    q, fast = dense_crf(image, p), dense_crf(image, p, half_resolution=True)
+    assert (q.argmax(1) == fast.argmax(1)).double().mean() > 0.98
+    assert "half_resolution=True" in repr(DenseCRF(half_resolution=True))
+
+
+def test_half_resolution_with_padding_and_gradients():
+    images, p = draw_pictures(25, 2, 3, (8, 9))
+    valid = torch.zeros(2, 8, 9, dtype=torch.bool)
+    valid[:, :6, :7] = True
+    q = dense_crf(images, p, valid, half_resolution=True)
+    # Beyond the last even row of the picture there is none to interpolate with.
+    close(
+        q[..., :5, :7],
+        dense_crf(images[..., :6, :7], p[..., :6, :7], half_resolution=True)[..., :5, :],
+    )
+    outside = ~valid[:, None].expand_as(p)
+    close(q[outside], dense_crf(images, p, iterations=0)[outside])
+    p.requires_grad_()
+    dense_crf(images, p, half_resolution=True)[:, 0].sum().backward()
+    finite(p.grad)
+    assert (p.grad != 0).any()
 
 
 def test_pictures_with_fewer_classes():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bapnal import _checks
 from bapnal._math import full_precision, widen
+from bapnal.crf.half_resolution import finish, halved
 from bapnal.crf.lattice import PermutohedralLattice
 from bapnal.crf.pydensecrf_backend import pydensecrf_marginals
 from bapnal.crf.terms import (
@@ -42,6 +43,7 @@ def dense_crf(
     backend: str = "torch",
     terms: Sequence[PairwiseTerm] | None = None,
     classes: Sequence[int] | Tensor | None = None,
+    half_resolution: bool = False,
 ) -> Tensor:
     r"""Sharpen class probabilities to the edges of their pictures, by a fully connected CRF.
 
@@ -81,6 +83,8 @@ def dense_crf(
         terms: Pairwise terms in place of the two above, whose five settings then do not count.
         classes: How many classes each picture has, where they differ; ``(B,)``, each 1..C.
             Channels from there on take no part, and are 0 in the result.
+        half_resolution: Fast and approximate: mean field on every second row and column, whose
+            messages are interpolated; each pixel keeps its own unaries.
 
     Returns:
         Marginals Q, ``(B, C, H, W)``, summing to 1, differentiable in the probabilities and in
@@ -106,7 +110,8 @@ def dense_crf(
         )
         _check_rgb(images)
     _check_settings(terms, iterations, backend)
-    return _dense_crf(images, probabilities, valid, terms, iterations, backend, classes, {})
+    settings = _Settings(terms, iterations, backend, half_resolution)
+    return _dense_crf(images, probabilities, valid, classes, settings, {})
 
 
 def common_terms(
@@ -135,79 +140,91 @@ def common_terms(
     ]
 
 
+class _Settings(NamedTuple):
+    """Settings after their check."""
+
+    terms: Sequence[PairwiseTerm]
+    iterations: int
+    backend: str
+    half_resolution: bool
+
+
 def _dense_crf(
     images: Tensor,
     probabilities: Tensor,
     valid: Tensor | None,
-    terms: Sequence[PairwiseTerm],
-    iterations: int,
-    backend: str,
     classes: Sequence[int] | Tensor | None,
+    settings: _Settings,
     cache: Cache,
 ) -> Tensor:
     """:func:`dense_crf` after its settings are checked, with lattices remembered in ``cache``."""
     _check_inputs(images, probabilities, valid)
     batch, channels = probabilities.shape[:2]
-    for i, term in enumerate(terms):
+    for i, term in enumerate(settings.terms):
         check_term_fits(f"terms[{i}]", term, images.shape[1], channels)
     counts = _check_counts(classes, batch, channels)
-    terms = [x for x in terms if isinstance(x.weight, Tensor) or x.weight != 0]
     with full_precision(probabilities):
         p = widen(probabilities)
         if counts is not None:
             there = torch.arange(channels) < torch.tensor(counts).view(batch, 1)
-            absent = ~there.to(p.device)[..., None]
-            p = p.masked_fill(absent[..., None], 0)
+            absent = ~there.to(p.device)[..., None, None]
+            p = p.masked_fill(absent, 0)
         if _checks.readable(p):
             _check_distributions(p.detach(), valid, probabilities.dtype)
-        logits = p.clamp(1e-5, 1).log().flatten(2)  # -U, (B, C, H*W)
+        logits = p.clamp(1e-5, 1).log()  # -U
         if counts is not None:
             logits = logits.masked_fill(absent, -torch.inf)
         # A GPU wants the whole batch at once, a CPU one picture after the other in its caches.
-        size = batch if backend == "torch" and logits.device.type != "cpu" else 1
+        size = batch if settings.backend == "torch" and logits.device.type != "cpu" else 1
         results = []
         for start in range(0, batch, max(size, 1)):
             part = slice(start, start + size)
             most = channels if counts is None else max(counts[part])
-            q = _marginals(
-                images[part],
-                logits[part, :most],
-                None if valid is None else valid[part],
-                [x._replace(weight=weight_of_classes(x.weight, most)) for x in terms],
-                iterations,
-                backend,
-                cache,
-            )
-            results.append(nn.functional.pad(q, (0, 0, 0, channels - most)))
-        return torch.cat(results).reshape(p.shape) if results else p
+            mask = None if valid is None else valid[part]
+            q = _pictures(images[part], logits[part, :most], mask, settings, cache)
+            results.append(nn.functional.pad(q, (0, 0, 0, 0, 0, channels - most)))
+        return torch.cat(results) if results else p
+
+
+def _pictures(
+    images: Tensor, logits: Tensor, valid: Tensor | None, settings: _Settings, cache: Cache
+) -> Tensor:
+    """Marginals of pictures side by side; logits -U and result ``(b, C, H, W)``."""
+    terms = [
+        x._replace(weight=weight_of_classes(x.weight, logits.shape[1]))
+        for x in settings.terms
+        if isinstance(x.weight, Tensor) or x.weight != 0
+    ]
+    settings = settings._replace(terms=terms)
+    if not settings.half_resolution:
+        return _marginals(images, logits, valid, settings, cache)
+    settings = settings._replace(terms=halved(terms))
+    small = logits[..., ::2, ::2]
+    mask = None if valid is None else valid[:, ::2, ::2]
+    q = _marginals(images[..., ::2, ::2], small, mask, settings, cache)
+    return finish(logits, small, q, valid)
 
 
 def _marginals(
-    guidance: Tensor,
-    logits: Tensor,
-    valid: Tensor | None,
-    terms: Sequence[PairwiseTerm],
-    iterations: int,
-    backend: str,
-    cache: Cache,
+    guidance: Tensor, logits: Tensor, valid: Tensor | None, settings: _Settings, cache: Cache
 ) -> Tensor:
-    """Marginals of pictures side by side; logits -U and result ``(b, C, H*W)``."""
-    batch, classes, pixels = logits.shape
-    rows = logits.transpose(1, 2).reshape(batch * pixels, classes).contiguous()
+    """The same at the resolution of its arguments."""
+    batch, classes, height, width = logits.shape
+    rows = logits.movedim(1, -1).reshape(batch * height * width, classes).contiguous()
     keep = None if valid is None else valid.flatten().nonzero()[:, 0]
     own = rows if keep is None else rows[keep]
     pictures = _Pictures(guidance, keep)
-    if backend == "pydensecrf":
-        points = [pictures.features(term) for term in terms]
-        q = pydensecrf_marginals(terms, points, own, iterations)
-    elif iterations == 0 or own.shape[0] == 0:
+    if settings.backend == "pydensecrf":
+        points = [pictures.features(term) for term in settings.terms]
+        q = pydensecrf_marginals(settings.terms, points, own, settings.iterations)
+    elif settings.iterations == 0 or own.shape[0] == 0:
         q = short_softmax(own)
     else:
-        kernels = [(x.weight, pictures.kernel(x, own.dtype, cache)) for x in terms]
-        q = _iterate(own, kernels, iterations)
+        kernels = [(x.weight, pictures.kernel(x, own.dtype, cache)) for x in settings.terms]
+        q = _iterate(own, kernels, settings.iterations)
     if keep is not None:
         q = short_softmax(rows).index_copy(0, keep, q)
-    return q.view(batch, pixels, classes).transpose(1, 2)
+    return q.view(batch, height, width, classes).movedim(-1, 1)
 
 
 def _iterate(
@@ -369,6 +386,7 @@ class DenseCRF(nn.Module):
         iterations: Mean-field steps.
         backend: ``"torch"`` or ``"pydensecrf"``.
         terms: Pairwise terms in place of these two.
+        half_resolution: Fast and approximate.
 
     Example:
         >>> crf = DenseCRF(bilateral_xy=67, iterations=5)
@@ -388,6 +406,7 @@ class DenseCRF(nn.Module):
         backend: str = "torch",
         *,
         terms: Sequence[PairwiseTerm] | None = None,
+        half_resolution: bool = False,
     ) -> None:
         super().__init__()
         self.bilateral_weight = bilateral_weight
@@ -398,6 +417,7 @@ class DenseCRF(nn.Module):
         self.iterations = iterations
         self.backend = backend
         self.terms = terms
+        self.half_resolution = half_resolution
         self._cache: Cache = {}
         _check_settings(self._terms(), iterations, backend)
 
@@ -423,8 +443,8 @@ class DenseCRF(nn.Module):
         """Return the marginals of ``probabilities`` on ``images``."""
         if self.terms is None:
             _check_rgb(images)
-        settings = (self._terms(), self.iterations, self.backend, classes)
-        return _dense_crf(images, probabilities, valid, *settings, self._cache)
+        settings = _Settings(self._terms(), self.iterations, self.backend, self.half_resolution)
+        return _dense_crf(images, probabilities, valid, classes, settings, self._cache)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the remembered lattices out of pickles and copies."""
@@ -439,4 +459,5 @@ class DenseCRF(nn.Module):
             f"bilateral_rgb={self.bilateral_rgb}, gaussian_weight={self.gaussian_weight}, "
             f"gaussian_xy={self.gaussian_xy}"
         )
-        return f"{pairwise}, iterations={self.iterations}, backend={self.backend!r}"
+        fast = ", half_resolution=True" if self.half_resolution else ""
+        return f"{pairwise}, iterations={self.iterations}, backend={self.backend!r}{fast}"
