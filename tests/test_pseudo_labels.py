@@ -598,6 +598,24 @@ def test_a_padded_pixel_is_not_a_maximum():
     assert y.background_unary[0, 0, :2].tolist() == [0.5, 1.0]
 
 
+def test_the_crf_gets_the_validity_of_its_pictures():
+    """Pictures are handed over by their number of classes: first the second, then the first."""
+    scene = fixed()
+    valid = torch.rand(2, 24, 24, generator=seeded(4)) < 0.7
+    calls = []
+
+    def crf(images, probabilities, valid):
+        calls.append((images, valid))
+        return probabilities
+
+    labels_of(scene.replace(valid=valid), crf=crf)
+    images = images_of(scene)
+    assert len(calls) == 2
+    for (seen, shown), b in zip(calls, (1, 0), strict=True):
+        assert torch.equal(seen, images[b : b + 1])
+        assert torch.equal(shown, valid[b : b + 1])
+
+
 # --------------------------------------------------------------------------------------- corners
 
 
