@@ -1,0 +1,367 @@
+"""Time, memory, growth and exactness of DenseCRF beside pydensecrf, on real pictures.
+
+    python benchmarks/crf.py --root VOCdevkit/VOC2012
+
+Pictures are the first of the val split; their probabilities are smooth random maps, except where
+fast modes are judged, which are also given blurred masks. Both backends run in turn in one process,
+each after a warm-up, and medians are reported. Sections can be run alone with ``--sections``; each
+writes ``benchmarks/results/crf_SECTION.json``. Without pydensecrf, exactness is left out, and the
+rest has one backend.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+import bapnal
+from bapnal.crf import DenseCRF
+
+try:
+    import pydensecrf.densecrf as densecrf
+except ImportError:
+    densecrf = None
+
+Row = dict[str, Any]
+SETTINGS = [(55, 3), (67, 3), (121, 5), (80, 13)]
+LABELS = [2, 4, 8, 21]
+
+
+@dataclass
+class Options:
+    """What to measure.
+
+    Attributes:
+        root: A ``VOCdevkit/VOC2012``.
+        sections: Any of speed, processes, memory, exact, fast, growth.
+        pictures: How many real pictures, in every section but ``exact``.
+        exact_pictures: How many in ``exact``.
+        threads: Threads of the torch backend in one process.
+        out: Folder of the results.
+    """
+
+    root: Path
+    sections: tuple[str, ...] = ("speed", "processes", "memory", "fast", "growth", "exact")
+    pictures: int = 8
+    exact_pictures: int = 50
+    threads: int = 2
+    out: Path = Path(__file__).parent / "results"
+
+
+def names(root: Path, count: int) -> list[str]:
+    return (root / "ImageSets/Segmentation/val.txt").read_text().split()[:count]
+
+
+def load(root: Path, name: str) -> Tensor:
+    """One picture, ``(1, 3, H, W)`` uint8."""
+    with Image.open(root / "JPEGImages" / f"{name}.jpg") as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
+
+
+def smooth_maps(seed: int, labels: int, size: tuple[int, int]) -> Tensor:
+    """Random probabilities without any relation to the picture, ``(1, C, H, W)``."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = 2 * torch.randn(1, labels, 9, 9, generator=generator)
+    return F.interpolate(scores, size, mode="bicubic").softmax(1)
+
+
+def blurred_mask(root: Path, name: str) -> Tensor:
+    """Probabilities as a network might give them: the true mask at a sixteenth, upsampled."""
+    with Image.open(root / "SegmentationClassAug" / f"{name}.png") as picture:
+        mask = torch.from_numpy(np.array(picture)).long()
+    mask[mask == 255] = 0
+    classes = mask.unique()
+    one_hot = (mask == classes[:, None, None]).float()[None]
+    size = one_hot.shape[2:]
+    coarse = F.interpolate(one_hot, [-(-n // 16) for n in size], mode="area")
+    p = F.interpolate(coarse, size, mode="bilinear").clamp(0, 1) + 0.1
+    return p / p.sum(1, keepdim=True)
+
+
+def by_pydensecrf(image: Tensor, p: Tensor, xy: float, rgb: float, steps: int = 10) -> Tensor:
+    """The usual calls of DenseCRF2D, with the copies they need."""
+    _, labels, height, width = p.shape
+    unary = -np.log(np.clip(p[0].numpy(), 1e-5, 1)).reshape(labels, -1)
+    model = densecrf.DenseCRF2D(width, height, labels)
+    model.setUnaryEnergy(np.ascontiguousarray(unary))
+    model.addPairwiseGaussian(sxy=3, compat=3)
+    picture = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
+    model.addPairwiseBilateral(sxy=xy, srgb=rgb, rgbim=picture, compat=4)
+    return torch.from_numpy(np.array(model.inference(steps))).reshape(p.shape)
+
+
+def backends(xy: float = 55, rgb: float = 3, steps: int = 10) -> dict[str, Callable[..., Tensor]]:
+    """Both backends as functions of a picture and probabilities."""
+    crf = DenseCRF(bilateral_xy=xy, bilateral_rgb=rgb, iterations=steps)
+    found: dict[str, Callable[..., Tensor]] = {"torch": crf}
+    if densecrf is not None:
+        found["pydensecrf"] = lambda image, p: by_pydensecrf(image, p, xy, rgb, steps)
+    return found
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def summary(times: list[float]) -> Row:
+    """Median and spread in milliseconds."""
+    ordered = sorted(times)
+    quarter = len(ordered) // 4
+    return {
+        "median_ms": round(statistics.median(ordered), 2),
+        "iqr_ms": round(ordered[-1 - quarter] - ordered[quarter], 2),
+        "least_ms": round(ordered[0], 2),
+        "runs": len(ordered),
+    }
+
+
+def pairs(options: Options, labels: int) -> list[tuple[Tensor, Tensor]]:
+    found = []
+    for seed, name in enumerate(names(options.root, options.pictures)):
+        image = load(options.root, name)
+        found.append((image, smooth_maps(seed, labels, tuple(image.shape[2:]))))
+    return found
+
+
+def speed(options: Options, repeats: int = 3) -> Iterator[Row]:
+    """Both backends in turn on the same pictures, in one process."""
+    torch.set_num_threads(options.threads)
+    for labels in LABELS:
+        data = pairs(options, labels)
+        runs = backends()
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for run in runs.values():
+            run(*data[0])
+        for _ in range(repeats):
+            for image, p in data:
+                for name, run in runs.items():
+                    times[name].append(timed(lambda run=run, image=image, p=p: run(image, p)))
+        row: Row = {"labels": labels, "threads": options.threads}
+        row.update({name: summary(x) for name, x in times.items()})
+        if "pydensecrf" in row:
+            ratio = row["pydensecrf"]["median_ms"] / row["torch"]["median_ms"]
+            row["speedup"] = round(ratio, 2)
+        yield row
+
+
+def _worker(options: Options, backend: str, labels: int, barrier: Any, queue: Any) -> None:
+    torch.set_num_threads(1)
+    data = pairs(options, labels)
+    run = backends()[backend]
+    run(*data[0])
+    barrier.wait()
+    start = time.perf_counter()
+    for image, p in data:
+        run(image, p)
+    queue.put((start, time.perf_counter()))
+
+
+def processes(options: Options, workers: int = 2) -> Iterator[Row]:
+    """Pictures per second of several processes with one thread each."""
+    context = multiprocessing.get_context("spawn")
+    for labels in (2, 4, 8):
+        row: Row = {"labels": labels, "processes": workers, "threads": 1}
+        for backend in backends():
+            barrier, queue = context.Barrier(workers), context.Queue()
+            arguments = (options, backend, labels, barrier, queue)
+            children = [context.Process(target=_worker, args=arguments) for _ in range(workers)]
+            for child in children:
+                child.start()
+            spans = [queue.get() for _ in children]
+            for child in children:
+                child.join()
+            seconds = max(end for _, end in spans) - min(start for start, _ in spans)
+            row[f"{backend}_pictures_per_second"] = round(workers * options.pictures / seconds, 2)
+        if "pydensecrf_pictures_per_second" in row:
+            ratio = row["torch_pictures_per_second"] / row["pydensecrf_pictures_per_second"]
+            row["speedup"] = round(ratio, 2)
+        yield row
+
+
+def resident() -> int:
+    """Bytes this process holds in memory now."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * 4096
+
+
+def _peak(options: Options, backend: str, labels: int, queue: Any) -> None:
+    torch.set_num_threads(options.threads)
+    image = F.interpolate(load(options.root, names(options.root, 1)[0]).float(), (375, 500)).byte()
+    p = smooth_maps(0, labels, (375, 500))
+    run = backends()[backend]
+    run(image[..., :32, :32], p[..., :32, :32])  # loads what is loaded once
+    gc.collect()
+    before, peak, over = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not over.is_set():
+            peak = max(peak, resident())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(3):
+        run(image, p)
+    over.set()
+    watcher.join()
+    queue.put(peak - before)
+
+
+def memory(options: Options) -> Iterator[Row]:
+    """Peak memory over the inputs at 500 x 375, of a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    for labels in (4, 21):
+        row: Row = {"labels": labels, "size": [375, 500]}
+        for backend in backends():
+            queue = context.Queue()
+            child = context.Process(target=_peak, args=(options, backend, labels, queue))
+            child.start()
+            row[f"{backend}_mb"] = round(queue.get() / 1e6, 1)
+            child.join()
+        yield row
+
+
+def agreement(a: Tensor, b: Tensor) -> float:
+    return float((a.argmax(1) == b.argmax(1)).double().mean())
+
+
+def fast(options: Options) -> Iterator[Row]:
+    """Fast modes: how often they agree with the full one, and their time."""
+    torch.set_num_threads(options.threads)
+    modes = {
+        "full": DenseCRF(),
+        "5 iterations": DenseCRF(iterations=5),
+        "half resolution": DenseCRF(half_resolution=True),
+        "half resolution, 5 iterations": DenseCRF(half_resolution=True, iterations=5),
+    }
+    files = names(options.root, options.pictures)
+    for kind in ("blurred masks", "smooth random maps, 4 labels"):
+        times: dict[str, list[float]] = {mode: [] for mode in modes}
+        agreements: dict[str, list[float]] = {mode: [] for mode in modes}
+        for seed, name in enumerate(files):
+            image = load(options.root, name)
+            if kind == "blurred masks":
+                p = blurred_mask(options.root, name)
+            else:
+                p = smooth_maps(seed, 4, tuple(image.shape[2:]))
+            full = modes["full"](image, p)
+            for mode, crf in modes.items():
+                agreements[mode].append(agreement(crf(image, p), full))
+                times[mode].append(timed(lambda crf=crf, image=image, p=p: crf(image, p)))
+        for mode in modes:
+            yield {
+                "probabilities": kind,
+                "mode": mode,
+                "agreement_mean": round(statistics.mean(agreements[mode]), 5),
+                "agreement_least": round(min(agreements[mode]), 5),
+                **summary(times[mode]),
+            }
+
+
+def growth(options: Options) -> Iterator[Row]:
+    """How time grows with pixels, labels and iterations."""
+    torch.set_num_threads(options.threads)
+    image = load(options.root, names(options.root, 1)[0]).float()
+    cases = [("megapixels", x, 4, 10) for x in (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)]
+    cases += [("labels", 0.1875, x, 10) for x in (2, 4, 8, 16, 21, 40, 80, 150)]
+    cases += [("iterations", 0.1875, 4, x) for x in (0, 1, 2, 5, 10, 20)]
+    for kind, megapixels, labels, steps in cases:
+        height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
+        size = (height, round(height * 4 / 3))
+        picture = F.interpolate(image, size, mode="bicubic").clamp(0, 255).byte()
+        p = smooth_maps(0, labels, size)
+        repeats = 5 if megapixels * labels < 4 else 1
+        row: Row = {"grows": kind, "size": list(size), "labels": labels, "iterations": steps}
+        for name, run in backends(steps=steps).items():
+            if repeats > 1:
+                run(picture, p)
+            once = [timed(lambda run=run, x=picture, p=p: run(x, p)) for _ in range(repeats)]
+            row[name] = summary(once)
+        yield row
+
+
+def exact(options: Options) -> Iterator[Row]:
+    """Agreement of the labels with pydensecrf, and the mean difference of the marginals."""
+    if densecrf is None:
+        return
+    torch.set_num_threads(options.threads)
+    for xy, rgb in SETTINGS:
+        runs = backends(xy, rgb)
+        for labels in LABELS:
+            agreements, differences = [], []
+            for seed, name in enumerate(names(options.root, options.exact_pictures)):
+                image = load(options.root, name)
+                p = smooth_maps(seed, labels, tuple(image.shape[2:]))
+                ours, theirs = runs["torch"](image, p), runs["pydensecrf"](image, p)
+                agreements.append(agreement(ours, theirs))
+                differences.append(float((ours - theirs).abs().mean()))
+            yield {
+                "xy": xy,
+                "rgb": rgb,
+                "labels": labels,
+                "pictures": len(agreements),
+                "agreement_least": round(min(agreements), 7),
+                "agreement_mean": round(statistics.mean(agreements), 7),
+                "mean_difference_most": float(f"{max(differences):.2e}"),
+            }
+
+
+def about() -> Row:
+    """Machine, versions and commit."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
+    model = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "bapnal": bapnal.__version__,
+        "commit": commit.stdout.strip(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": f"{len(model)} x {model[0]}" if model else platform.processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+HERE = Path(__file__).parent
+SECTIONS = {x.__name__: x for x in (speed, processes, memory, fast, growth, exact)}
+
+
+def main(options: Options) -> None:
+    """Run the sections; print each row as it is measured."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    for section in options.sections:
+        rows = []
+        for row in SECTIONS[section](options):
+            rows.append(row)
+            print(section, json.dumps(row), flush=True)
+        result = {**about(), "section": section, "rows": rows}
+        (options.out / f"crf_{section}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
