@@ -352,7 +352,7 @@ def _minmax(a: Tensor, inside: Tensor) -> Tensor:
     span = ((high - a) * inside).amax((1, 2), keepdim=True)
     # What upsampling makes of a constant differs by rounding, which must not be scaled up.
     constant = span <= 8 * torch.finfo(a.dtype).eps * high
-    return divide(a - (high - span), span.masked_fill(constant, 0))
+    return divide(a - (high - span), span.masked_fill(constant, 0)).clamp(0, 1)
 
 
 def _shared(amount: Tensor, masks: Tensor) -> Tensor:
@@ -378,8 +378,8 @@ def _probabilities(
     if softmax > 0:
         return (softmax * unary).masked_fill(~allowed, -torch.inf).softmax(1)
     total = unary.sum(1, keepdim=True)
-    even = allowed / allowed.sum(1, keepdim=True)  # where nothing speaks for any class
-    return torch.where(total > 0, divide(unary, total), even.to(unary.dtype))
+    even = allowed.to(unary.dtype)  # where nothing speaks for any class
+    return torch.where(total > 0, divide(unary, total), even / even.sum(1, keepdim=True))
 
 
 def _apply_crf(
