@@ -1,9 +1,10 @@
-"""How tests compare: values with the oracle, gradients with its central differences."""
+"""How tests compare: values with the oracle, gradients with its differences, sizes of tensors."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def close(actual: Tensor, expected: object, *, tolerance: float = 1e-9) -> None:
@@ -65,3 +66,18 @@ def finite_gradients(function: Callable[..., Tensor], *inputs: Tensor) -> list[T
     ]
     finite(*gradients)
     return gradients
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bapnal import (
     background_attention,
@@ -19,7 +18,7 @@ from bapnal import (
     noise_aware_loss,
     pseudo_labels,
 )
-from comparing import close
+from comparing import Largest, close
 from drawing import seeded
 
 
@@ -272,21 +271,6 @@ def test_nothing_depends_on_values_or_leaves_the_device():
 
 
 # --------------------------------------------------------------------------------------- memory
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, x.numel())
-        return out
 
 
 def test_no_tensor_is_larger_than_the_features():
