@@ -388,7 +388,7 @@ def _write_json(path: Path, content: object) -> None:
 def main(
     output: Path = Path("quickstart-output"),
     root: Path | None = None,
-    seeds: int = 2,
+    seeds: int = 1,
     steps: int = 400,
     pictures: int = 400,
     validation: int = 100,
@@ -490,7 +490,7 @@ def write_results(
             notes=[
                 f"{len(plan.train)} pictures to train on, {len(plan.val)} to measure on. True "
                 "masks serve to measure, and for the ceiling.",
-                f"{max(len(row.val) for row in rows)} seeds; ± is half the range over them. "
+                f"Seeds: {max(len(row.val) for row in rows)}; ± is half the range over several. "
                 "The same settings serve GAP and BAP.",
                 *([WARM_START] if plan.warm_start else []),
                 f"{plan.first.steps} steps of {plan.first.batch_size} pictures in stages 1 and 3.",
