@@ -60,18 +60,21 @@ def simplices(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ``(d + 1, n)``.
     """
     corners = elevated.shape[0]
-    cell = (elevated / corners).round()
-    rank = descending_rank(elevated - cell * corners)
+    cell = (elevated / corners).round_()
+    offset = elevated - cell * corners
+    rank = descending_rank(offset)
     # Back onto the plane: the coordinates that were rounded furthest are rounded the other way.
     rank += cell.sum(0).to(torch.int16)
     wrap = (rank < 0).to(torch.int16) - (rank >= corners).to(torch.int16)
     cell += wrap
-    rank += wrap * corners
+    wrap *= corners
+    rank += wrap
+    offset -= wrap
     wide = rank.long()
-    offset = torch.empty_like(elevated).scatter_(0, wide, elevated - cell * corners)
-    weights = torch.empty_like(elevated)
-    torch.sub(offset[:-1].flip(0), offset[1:].flip(0), out=weights[1:])
-    weights[0] = offset[-1] - offset[0]
+    descending = torch.empty_like(offset).scatter_(0, wide, offset)
+    weights = torch.empty_like(offset)
+    for k in range(corners):
+        torch.sub(descending[corners - 1 - k], descending[-k], out=weights[k])
     weights /= corners
     weights[0] += 1
     return cell.to(torch.int32), wide, weights
@@ -153,63 +156,59 @@ def _hashed(codes: Tensor, bits: int) -> Tensor:
 
 
 class Numbering(NamedTuple):
-    """The vertices of a lattice, numbered.
+    """The vertices of a lattice, numbered class by class.
 
     Attributes:
         vertices: ``(d + 1, n)``; the vertices of each point.
-        points: ``(d + 1, n)``; read row by row, the points around one vertex after the other.
-        places: ``(d + 1, n)``; where in ``vertices``, read row by row, these pairs are.
-        offsets: ``(m + 1,)``; where in ``points`` each vertex starts, and the end.
+        points: ``(d + 1, n)``; in row k all points, ordered by their vertex k.
+        starts: ``(m + 1,)``; where each vertex starts in ``points`` read row by row, and the end.
         following: For each axis the next vertex of each vertex, or m.
     """
 
     vertices: Tensor
     points: Tensor
-    places: Tensor
-    offsets: Tensor
+    starts: Tensor
     following: list[Tensor]
 
 
 def number_vertices(codes: Tensor, digits: Codes) -> Numbering:
-    """Number the distinct codes, class by class, by sorting each class."""
+    """Number the distinct codes by sorting each class."""
     corners, n = codes.shape
     vertices = torch.empty_like(codes, dtype=torch.int32)
-    points, places = torch.empty_like(vertices), torch.empty_like(vertices)
-    starts, offsets, distinct = [0], [], []
+    points = torch.empty_like(vertices)
+    classes, starts, distinct = [0], [], []
     for k in range(corners):
         ordered, order = codes[k].sort(stable=True)
         fresh = torch.ones(n, dtype=torch.bool, device=codes.device)
         torch.ne(ordered[1:], ordered[:-1], out=fresh[1:])
-        number = fresh.cumsum(0, dtype=torch.int32).add_(starts[-1] - 1)
+        number = fresh.cumsum(0, dtype=torch.int32).add_(classes[-1] - 1)
         vertices[k].scatter_(0, order, number)
         points[k] = order
-        torch.add(points[k], k * n, out=places[k])
         begin = fresh.nonzero()[:, 0]
-        offsets.append(begin + k * n)
+        starts.append(begin + k * n)
         distinct.append(ordered[begin].long())
-        starts.append(starts[-1] + begin.shape[0])
-    offsets.append(torch.tensor([corners * n], device=codes.device))
-    following = find_neighbours(torch.cat(distinct), starts[:-1], digits)
-    return Numbering(vertices, points, places, torch.cat(offsets), following)
+        classes.append(classes[-1] + begin.shape[0])
+    starts.append(torch.tensor([corners * n], device=codes.device))
+    following = find_neighbours(torch.cat(distinct), classes[:-1], digits)
+    return Numbering(vertices, points, torch.cat(starts), following)
 
 
 def number_wide_vertices(cell: Tensor, rank: Tensor) -> Numbering:
     """The same for vertices whose codes do not fit 64 bits, by the plain form's exact keys."""
-    corners, n = cell.shape
-    k = torch.arange(corners, device=cell.device)[:, None, None]
-    ladder = torch.where(rank < corners - k, k, k - corners)  # (vertex, coordinate, point)
-    keys = (cell.long() * corners + ladder)[:, :-1].transpose(1, 2).reshape(corners * n, -1)
-    number, found = plain.distinct(keys)
-    places = number.argsort(stable=True).int().view(corners, n)
-    counts = torch.bincount(number, minlength=found.shape[0])
-    following = [ahead[:-1].int() for ahead, _ in plain.find_neighbours(found)]
-    return Numbering(
-        number.int().view(corners, n),
-        places % n,
-        places,
-        F.pad(counts.cumsum(0), (1, 0)),
-        following,
-    )
+    corners = cell.shape[0]
+    vertices, points, counts = [], [], []
+    distinct: list[Tensor] = []
+    for k in range(corners):
+        ladder = torch.where(rank < corners - k, k, k - corners)
+        keys = (cell.long() * corners + ladder)[:-1].T
+        number, found = plain.distinct(keys)
+        vertices.append(number + sum(x.shape[0] for x in distinct))
+        points.append(number.argsort(stable=True))
+        counts.append(torch.bincount(number, minlength=found.shape[0]))
+        distinct.append(found)
+    following = [x[:-1].int() for x, _ in plain.find_neighbours(torch.cat(distinct))]
+    starts = F.pad(torch.cat(counts).cumsum(0), (1, 0))
+    return Numbering(torch.stack(vertices).int(), torch.stack(points).int(), starts, following)
 
 
 class PermutohedralLattice:
@@ -267,14 +266,15 @@ class PermutohedralLattice:
             table = number_vertices(digits.of_points(cell, rank), digits)
         else:
             table = number_wide_vertices(cell, rank)
-        m = table.offsets.shape[0] - 1
+        m = table.starts.shape[0] - 1
         index = torch.int32 if features.device.type == "cpu" else torch.int64
         # Row m, past the m vertices, stands for those that do not exist, and stays 0.
         self.vertices = table.vertices.T.contiguous().to(index)  # (n, d + 1)
         self.weights = weights.T.contiguous()
         self.splat_points = table.points.flatten()
-        self.splat_weights = weights.flatten().index_select(0, table.places.flatten())
-        self.splat_offsets = torch.cat([table.offsets, table.offsets[-1:]]).int()
+        rows = zip(weights, table.points, strict=True)
+        self.splat_weights = torch.cat([row.index_select(0, points) for row, points in rows])
+        self.splat_offsets = torch.cat([table.starts, table.starts[-1:]]).int()
         self.slice_offsets = _multiples(self.points, self.vertices)
         self.blurs = [_blur(ahead, m, index) for ahead in table.following]
         self.blur_weights = self.weights.new_tensor([1, 0.5, 0.5]).repeat(m + 1, 1)
