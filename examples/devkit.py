@@ -22,6 +22,7 @@ from defusedxml import DefusedXmlException, ElementTree
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
@@ -440,9 +441,8 @@ class SegmentationScore:
     """
 
     def __init__(self, num_classes: int, classes: Sequence[int] | None = None) -> None:
-        self.num_classes = num_classes
         self.classes = list(range(num_classes)) if classes is None else list(classes)
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
+        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=VOID)
         self.pixels = 0
 
     def update(self, predicted: Tensor, truth: Tensor) -> None:
@@ -452,19 +452,20 @@ class SegmentationScore:
                 f"predicted must have the shape of truth, {tuple(truth.shape)}, "
                 f"got {tuple(predicted.shape)}"
             )
-        known = truth.cpu() != VOID
-        self.pixels += int(known.sum())
-        counted = known & (predicted.cpu() != VOID)
-        pairs = truth.cpu()[counted].long() * self.num_classes + predicted.cpu()[counted].long()
-        counts = torch.bincount(pairs, minlength=self.num_classes**2)
-        self.confusion += counts.reshape(self.num_classes, self.num_classes)
+        predicted, truth = predicted.cpu(), truth.cpu()
+        self.pixels += int((truth != VOID).sum())
+        unlabelled = predicted == VOID
+        self.confusion.update(
+            predicted.masked_fill(unlabelled, 0), truth.masked_fill(unlabelled, VOID)
+        )
 
     def compute(self) -> Segmentation:
         """Return the scores over everything counted so far."""
-        hits = self.confusion.diagonal().double()
-        union = self.confusion.sum(0) + self.confusion.sum(1) - hits
+        confusion = self.confusion.confmat  # (truth, prediction)
+        hits = confusion.diagonal().double()
+        union = confusion.sum(0) + confusion.sum(1) - hits
         per_class = hits / union  # 0/0 is NaN: the class is nowhere
         chosen = per_class[self.classes]
         miou = float(chosen.nanmean()) if chosen.isfinite().any() else math.nan
-        coverage = float(self.confusion.sum()) / max(1, self.pixels)
+        coverage = float(confusion.sum()) / max(1, self.pixels)
         return Segmentation(miou, per_class, coverage)

@@ -418,7 +418,7 @@ def main(
         classes: Of a devkit: classes that count for the score, besides background; none for all.
         network: For a devkit: timm name of the backbone.
         weights: For a devkit: path of the backbone's weights; "random" for none.
-        crf_backend: pydensecrf is faster, if it is installed.
+        crf_backend: Our own CRF, or pydensecrf where that is installed.
         device: cpu or cuda.
 
     Returns:
