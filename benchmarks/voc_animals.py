@@ -47,7 +47,7 @@ ANIMALS = (0, 8, 10, 12, 13, 17)
 CLASSES = 21
 # Found by hand for training-free labels: nothing is learned, so nothing is searched.
 TRAINING_FREE = {"background_threshold": None, "attention_minmax": True, "unary_softmax": 3.0}
-# The rows of the paper's Table 1 with the settings it gives, not searched.
+# Rows with settings that were not searched, for the first seed.
 SHARPNESS = (None, 1.0, 2.0, 4.0)  # how certain the CRF is told to be of the unaries
 FIXED = {
     "0.99 threshold": {"background_threshold": 0.99},
@@ -220,7 +220,8 @@ def evaluate(devkit: Devkit, path: Path, key: str, results: Results) -> None:
 
     plain = ranked([measure(s, None) for s in track(unaries(), f"{key}: unaries")])
     final = [{**s, "unary_softmax": scale} for _, s in plain[:2] for scale in SHARPNESS]
-    sharp = ranked([measure(s, DenseCRF()) for s in track(final, f"{key}: with CRF")])
+    fast = DenseCRF(half_resolution=True)  # to choose with; what is reported uses the exact one
+    sharp = ranked([measure(s, fast) for s in track(final, f"{key}: with CRF")])
     results.add(
         f"{key} search", {"pictures": len(held_out), "without_crf": plain, "with_crf": sharp}
     )
@@ -229,7 +230,7 @@ def evaluate(devkit: Devkit, path: Path, key: str, results: Results) -> None:
     features = features_of(network, devkit, names)
     measured = score(devkit, names, features, weight, settings, DenseCRF())
     results.add(f"{key} searched", {"settings": settings, "train": best, **measured})
-    for row, fixed in FIXED.items():
+    for row, fixed in FIXED.items() if key.endswith(" 0") else ():
         measured = score(devkit, names, features, weight, {**RELEASED, **fixed}, DenseCRF())
         results.add(f"{key} {row}", {"settings": {**RELEASED, **fixed}, **measured})
 
