@@ -68,7 +68,7 @@ def test_bad_boxes_are_refused(photo, boxes, message, tmp_path):
 
 
 def test_bad_pictures_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.jpg does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.jpg does not exist"):
         main(tmp_path / "absent.jpg", [(0.0, 0.0, 1.0, 1.0)], tmp_path / "out")
     (tmp_path / "text.jpg").write_text("no picture")
     with pytest.raises(ValueError, match=r"text.jpg must be a picture"):
