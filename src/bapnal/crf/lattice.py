@@ -140,7 +140,7 @@ def find_neighbours(codes: Tensor, starts: Sequence[int], digits: Codes) -> list
     for radix in [*digits.radices, 0]:
         wanted = following - radix
         found = table.index_select(0, _hashed(wanted, bits))
-        found = torch.where(codes.index_select(0, found) == wanted, found, m)
+        found.masked_fill_(codes.index_select(0, found) != wanted, m)
         source = preceding + radix
         at = torch.searchsorted(codes, source).clamp_(max=m - 1)
         exists = codes[at] == source
@@ -181,10 +181,11 @@ def number_vertices(codes: Tensor, digits: Codes) -> Numbering:
         ordered, order = codes[k].sort(stable=True)
         fresh = torch.ones(n, dtype=torch.bool, device=codes.device)
         torch.ne(ordered[1:], ordered[:-1], out=fresh[1:])
-        number = fresh.cumsum(0, dtype=torch.int32).add_(classes[-1] - 1)
-        vertices[k].scatter_(0, order, number)
+        number = fresh.cumsum(0, dtype=torch.int32).sub_(1)
+        count = torch.bincount(number)
+        begin = count.cumsum(0) - count
+        vertices[k].scatter_(0, order, number.add_(classes[-1]))
         points[k] = order
-        begin = fresh.nonzero()[:, 0]
         starts.append(begin + k * n)
         distinct.append(ordered[begin].long())
         classes.append(classes[-1] + begin.shape[0])
