@@ -355,12 +355,12 @@ def main(options: Options) -> None:
     """Run the sections; print each row as it is measured."""
     options.out.mkdir(parents=True, exist_ok=True)
     for section in options.sections:
-        rows = []
+        rows: list[Row] = []
         for row in SECTIONS[section](options):
             rows.append(row)
             print(section, json.dumps(row), flush=True)
-        result = {**about(), "section": section, "rows": rows}
-        (options.out / f"crf_{section}.json").write_text(json.dumps(result, indent=1) + "\n")
+            result = {**about(), "section": section, "rows": rows}
+            (options.out / f"crf_{section}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
