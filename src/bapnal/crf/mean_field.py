@@ -232,20 +232,29 @@ def _iterate(
     kernels: Sequence[tuple[float | Tensor, PermutohedralLattice]],
     iterations: int,
 ) -> Tensor:
-    """The mean-field steps; logits -U and result ``(n, C)``."""
+    """The mean-field steps; logits -U and result ``(n, C)``.
+
+    Without gradients each step writes over what the lattice returned: memory that is new costs
+    more time than the arithmetic.
+    """
+    weights = [weight for weight, _ in kernels if isinstance(weight, Tensor)]
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in (logits, *weights))
     q = short_softmax(logits)
     for _ in range(iterations):
         energy = logits
         for weight, kernel in kernels:
+            filtered = kernel.apply(q)
             if isinstance(weight, Tensor):
-                energy = energy + message(weight, kernel.apply(q))
+                energy = energy + message(weight, filtered)
+            elif graph:
+                energy = torch.add(energy, filtered, alpha=weight)
             else:
-                energy = torch.add(energy, kernel.apply(q), alpha=weight)
-        q = short_softmax(energy)
+                energy = torch.add(energy, filtered, alpha=weight, out=filtered)
+        q = short_softmax(energy, in_place=not graph and energy is not logits)
     return q
 
 
-def short_softmax(x: Tensor) -> Tensor:
+def short_softmax(x: Tensor, *, in_place: bool = False) -> Tensor:
     """Softmax over the rows of ``(n, C)``; for few classes on the CPU many times faster.
 
     There the sum is a matrix product, and nothing is subtracted unless exp could overflow.
@@ -255,9 +264,9 @@ def short_softmax(x: Tensor) -> Tensor:
     least, most = torch.aminmax(x.detach())
     if float(least) < -60 or not float(most) < 60:
         return x.softmax(1)
-    p = x.exp()
+    p = x.exp_() if in_place else x.exp()
     total = p @ p.new_ones(x.shape[1], 1)
-    return p / total if x.requires_grad else p.div_(total)
+    return p / total if p.requires_grad else p.div_(total)
 
 
 class _Pictures:
