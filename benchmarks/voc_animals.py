@@ -10,12 +10,12 @@ each trained network, and measures all labels on ``val`` against the true masks.
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import rich
@@ -48,7 +48,7 @@ CLASSES = 21
 # Found by hand for training-free labels: nothing is learned, so nothing is searched.
 TRAINING_FREE = {"background_threshold": None, "attention_minmax": True, "unary_softmax": 3.0}
 # Rows with settings that were not searched, for the first seed.
-SHARPNESS = (None, 1.0, 2.0, 4.0)  # how certain the CRF is told to be of the unaries
+SHARPNESS = (1.0, 2.0, 4.0)  # how certain the CRF is told to be of the unaries
 FIXED = {
     "0.99 threshold": {"background_threshold": 0.99},
     "A as it is": {"background_threshold": None},
@@ -57,33 +57,45 @@ FIXED = {
 RELEASED = {"cam_normalization": "box", "unary_softmax": 1.0}
 
 
-def unaries() -> list[dict[str, object]]:
-    """List what the search tries first, without the CRF: what u_0 is, and the maximum of Eq. 5."""
-    backgrounds: list[dict[str, object]] = [
-        {"background": "attention", "background_threshold": None},
-        {"background": "attention", "background_threshold": None, "attention_minmax": True},
-        {"background": "cam"},
-        {"background": "both", "background_threshold": None},
-        {"background": "both", "background_threshold": None, "attention_minmax": True},
-    ]
-    return [
-        {**background, "cam_normalization": maximum}
-        for background, maximum in itertools.product(backgrounds, ("class", "box"))
-    ]
+def unaries() -> dict[str, list[dict[str, object]]]:
+    """List what u_0 may be, by kind; the search takes the best of each kind to the CRF."""
+    common: dict[str, object] = {"background_threshold": None, "cam_normalization": "box"}
+    return {
+        background: [
+            {**common, "background": background, "attention_minmax": minmax}
+            for minmax in ((False,) if background == "cam" else (False, True))
+        ]
+        for background in ("attention", "cam", "both")
+    }
 
 
-def train(root: Path, pool: str, seed: int, epochs: int, path: Path) -> None:
+@dataclass(frozen=True)
+class Recipe:
+    """How stage 1 is trained.
+
+    Args:
+        epochs: Over ``train_aug``; the learning rates fall to a tenth after two thirds.
+        crop: Side of the training crops.
+        frozen: How many of the first blocks, besides the stem, keep their ImageNet weights.
+    """
+
+    epochs: int = 3
+    crop: int = 257
+    frozen: int = 3
+
+
+def train(root: Path, pool: str, seed: int, recipe: Recipe, path: Path) -> None:
     """Train stage 1 on the boxes of ``train_aug`` and keep weights at ``path``."""
     torch.manual_seed(seed)
     devkit = Devkit(root)
-    data = BoxDataset(devkit, devkit.names("train_aug"), Augmentation(crop=257))
+    data = BoxDataset(devkit, devkit.names("train_aug"), Augmentation(recipe.crop))
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(
         data, 16, shuffle=True, drop_last=True, collate_fn=collate, generator=generator
     )
     network = TimmFeatures(stride=16).to(memory_format=torch.channels_last)
     network.network.conv_stem.requires_grad_(False)
-    network.network.blocks[:3].requires_grad_(False)
+    network.network.blocks[: recipe.frozen].requires_grad_(False)
     weight = torch.nn.Parameter(torch.randn(CLASSES, network.channels) * 0.01)
     learned = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
@@ -91,11 +103,11 @@ def train(root: Path, pool: str, seed: int, epochs: int, path: Path) -> None:
         momentum=0.9,
         weight_decay=5e-4,
     )
-    steps = epochs * len(loader)
+    steps = recipe.epochs * len(loader)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps * 2 // 3], 0.1)
     pooling = BackgroundAwarePooling(grid_size=4, attention=pool == "bap")
     network.train()
-    batches = (batch for _ in range(epochs) for batch in loader)
+    batches = (batch for _ in range(recipe.epochs) for batch in loader)
     for batch in track(batches, f"{pool}, seed {seed}", total=steps):
         images = batch.images.contiguous(memory_format=torch.channels_last)
         pooled = pooling(network(images), batch.boxes, batch.size, batch.valid)
@@ -162,8 +174,9 @@ def box_score(devkit: Devkit, names: Sequence[str]) -> float:
 class Results:
     """Rows in a JSON file, written whole after each; a row that is there is not measured again."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
+        self.recipe = recipe
         self.rows: dict[str, dict[str, object]] = {}
         if path.is_file():
             self.rows = json.loads(path.read_text())["rows"]
@@ -177,6 +190,7 @@ class Results:
         self.rows[key] = row
         rich.print(f"{key}: {row}")
         about = {
+            "recipe": asdict(self.recipe),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -199,9 +213,9 @@ def load(path: Path) -> tuple[TimmFeatures, Tensor]:
     return network.to(memory_format=torch.channels_last), state["weight"]
 
 
-def runs(seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
+def runs(pools: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
     """Pools and seeds, seeds outermost, so that an unfinished run compares like with like."""
-    return ((pool, seed) for seed in seeds for pool in ("bap", "gap"))
+    return ((pool, seed) for seed in seeds for pool in pools)
 
 
 def evaluate(devkit: Devkit, path: Path, key: str, results: Results) -> None:
@@ -218,12 +232,20 @@ def evaluate(devkit: Devkit, path: Path, key: str, results: Results) -> None:
     def ranked(tried: list[tuple[float, dict]]) -> list[tuple[float, dict]]:
         return sorted(tried, key=lambda pair: -pair[0])
 
-    plain = ranked([measure(s, None) for s in track(unaries(), f"{key}: unaries")])
-    final = [{**s, "unary_softmax": scale} for _, s in plain[:2] for scale in SHARPNESS]
     fast = DenseCRF(half_resolution=True)  # to choose with; what is reported uses the exact one
+    plain = [
+        ranked([measure(s, None) for s in kind])
+        for kind in track(unaries().values(), f"{key}: u_0")
+    ]
+    final = [{**kind[0][1], "unary_softmax": scale} for kind in plain for scale in SHARPNESS]
     sharp = ranked([measure(s, fast) for s in track(final, f"{key}: with CRF")])
     results.add(
-        f"{key} search", {"pictures": len(held_out), "without_crf": plain, "with_crf": sharp}
+        f"{key} search",
+        {
+            "pictures": len(held_out),
+            "without_crf": [pair for kind in plain for pair in kind],
+            "with_crf": sharp,
+        },
     )
     best, settings = sharp[0]
     names = devkit.names("val")
@@ -240,7 +262,8 @@ def main(
     out: Path = Path("benchmarks/results/voc_animals_labels.json"),
     work: Path = Path("runs/voc_animals"),
     seeds: tuple[int, ...] = (0, 1, 2),
-    epochs: int = 3,
+    pools: tuple[str, ...] = ("bap", "gap"),
+    recipe: Recipe = Recipe(),
     only_train: bool = False,
 ) -> None:
     """Run whatever is missing.
@@ -250,14 +273,15 @@ def main(
         out: Where results go.
         work: Where trained weights are kept.
         seeds: Seeds of stage 1.
-        epochs: Epochs of stage 1.
+        pools: Poolings to train with.
+        recipe: How stage 1 is trained.
         only_train: Stop before labels are measured.
     """
-    devkit, results = Devkit(root), Results(out)
-    for pool, seed in runs(seeds):
+    devkit, results = Devkit(root), Results(out, recipe)
+    for pool, seed in runs(pools, seeds):
         path = work / f"{pool}_{seed}.pt"
         if not path.is_file():
-            train(root, pool, seed, epochs, path)
+            train(root, pool, seed, recipe, path)
     if only_train:
         return
     names = devkit.names("val")
@@ -268,7 +292,7 @@ def main(
         features = features_of(plain, devkit, names)
         measured = score(devkit, names, features, None, TRAINING_FREE, DenseCRF())
         results.add("training-free", {"settings": TRAINING_FREE, **measured})
-    for pool, seed in runs(seeds):
+    for pool, seed in runs(pools, seeds):
         evaluate(devkit, work / f"{pool}_{seed}.pt", f"{pool} {seed}", results)
 
 
