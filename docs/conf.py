@@ -16,5 +16,7 @@ html_theme = "furo"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 myst_enable_extensions = ["dollarmath"]
 exclude_patterns = ["images"]
+suppress_warnings = ["myst.xref_missing"]  # the README links files of the repository

@@ -8,7 +8,7 @@ from bapnal.attention import (
 )
 from bapnal.boxes import box_bins, box_cells, definite_background
 from bapnal.classifier import CosineClassifier, cosine_similarity
-from bapnal.crf import DenseCRF, PermutohedralLattice, dense_crf
+from bapnal.crf import DenseCRF, PairwiseTerm, PermutohedralLattice, dense_crf
 from bapnal.losses import (
     BootstrappingLoss,
     EntropyRegularizationLoss,
@@ -46,6 +46,7 @@ __all__ = [
     "pseudo_labels",
     "DenseCRF",
     "dense_crf",
+    "PairwiseTerm",
     "PermutohedralLattice",
     "NoiseAwareLoss",
     "noise_aware_loss",
