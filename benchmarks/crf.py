@@ -353,12 +353,13 @@ SECTIONS = {x.__name__: x for x in (speed, processes, memory, fast, growth, exac
 def main(options: Options) -> None:
     """Run the sections; print each row as it is measured."""
     options.out.mkdir(parents=True, exist_ok=True)
+    header = about()
     for section in options.sections:
         rows: list[Row] = []
         for row in SECTIONS[section](options):
             rows.append(row)
             print(section, json.dumps(row), flush=True)
-            result = {**about(), "section": section, "rows": rows}
+            result = {**header, "section": section, "rows": rows}
             (options.out / f"crf_{section}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
