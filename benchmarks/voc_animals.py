@@ -116,7 +116,7 @@ def train(root: Path, pool: str, seed: int, recipe: Recipe, path: Path) -> None:
         loss.backward()
         optimizer.step()
         schedule.step()
-    state = {"network": network.state_dict(), "weight": weight.detach(), "loss": float(loss)}
+    state = {"network": network.state_dict(), "weight": weight.detach(), "loss": loss.item()}
     unfinished = path.with_suffix(".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, unfinished)
