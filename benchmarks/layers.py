@@ -80,7 +80,7 @@ def measure(run: Callable[[], object], device: str) -> dict[str, float]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    found = timer.adaptive_autorange(min_run_time=2.0)
+    found = timer.adaptive_autorange(min_run_time=1.0, max_run_time=5.0)
     row = {
         "median_ms": round(found.median * 1e3, 2),
         "iqr_ms": round(found.iqr * 1e3, 2),
