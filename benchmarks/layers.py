@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
-import resource
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -151,11 +150,20 @@ def loss_step(name: str, device: str) -> Callable[[], None]:
     return step
 
 
+def _resident(field: str) -> float:
+    """A line of ``/proc/self/status``, in MiB: VmRSS is what is in use, VmHWM the most there was."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"/proc/self/status must have a line {field}, has none")
+
+
 def _peak(name: str, queue: multiprocessing.Queue) -> None:
     step = loss_step(name, "cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # start VmHWM anew
+    before = _resident("VmRSS")
     step()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put(_resident("VmHWM") - before)
 
 
 def loss_rows(device: str) -> dict[str, dict[str, float]]:
@@ -163,7 +171,7 @@ def loss_rows(device: str) -> dict[str, dict[str, float]]:
     rows = {}
     for name in ("cross-entropy", "nal"):
         row = measure(loss_step(name, device), device)
-        if device == "cpu":
+        if device == "cpu" and Path("/proc/self/clear_refs").exists():  # Linux
             context = multiprocessing.get_context("spawn")
             queue: multiprocessing.Queue = context.Queue()
             process = context.Process(target=_peak, args=(name, queue))
@@ -177,9 +185,15 @@ def loss_rows(device: str) -> dict[str, dict[str, float]]:
 def main(
     out: Path = Path("benchmarks/results/layers.json"),
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
+    pooling: bool = True,
+    loss: bool = True,
 ) -> None:
-    """Run all rows, print them and write them to ``out``."""
-    rows = {**pooling_rows(device, 1), **pooling_rows(device, 2), **loss_rows(device)}
+    """Run the rows that are asked for, print all and write them to ``out``, beside those there."""
+    rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
+    if pooling:
+        rows |= pooling_rows(device, 1) | pooling_rows(device, 2)
+    if loss:
+        rows |= loss_rows(device)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
