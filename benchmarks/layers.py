@@ -151,7 +151,7 @@ def loss_step(name: str, device: str) -> Callable[[], None]:
 
 
 def _resident(field: str) -> float:
-    """A line of ``/proc/self/status``, in MiB: VmRSS is what is in use, VmHWM the most there was."""
+    """Read a line of ``/proc/self/status``, in MiB: VmRSS is in use, VmHWM the most there was."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
