@@ -151,9 +151,9 @@ def pseudo_labels(
         ([0, 0, 1, 1], [0, 0, 1, 1])
     """
     size, padded, target = _check_inputs(images, features, weight, boxes, labels, valid)
-    _check_options(
-        grid_size, background, background_threshold, cam_normalization, unary_softmax, weight
-    )
+    _check_options(grid_size, background, background_threshold, cam_normalization, unary_softmax)
+    if weight is None and background != "attention":
+        raise ValueError(f'background must be "attention" where weight is None, got {background!r}')
     with full_precision(features):
         x = widen(features)
         w = None if weight is None else weight.to(x.dtype)
@@ -171,9 +171,12 @@ def pseudo_labels(
         else:
             u_c = _foreground_unary(x, w, padded, regions, cam_normalization, align_corners)
         softmax = float(unary_softmax or 0)
-        probabilities = _probabilities(u_0, u_c, regions.masks, softmax, w is None)
-        marginals = _apply_crf(crf, images, probabilities, regions.classes, valid)
         allowed = F.pad(regions.masks, (0, 0, 0, 0, 1, 0), value=True)  # background everywhere
+        if w is None and softmax > 0:
+            probabilities = _agnostic_softmax(u_0, regions.masks, softmax)
+        else:
+            probabilities = _probabilities(u_0, u_c, allowed, softmax)
+        marginals = _apply_crf(crf, images, probabilities, regions.classes, valid)
         channel = (marginals * allowed).argmax(1)
         retrieved = _retrieve(x, w, channel, regions, allowed, valid, align_corners)
         ids = F.pad(regions.classes, (1, 0))
@@ -224,9 +227,6 @@ def _check_options(
     background_threshold: float | None,
     cam_normalization: str,
     unary_softmax: float | bool | None,
-    weight: Tensor | None = None,
-    *,
-    has_weight: bool = True,
 ) -> None:
     _checks.integer("grid_size", grid_size, minimum=1)
     _checks.choice("background", background, BACKGROUNDS)
@@ -235,8 +235,6 @@ def _check_options(
         _checks.number("background_threshold", background_threshold, minimum=0, maximum=1)
     if unary_softmax is not None and not isinstance(unary_softmax, bool):
         _checks.number("unary_softmax", unary_softmax, above=0)
-    if has_weight and weight is None and background != "attention":
-        raise ValueError(f'background must be "attention" where weight is None, got {background!r}')
 
 
 def class_regions(
@@ -362,18 +360,17 @@ def _shared(amount: Tensor, masks: Tensor) -> Tensor:
     )
 
 
-def _probabilities(
-    u_0: Tensor, u_c: Tensor, masks: Tensor, softmax: float, agnostic: bool
-) -> Tensor:
+def _agnostic_softmax(u_0: Tensor, masks: Tensor, scale: float) -> Tensor:
+    """Softmax of u_0 and 1 - u_0, the second shared by the classes; ``(B, 1 + P, H, W)``."""
+    p_0 = torch.where(masks.any(1), torch.sigmoid(scale * (2 * u_0 - 1)), 1.0)
+    return torch.cat([p_0[:, None], _shared(1 - p_0, masks)], dim=1)
+
+
+def _probabilities(u_0: Tensor, u_c: Tensor, allowed: Tensor, softmax: float) -> Tensor:
     """Unaries as probabilities of the background and P classes; ``(B, 1 + P, H, W)``.
 
-    ``softmax`` is the scale of a softmax, 0 for none.
+    ``allowed`` says which of them may be where; ``softmax`` is the scale of a softmax, 0 for none.
     """
-    boxed = masks.any(1)
-    if softmax > 0 and agnostic:
-        p_0 = torch.where(boxed, torch.sigmoid(softmax * (2 * u_0 - 1)), 1.0)
-        return torch.cat([p_0[:, None], _shared(1 - p_0, masks)], dim=1)
-    allowed = F.pad(masks, (0, 0, 0, 0, 1, 0), value=True)
     unary = torch.cat([u_0[:, None], u_c], dim=1)
     if softmax > 0:
         return (softmax * unary).masked_fill(~allowed, -torch.inf).softmax(1)
@@ -484,12 +481,7 @@ class PseudoLabelGenerator(nn.Module):
         if crf is not None and not callable(crf):
             raise TypeError(f"crf must be callable or None, got {type(crf).__name__}")
         _check_options(
-            grid_size,
-            background,
-            background_threshold,
-            cam_normalization,
-            unary_softmax,
-            has_weight=False,
+            grid_size, background, background_threshold, cam_normalization, unary_softmax
         )
         self.crf = crf
         self.grid_size = grid_size
