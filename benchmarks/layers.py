@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import platform
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
-import bapnal
 from bapnal import BackgroundAwarePooling, NoiseAwareLoss
 from bapnal.boxes import box_bins, box_cells
+from record import about, write_json
 
 IMAGE = (321, 321)
 
@@ -194,20 +192,8 @@ def main(
         rows |= pooling_rows(device, 1) | pooling_rows(device, 2)
     if loss:
         rows |= loss_rows(device)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    about = {
-        "machine": platform.machine(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "bapnal": bapnal.__version__,
-        "commit": commit.stdout.strip(),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    write_json(out, {"about": {**about(), "device": device_name}, "rows": rows})
     table = Table("case", "median ms", "IQR ms", "runs", "peak MiB")
     for case, row in rows.items():
         table.add_row(

@@ -11,8 +11,7 @@ each trained network, and measures all labels on ``val`` against the true masks.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,13 +24,15 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import bapnal
 from bapnal import (
     BackgroundAwarePooling,
     DenseCRF,
     PseudoLabelGenerator,
     box_classification_loss,
 )
+from record import about, write_json
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
 from devkit import (
     VOID,
     Augmentation,
@@ -47,8 +48,8 @@ ANIMALS = (0, 8, 10, 12, 13, 17)
 CLASSES = 21
 # Found by hand for training-free labels: nothing is learned, so nothing is searched.
 TRAINING_FREE = {"background_threshold": None, "attention_minmax": True, "unary_softmax": 3.0}
-# Rows with settings that were not searched, for the first seed.
 SHARPNESS = (1.0, 2.0, 4.0)  # how certain the CRF is told to be of the unaries
+# Rows with settings that were not searched, for the first seed.
 FIXED = {
     "0.99 threshold": {"background_threshold": 0.99},
     "A as it is": {"background_threshold": None},
@@ -189,20 +190,8 @@ class Results:
         """Add a row and write the file."""
         self.rows[key] = row
         rich.print(f"{key}: {row}")
-        about = {
-            "recipe": asdict(self.recipe),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "bapnal": bapnal.__version__,
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-            ).stdout.strip(),
-        }
-        unfinished = self.path.with_suffix(".part")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps({"about": about, "rows": self.rows}, indent=1) + "\n")
-        unfinished.replace(self.path)
+        found = {"recipe": asdict(self.recipe), **about()}
+        write_json(self.path, {"about": found, "rows": self.rows})
 
 
 def load(path: Path) -> tuple[TimmFeatures, Tensor]:
