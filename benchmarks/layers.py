@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from torch.utils.benchmark import Timer
 
 from bapnal import BackgroundAwarePooling, NoiseAwareLoss
 from bapnal.boxes import box_bins, box_cells
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
 from record import about, write_json
 
 IMAGE = (321, 321)

@@ -30,7 +30,6 @@ from bapnal import (
     PseudoLabelGenerator,
     box_classification_loss,
 )
-from record import about, write_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
 from devkit import (
@@ -43,6 +42,7 @@ from devkit import (
     fill_boxes,
 )
 from networks import TimmFeatures
+from record import about, write_json
 
 ANIMALS = (0, 8, 10, 12, 13, 17)
 CLASSES = 21

@@ -1,0 +1,98 @@
+"""What every result file says of the run it comes from, and how it is written."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import bapnal
+
+
+def about() -> dict[str, object]:
+    """Machine, versions and commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "bapnal": bapnal.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+class Meter:
+    """Time and peak memory of what runs inside ``with Meter() as meter:``.
+
+    Attributes:
+        seconds: How long it took.
+        memory: Peak bytes: ``"host"``, of the process since it began (None on Windows), and
+            ``"device"``, None without a GPU.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.memory: dict[str, int | None] = {"host": None, "device": None}
+
+    def __enter__(self) -> Meter:
+        """Begin."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Read the clock and the peaks."""
+        self.seconds = time.perf_counter() - self._begin
+        if sys.platform != "win32":
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            self.memory["host"] = peak if sys.platform == "darwin" else 1024 * peak
+        if torch.cuda.is_available():
+            self.memory["device"] = torch.cuda.max_memory_allocated()
+
+
+def result(
+    kind: str, settings: dict[str, object], scores: dict[str, object], meter: Meter, **more: object
+) -> dict[str, object]:
+    """Put together what a result file holds.
+
+    Args:
+        kind: What was run, such as ``"classifier"``.
+        settings: All of them.
+        scores: What came out.
+        meter: Around the run.
+        **more: Further entries.
+    """
+    found = {
+        "kind": kind,
+        "settings": settings,
+        "scores": scores,
+        "seconds": round(meter.seconds, 3),
+        "peak_memory_bytes": meter.memory,
+        "about": about(),
+        **more,
+    }
+    return json.loads(json.dumps(found, default=str))  # as it comes back from the file
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(path)
