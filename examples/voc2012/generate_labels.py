@@ -1,0 +1,535 @@
+"""Stage 2: make pixel labels from boxes, by the paper's method and by its rivals.
+
+    python examples/voc2012/generate_labels.py paper --classifier runs/voc2012/bap/classifier.pt \
+        --out runs/voc2012/labels_bap
+    python examples/voc2012/generate_labels.py agnostic --out runs/voc2012/labels_agnostic
+    python examples/voc2012/generate_labels.py paper --method grabcut --out runs/voc2012/grabcut
+
+The methods ``network`` and ``agnostic`` write, in the palette of the devkit,
+
+    OUT/crf/NAME.png          Y_crf
+    OUT/ret/NAME.png          Y_ret
+    OUT/reliable/NAME.png     Y_crf where Y_ret agrees (the set S), 255 elsewhere
+    OUT/unaries/NAME.npz      on request: u_0 as background (H, W), u_c as foreground (P, H, W),
+                              and their classes (P,)
+
+and all others ``OUT/labels/NAME.png``. Labels never leave the boxes of their class. A picture that
+cannot be read is reported and skipped. After an interruption the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all examples share
+
+import record
+from bapnal import DenseCRF, PseudoLabelGenerator
+from deeplab import build_features
+from devkit import (
+    VOC_CLASSES,
+    VOID,
+    BoxDataset,
+    Devkit,
+    Sample,
+    fill_boxes,
+    write_label_map,
+)
+from networks import TimmFeatures
+from train_classifier import load_classifier
+from training import Machines, cli, launch, run
+
+METHODS = ("network", "agnostic", "box")
+TWO_MAPS = ("network", "agnostic")  # the methods that give Y_crf and Y_ret
+Method = Literal["network", "agnostic", "box"]
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """How unaries are made of features; see ``bapnal.pseudo_labels``.
+
+    Args:
+        grid_size: N of the attention's grid.
+        background: What u_0 is: "attention", "cam" ("w/o u_0" in Table 1), or "both", their mean.
+        background_threshold: A below this share of its maximum becomes 0; None keeps A.
+        attention_minmax: Scale A inside the boxes of a picture to [0, 1] first.
+        cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box alone.
+        unary_softmax: None divides the unaries by their sum; a number is the scale of a softmax.
+        align_corners: How maps are upsampled.
+    """
+
+    grid_size: int = 1
+    background: Literal["attention", "cam", "both"] = "attention"
+    background_threshold: float | None = 0.99
+    attention_minmax: bool = False
+    cam_normalization: Literal["class", "box"] = "class"
+    unary_softmax: float | None = None
+    align_corners: bool = False
+
+
+@dataclass(frozen=True)
+class CrfSettings:
+    """The fully connected CRF; see ``bapnal.DenseCRF``.
+
+    Args:
+        bilateral_weight: Strength of the kernel of position and colour.
+        bilateral_xy: Its width over positions, in pixels.
+        bilateral_rgb: Its width over colours, in grey levels.
+        gaussian_weight: Strength of the kernel of position alone.
+        gaussian_xy: Its width, in pixels.
+        iterations: Mean-field steps.
+        half_resolution: Fast and approximate.
+        backend: "torch" or "pydensecrf".
+        none: No CRF at all.
+    """
+
+    bilateral_weight: float = 4.0
+    bilateral_xy: float = 55.0
+    bilateral_rgb: float = 3.0
+    gaussian_weight: float = 3.0
+    gaussian_xy: float = 3.0
+    iterations: int = 10
+    half_resolution: bool = False
+    backend: Literal["torch", "pydensecrf"] = "torch"
+    none: bool = False
+
+
+def make_crf(crf: CrfSettings) -> DenseCRF | None:
+    """Return the CRF of these settings."""
+    chosen = asdict(crf)
+    return None if chosen.pop("none") else DenseCRF(**chosen)
+
+
+def make_generator(generator: GeneratorSettings, crf: CrfSettings) -> PseudoLabelGenerator:
+    """Return the label generator of these settings."""
+    return PseudoLabelGenerator(make_crf(crf), **asdict(generator))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Make pixel labels from boxes.
+
+    Args:
+        root: The devkit, such as VOCdevkit/VOC2012; by default the environment variable
+            BAPNAL_VOC_ROOT, where set.
+        out: Where to write.
+        split: Which pictures: a file of ImageSets/Segmentation.
+        classes: Names of the classes 1..L.
+        method: "network": class activation maps and attention of a trained classifier.
+            "agnostic": attention alone, without class weights, on the features of a classifier or
+            of a backbone that was never trained on boxes. "box": boxes filled with their class.
+        classifier: File classifier.pt of train_classifier.py.
+        backbone: Network of "agnostic" without a classifier, whose stages are scaled to length 1.
+        weights: Weights of that backbone: a file, "random", or none for those that it comes with.
+        stride: Pixels from one feature of that backbone to the next.
+        generator: How unaries are made.
+        crf: The fully connected CRF.
+        search: Result of search.py, whose settings replace ``generator`` and ``crf``.
+        unaries: Whether to write the unaries too.
+        difficult: Whether to keep objects marked as difficult.
+        margin: Loosen boxes by this share of their sides on each side.
+        machines: Where it runs; pictures are shared out among the processes.
+    """
+
+    root: Path = Path(os.environ.get("BAPNAL_VOC_ROOT", "VOCdevkit/VOC2012"))
+    out: Path = Path("runs/voc2012/labels")
+    split: str = "train_aug"
+    classes: tuple[str, ...] = VOC_CLASSES
+    method: Method = "network"
+    classifier: Path | None = None
+    backbone: str = "tf_efficientnet_lite0"
+    weights: str | None = None
+    stride: int = 8
+    generator: GeneratorSettings = GeneratorSettings()
+    crf: CrfSettings = CrfSettings()
+    search: Path | None = None
+    unaries: bool = False
+    difficult: bool = True
+    margin: float = 0.0
+    machines: Machines = field(default_factory=Machines)
+
+
+PRESETS = {
+    "paper": (
+        "as in the paper, for VGG-16",
+        Settings(generator=GeneratorSettings(align_corners=True)),
+    ),
+    "released": (
+        "as in the authors' released code where it differs",
+        Settings(
+            generator=GeneratorSettings(
+                cam_normalization="box", unary_softmax=1.0, align_corners=True
+            )
+        ),
+    ),
+    "agnostic": (
+        "without any training, on EfficientNet-Lite0",
+        Settings(
+            method="agnostic",
+            generator=GeneratorSettings(
+                background_threshold=None, attention_minmax=True, unary_softmax=3.0
+            ),
+        ),
+    ),
+}
+
+
+class Done(NamedTuple):
+    """What became of one picture.
+
+    Attributes:
+        name: Its name.
+        error: Why it was skipped, or None.
+        seconds: Time of each part.
+    """
+
+    name: str
+    error: str | None
+    seconds: dict[str, float]
+
+
+def read_search(path: Path, settings: Settings) -> Settings:
+    """Return ``settings`` with the best generator and CRF of a search.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no result of search.py.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"search {path} does not exist")
+    try:
+        best = json.loads(path.read_text(encoding="utf-8"))["scores"]["best"]
+        return replace(
+            settings,
+            generator=replace(settings.generator, **best["generator"]),
+            crf=replace(settings.crf, **best["crf"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"search {path} must be a result of search.py: {error!r}") from error
+
+
+def main(settings: Settings) -> dict:
+    """Label all pictures of a split; the result also goes to ``OUT/result.json``.
+
+    Raises:
+        FileNotFoundError: If a file that the method needs is not there.
+        ValueError: If a setting does not fit, or ``out`` holds the labels of other settings.
+    """
+    if settings.search is not None:
+        settings = read_search(settings.search, settings)
+    names = _check(settings)
+    fabric = launch(settings.machines)
+    with record.Meter() as meter:
+        label = make_labeller(settings, fabric)
+        _claim(settings.out / "settings.json", settings, write=fabric.global_rank == 0)
+        dataset = BoxDataset(
+            Devkit(settings.root, settings.classes),
+            names,
+            difficult=settings.difficult,
+            margin=settings.margin,
+        )
+        mine = range(fabric.global_rank, len(names), fabric.world_size)
+        todo = [i for i in mine if not _finished(settings, names[i])]
+        begin = time.perf_counter()
+        done = list(_label_all(settings, fabric, label, dataset, todo))
+        seconds = round(time.perf_counter() - begin, 3)
+        parts = _gather(fabric, (done, seconds))
+    every = [one for some, _ in parts for one in some]
+    path = settings.out / "result.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if stored and not every:
+        return stored
+    errors = {one.name: one.error for one in sorted(every) if one.error}
+    scores = {"pictures": len(names) - len(errors), "skipped": list(errors), "errors": errors}
+    found = record.result("labels", asdict(settings), scores, meter)
+    if stored and len(every) == len(errors):  # what was skipped before is so again
+        found = {**stored, "scores": {**stored["scores"], **scores}}
+    else:
+        found["scores"].update(_speed(every, [seconds for _, seconds in parts]))
+    if fabric.global_rank == 0:
+        record.write_json(path, found)
+    return found
+
+
+def _check(settings: Settings) -> list[str]:
+    """Find what is wrong with the settings before anything is computed; return the pictures."""
+    if settings.method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {settings.method!r}")
+    if not 0 <= settings.margin < 10:
+        raise ValueError(f"margin must be in [0, 10), got {settings.margin}")
+    if settings.method == "network" and settings.classifier is None:
+        raise ValueError(
+            'classifier must be a classifier.pt of train_classifier.py where method is "network", '
+            "got none"
+        )
+    if settings.classifier is not None and not settings.classifier.is_file():
+        raise FileNotFoundError(f"classifier {settings.classifier} does not exist")
+    if settings.method == "agnostic" and settings.generator.background != "attention":
+        raise ValueError(
+            'generator.background must be "attention" where method is "agnostic", got '
+            f"{settings.generator.background!r}"
+        )
+    if settings.unaries and settings.method not in TWO_MAPS:
+        raise ValueError(
+            f"unaries must come from one of the methods {', '.join(TWO_MAPS)}, got "
+            f"{settings.method!r}"
+        )
+    if settings.method in TWO_MAPS:
+        make_generator(settings.generator, settings.crf)
+    return Devkit(settings.root, settings.classes).names(settings.split)
+
+
+Labels = dict[str, Tensor | dict[str, np.ndarray]]
+Clock = Callable[[str], None]  # called with the name of the part that has just ended
+Labeller = Callable[[Sample, Clock], Labels]
+
+
+def make_labeller(settings: Settings, fabric: Fabric) -> Labeller:
+    """Return what turns one picture into its label maps, by the folders they go to."""
+    if settings.method in TWO_MAPS:
+        return _NetworkLabeller(settings, fabric)
+    return _box
+
+
+def _box(sample: Sample, clock: Clock) -> Labels:
+    found = fill_boxes(sample.boxes, sample.labels, tuple(sample.image.shape[1:]))
+    clock("labels")
+    return {"labels": found}
+
+
+class _NetworkLabeller:
+    """Labels from features: the methods "network" and "agnostic"."""
+
+    def __init__(self, settings: Settings, fabric: Fabric) -> None:
+        self.fabric = fabric
+        self.unaries = settings.unaries
+        self.generate = make_generator(settings.generator, settings.crf)
+        self.weight: Tensor | None = None
+        self.unseen = torch.zeros(len(settings.classes) + 1, dtype=torch.bool)
+        if settings.classifier is None:
+            features = _untrained(settings)
+        else:
+            classifier = load_classifier(settings.classifier)
+            features = classifier.features
+            if settings.method == "network":
+                left_out = set(classifier.settings.get("leave_out") or ())
+                known = {name: i for i, name in enumerate(classifier.classes, start=1)}
+                rows = [0, *(known.get(name, 0) for name in settings.classes)]
+                self.weight = classifier.weight[rows].to(fabric.device)
+                for i, name in enumerate(settings.classes, start=1):
+                    self.unseen[i] = name not in known or name in left_out
+        unseen = [name for name, x in zip(settings.classes, self.unseen[1:], strict=True) if x]
+        if unseen and settings.generator.background != "attention":
+            raise ValueError(
+                'generator.background must be "attention" for classes that the classifier has not '
+                f"seen ({', '.join(unseen)}), got {settings.generator.background!r}"
+            )
+        self.features = features.eval().to(fabric.device)
+
+    @torch.inference_mode()
+    def __call__(self, sample: Sample, clock: Clock) -> Labels:
+        device = self.fabric.device
+        images = sample.image[None].to(device)
+        with self.fabric.autocast():
+            features = self.features(images)
+        _wait(device)
+        clock("features")
+        # 1 - u_0 is the foreground of what has no weight of its own.
+        weight = None if self.unseen[sample.labels].any() else self.weight
+        y = self.generate(
+            images, features, weight, [sample.boxes.to(device)], [sample.labels.to(device)]
+        )
+        crf, ret = y.crf[0].cpu(), y.retrieval[0].cpu()
+        clock("labels")
+        found: Labels = {"crf": crf, "ret": ret, "reliable": crf.masked_fill(crf != ret, VOID)}
+        if self.unaries:
+            found["unaries"] = {
+                "background": y.background_unary[0].cpu().numpy().astype(np.float16),
+                "foreground": y.foreground_unary[0].cpu().numpy().astype(np.float16),
+                "classes": y.classes[0].cpu().numpy(),
+            }
+        return found
+
+
+def _untrained(settings: Settings) -> nn.Module:
+    """The backbone of "agnostic" where there is no classifier."""
+    if settings.backbone in ("small", "vgg16"):
+        return build_features(settings.backbone, settings.weights, settings.stride)
+    return TimmFeatures(settings.backbone, settings.weights, settings.stride, normalize=True)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Readable(Dataset[Sample | Done]):
+    """Pictures that turn into the reason where they cannot be read."""
+
+    def __init__(self, dataset: BoxDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample | Done:
+        try:
+            return self.dataset[index]
+        except (ValueError, OSError) as error:
+            return Done(self.dataset.names[index], str(error), {})
+
+
+def _label_all(
+    settings: Settings, fabric: Fabric, label: Labeller, dataset: BoxDataset, todo: list[int]
+) -> Iterator[Done]:
+    """Label some pictures and write what comes out."""
+    console = Console(stderr=True)
+    # Only a GPU is faster than the reading of one picture after the other.
+    workers = settings.machines.workers if fabric.device.type == "cuda" else 0
+    loader = DataLoader(
+        Subset(_Readable(dataset), todo), batch_size=None, num_workers=workers, collate_fn=_same
+    )
+    columns = (
+        TextColumn("labelling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, disable=fabric.global_rank > 0) as progress:
+        bar = progress.add_task("", total=len(todo))
+        for sample in loader:
+            done = sample if isinstance(sample, Done) else _label(settings, label, sample)
+            if done.error:
+                console.print(f"skipped {done.name}: {done.error}", soft_wrap=True, highlight=False)
+            progress.advance(bar)
+            yield done
+
+
+def _same(sample: Sample | Done) -> Sample | Done:
+    return sample
+
+
+def _label(settings: Settings, label: Labeller, sample: Sample) -> Done:
+    seconds: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def clock(part: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[part] = seconds.get(part, 0.0) + now - last
+        last = now
+
+    try:
+        found = label(sample, clock)
+    except (ValueError, OSError) as error:
+        return Done(sample.name, str(error), {})
+    for folder, path in _files(settings, sample.name).items():
+        write = _write_arrays if folder == "unaries" else write_label_map
+        write(path, found[folder])
+    clock("writing")
+    return Done(sample.name, None, seconds)
+
+
+def _files(settings: Settings, name: str) -> dict[str, Path]:
+    """All that is written of one picture, by folder."""
+    folders = ["labels"]
+    if settings.method in TWO_MAPS:
+        folders = ["crf", "ret", "reliable"] + ["unaries"] * settings.unaries
+    ends = {"unaries": ".npz"}
+    return {x: settings.out / x / f"{name}{ends.get(x, '.png')}" for x in folders}
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a file of arrays, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    unfinished.replace(path)
+
+
+def _finished(settings: Settings, name: str) -> bool:
+    """Whether all files of a picture are there and readable."""
+    for path in _files(settings, name).values():
+        try:
+            if path.suffix == ".png":
+                with Image.open(path) as picture:
+                    picture.verify()
+            else:
+                with np.load(path) as arrays:
+                    arrays["classes"]
+        except (OSError, SyntaxError, ValueError, KeyError, EOFError):
+            return False
+    return True
+
+
+def _claim(path: Path, settings: Settings, *, write: bool) -> None:
+    """Note the settings in the output folder, or check that they are those noted there."""
+    now = json.loads(json.dumps(asdict(settings), default=str))
+    for key in ("machines", "out", "search"):  # the labels do not depend on them
+        now.pop(key)
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differing = [key for key in now if there.get(key) != now[key]]
+        if differing:
+            facts = ", ".join(f"{k}={there.get(k)!r} there, {now[k]!r} now" for k in differing)
+            raise ValueError(f"{path} belongs to other labels ({facts}): choose another out")
+    elif write:
+        record.write_json(path, now)
+
+
+def _gather(fabric: Fabric, mine: tuple[list[Done], float]) -> list[tuple[list[Done], float]]:
+    """What every process found, in their order."""
+    if fabric.world_size == 1:
+        return [mine]
+    parts: list = [None] * fabric.world_size
+    torch.distributed.all_gather_object(parts, mine)
+    return parts
+
+
+def _speed(done: list[Done], seconds: list[float]) -> dict[str, object]:
+    """Means over the pictures of this run."""
+    timed = [one.seconds for one in done if not one.error]
+    parts = list(timed[0]) if timed else []
+    means = {part: sum(one[part] for one in timed) / len(timed) for part in parts}
+    longest = max(seconds)
+    return {
+        "pictures_timed": len(timed),
+        "seconds_per_picture": {part: round(mean, 5) for part, mean in means.items()},
+        "pictures_per_second": round(len(timed) / longest, 3) if longest else None,
+        "seconds_per_rank": seconds,
+    }
+
+
+def command(settings: Settings) -> None:
+    """Run :func:`main`, and end with an error where pictures were skipped."""
+    scores = main(settings)["scores"]
+    skipped = scores["skipped"]
+    Console(stderr=True).print(f"{scores['pictures']} pictures labelled in {settings.out}")
+    if skipped:
+        raise ValueError(
+            f"{len(skipped)} of {len(skipped) + scores['pictures']} pictures skipped, the reasons "
+            f"are in {settings.out / 'result.json'}: {', '.join(skipped[:5])}"
+            + ", ..."
+            * (len(skipped) > 5)
+        )
+
+
+if __name__ == "__main__":
+    run(command, cli(__doc__, PRESETS))
