@@ -19,6 +19,8 @@ cannot be read is reported and skipped. After an interruption the same command g
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import sys
@@ -26,12 +28,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all examples share
 
 import record
+import rivals
 from bapnal import DenseCRF, PseudoLabelGenerator
 from deeplab import build_features
 from devkit import (
@@ -55,9 +58,8 @@ from networks import TimmFeatures
 from train_classifier import load_classifier
 from training import Machines, cli, launch, run
 
-METHODS = ("network", "agnostic", "box")
+Method = Literal["network", "agnostic", "box", "grabcut", "wssl", "mcg", "sdi", "masks"]
 TWO_MAPS = ("network", "agnostic")  # the methods that give Y_crf and Y_ret
-Method = Literal["network", "agnostic", "box"]
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,25 @@ class Settings:
         method: "network": class activation maps and attention of a trained classifier.
             "agnostic": attention alone, without class weights, on the features of a classifier or
             of a backbone that was never trained on boxes. "box": boxes filled with their class.
+            "grabcut": GrabCut in each box. "wssl": the CRF on boxes, whose middle is foreground.
+            "mcg": the segment proposal that fits each box best. "sdi": GrabCut where it agrees
+            with that proposal, 255 elsewhere in the box. "masks": masks from a folder.
         classifier: File classifier.pt of train_classifier.py.
         backbone: Network of "agnostic" without a classifier, whose stages are scaled to length 1.
         weights: Weights of that backbone: a file, "random", or none for those that it comes with.
         stride: Pixels from one feature of that backbone to the next.
+        rounds: Iterations of GrabCut.
+        centre: Share of the area of a box that "wssl" takes as foreground for certain.
+        proposals: Folder of segment proposals NAME.mat, as MCG writes them, for "mcg" and "sdi".
+        masks: Folder of masks, for "masks": NAME.png, a label map, or NAME_0.png, NAME_1.png, ...,
+            the masks of the objects as the annotation numbers them.
         generator: How unaries are made.
         crf: The fully connected CRF.
         search: Result of search.py, whose settings replace ``generator`` and ``crf``.
         unaries: Whether to write the unaries too.
         difficult: Whether to keep objects marked as difficult.
         margin: Loosen boxes by this share of their sides on each side.
+        seed: Of GrabCut.
         machines: Where it runs; pictures are shared out among the processes.
     """
 
@@ -156,12 +167,17 @@ class Settings:
     backbone: str = "tf_efficientnet_lite0"
     weights: str | None = None
     stride: int = 8
+    rounds: int = 5
+    centre: float = 0.2
+    proposals: Path | None = None
+    masks: Path | None = None
     generator: GeneratorSettings = GeneratorSettings()
     crf: CrfSettings = CrfSettings()
     search: Path | None = None
     unaries: bool = False
     difficult: bool = True
     margin: float = 0.0
+    seed: int = 0
     machines: Machines = field(default_factory=Machines)
 
 
@@ -255,7 +271,7 @@ def main(settings: Settings) -> dict:
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if stored and not every:
         return stored
-    errors = {one.name: one.error for one in sorted(every) if one.error}
+    errors = {one.name: one.error for one in sorted(every, key=lambda one: one.name) if one.error}
     scores = {"pictures": len(names) - len(errors), "skipped": list(errors), "errors": errors}
     found = record.result("labels", asdict(settings), scores, meter)
     if stored and len(every) == len(errors):  # what was skipped before is so again
@@ -269,8 +285,10 @@ def main(settings: Settings) -> dict:
 
 def _check(settings: Settings) -> list[str]:
     """Find what is wrong with the settings before anything is computed; return the pictures."""
-    if settings.method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {settings.method!r}")
+    if settings.method not in get_args(Method):
+        raise ValueError(
+            f"method must be one of {', '.join(get_args(Method))}, got {settings.method!r}"
+        )
     if not 0 <= settings.margin < 10:
         raise ValueError(f"margin must be in [0, 10), got {settings.margin}")
     if settings.method == "network" and settings.classifier is None:
@@ -290,9 +308,67 @@ def _check(settings: Settings) -> list[str]:
             f"unaries must come from one of the methods {', '.join(TWO_MAPS)}, got "
             f"{settings.method!r}"
         )
-    if settings.method in TWO_MAPS:
-        make_generator(settings.generator, settings.crf)
-    return Devkit(settings.root, settings.classes).names(settings.split)
+    if settings.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {settings.rounds}")
+    if not 0 <= settings.centre <= 1:
+        raise ValueError(f"centre must be in [0, 1], got {settings.centre}")
+    make_generator(settings.generator, settings.crf)
+    devkit = Devkit(settings.root, settings.classes)
+    names = devkit.names(settings.split)
+    if settings.method in ("mcg", "sdi"):
+        folder = _folder("proposals", settings.proposals, settings.method)
+        lacking = [name for name in names if not (folder / f"{name}.mat").is_file()]
+        _complain("proposals", f"{folder} must hold NAME.mat", lacking, names)
+    if settings.method == "masks":
+        _check_masks(_folder("masks", settings.masks, "masks"), devkit, names)
+    return names
+
+
+def _folder(argument: str, folder: Path | None, method: str) -> Path:
+    if folder is None:
+        raise ValueError(f'{argument} must be a folder where method is "{method}", got none')
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{argument} {folder} does not exist")
+    return folder
+
+
+def _complain(argument: str, must: str, lacking: list[str], names: list[str]) -> None:
+    if lacking:
+        some = ", ".join(lacking[:5]) + ", ..." * (len(lacking) > 5)
+        raise FileNotFoundError(
+            f"{argument} {must} for every picture, {len(lacking)} of {len(names)} are missing: "
+            f"{some}"
+        )
+
+
+def _check_masks(folder: Path, devkit: Devkit, names: list[str]) -> None:
+    """Check that masks are there and as large as their pictures, without decoding any."""
+    lacking = []
+    for name in names:
+        try:
+            numbers = range(len(devkit.annotation(name).labels))
+            size = _size(devkit.image_path(name))
+        except (ValueError, OSError):
+            continue  # a broken picture is skipped in its turn
+        try:
+            for path in rivals.mask_files(folder, name, numbers):
+                if _size(path) != size:
+                    raise ValueError(
+                        f"masks {path} must have the size of its picture, {size[0]} x {size[1]}, "
+                        f"got {_size(path)[0]} x {_size(path)[1]}"
+                    )
+        except FileNotFoundError:
+            lacking.append(name)
+    _complain("masks", f"{folder} must hold NAME.png or NAME_0.png, ...,", lacking, names)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} must be a picture: {error}") from error
 
 
 Labels = dict[str, Tensor | dict[str, np.ndarray]]
@@ -304,13 +380,70 @@ def make_labeller(settings: Settings, fabric: Fabric) -> Labeller:
     """Return what turns one picture into its label maps, by the folders they go to."""
     if settings.method in TWO_MAPS:
         return _NetworkLabeller(settings, fabric)
-    return _box
+    maker = {
+        "box": _box,
+        "grabcut": _grab_cut,
+        "wssl": functools.partial(_wssl, crf=make_crf(settings.crf), device=fabric.device),
+        "mcg": _mcg,
+        "sdi": _sdi,
+        "masks": functools.partial(_masks, devkit=Devkit(settings.root, settings.classes)),
+    }[settings.method]
+
+    def label(sample: Sample, clock: Clock) -> Labels:
+        found = maker(settings, sample)
+        clock("labels")
+        return {"labels": found}
+
+    return label
 
 
-def _box(sample: Sample, clock: Clock) -> Labels:
-    found = fill_boxes(sample.boxes, sample.labels, tuple(sample.image.shape[1:]))
-    clock("labels")
-    return {"labels": found}
+def _box(settings: Settings, sample: Sample) -> Tensor:
+    return fill_boxes(sample.boxes, sample.labels, _shape(sample))
+
+
+def _grab_cut(settings: Settings, sample: Sample) -> Tensor:
+    cuts = _cuts(settings, sample)
+    return rivals.stack_masks(cuts, sample.boxes, sample.labels, _shape(sample))
+
+
+def _wssl(settings: Settings, sample: Sample, crf: DenseCRF | None, device: torch.device) -> Tensor:
+    image = sample.image.to(device)
+    return rivals.box_crf(image, sample.boxes, sample.labels, crf, centre=settings.centre)
+
+
+def _mcg(settings: Settings, sample: Sample) -> Tensor:
+    chosen = _chosen(settings, sample)
+    return rivals.stack_masks(chosen, sample.boxes, sample.labels, _shape(sample))
+
+
+def _sdi(settings: Settings, sample: Sample) -> Tensor:
+    pairs = _chosen(settings, sample), _cuts(settings, sample)
+    return rivals.stack_agreeing(*pairs, sample.boxes, sample.labels, _shape(sample))
+
+
+def _masks(settings: Settings, sample: Sample, devkit: Devkit) -> Tensor:
+    difficult = devkit.annotation(sample.name).difficult
+    numbers = [i for i, hard in enumerate(difficult.tolist()) if settings.difficult or not hard]
+    files = rivals.mask_files(settings.masks, sample.name, numbers)
+    return rivals.read_masks(
+        files, sample.name, sample.boxes, sample.labels, _shape(sample), len(devkit.classes)
+    )
+
+
+def _cuts(settings: Settings, sample: Sample) -> list[Tensor]:
+    return [
+        rivals.grab_cut(sample.image, box, iterations=settings.rounds, seed=settings.seed)
+        for box in sample.boxes
+    ]
+
+
+def _chosen(settings: Settings, sample: Sample) -> list[Tensor]:
+    found = rivals.read_proposals(settings.proposals / f"{sample.name}.mat")
+    return rivals.best_proposals(found, sample.boxes, _shape(sample))
+
+
+def _shape(sample: Sample) -> tuple[int, int]:
+    return sample.image.shape[1], sample.image.shape[2]
 
 
 class _NetworkLabeller:
@@ -482,6 +615,8 @@ def _finished(settings: Settings, name: str) -> bool:
 def _claim(path: Path, settings: Settings, *, write: bool) -> None:
     """Note the settings in the output folder, or check that they are those noted there."""
     now = json.loads(json.dumps(asdict(settings), default=str))
+    if settings.classifier is not None:  # the same name may hold another one
+        now["classifier_sha256"] = hashlib.sha256(settings.classifier.read_bytes()).hexdigest()
     for key in ("machines", "out", "search"):  # the labels do not depend on them
         now.pop(key)
     if path.is_file():
