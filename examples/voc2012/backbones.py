@@ -1,0 +1,227 @@
+"""VGG-16 and ResNet-101 as the segmentation literature modifies them, and their weights.
+
+Both take pictures ``(B, 3, H, W)``, uint8 RGB or floats in [0, 1], and return features at stride 8.
+They normalise pictures themselves, as the weights they were given expect: torchvision's scale and
+shift channels to mean 0 and deviation 1, Caffe's want BGR in 0..255 with a mean taken off. Which of
+the two a file holds is read from the names in it. BGR weights are turned into RGB ones on loading,
+mean and scale travel with the state dict.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all examples share
+from networks import read_state, unit_range
+
+# Mean and scale of pictures in [0, 1], channels in RGB.
+TORCHVISION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CAFFE = ((122.675 / 255, 116.669 / 255, 104.008 / 255), (1 / 255, 1 / 255, 1 / 255))
+VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class Vgg16Features(nn.Module):
+    """VGG-16 at stride 8 with two more convolutions in place of its fully connected layers.
+
+    As in AffinityNet, which follows DeepLab: pooling windows are 3 x 3, the fourth pooling keeps
+    the resolution, the fifth convolutions are dilated by 2, and the first two fully connected
+    layers became ``fc6``, 3 x 3 from 512 to 1,024 channels, and ``fc7``, 1 x 1.
+
+    Args:
+        weights: Path of torchvision's ``vgg16`` state dict or of Caffe's ``vgg16_20M``; None lets
+            torchvision fetch its ImageNet weights, ``"random"`` draws them.
+        fc6_dilation: 1 in AffinityNet, which is the classification network of the paper; 12 in
+            DeepLab-V1 (LargeFOV).
+        fifth_pooling: Pool twice more after the fifth convolutions, at stride 1, as DeepLab-V1
+            does and AffinityNet does not.
+        dropout: Share of the channels (in DeepLab-V1: of the numbers) of ``fc6`` set to 0 in
+            training.
+        frozen: How many of the five stages of convolutions keep their weights.
+
+    Attributes:
+        channels: 1,024.
+        pretrained: Whether weights were loaded.
+
+    Raises:
+        ValueError: If a number is out of range or the file holds something else.
+        FileNotFoundError: If there is no such file.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        *,
+        fc6_dilation: int = 1,
+        fifth_pooling: bool = False,
+        dropout: float = 0.5,
+        frozen: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= frozen <= 5:
+            raise ValueError(f"frozen must be 0..5, the stages of VGG-16, got {frozen}")
+        found = None if weights == "random" else read_vgg16(weights)
+        self.channels = 1024
+        self.pretrained = found is not None
+        inputs = 3
+        for i, stage in enumerate(VGG_STAGES, start=1):
+            for j, outputs in enumerate(stage, start=1):
+                dilation = 2 if i == 5 else 1
+                layer = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
+                self.add_module(f"conv{i}_{j}", layer)
+                inputs = outputs
+        self.fc6 = nn.Conv2d(512, 1024, 3, padding=fc6_dilation, dilation=fc6_dilation)
+        self.fc7 = nn.Conv2d(1024, 1024, 1)
+        self.dropout = nn.Dropout(dropout) if fifth_pooling else nn.Dropout2d(dropout)
+        self.fifth_pooling = fifth_pooling
+        add_normalization(self, *TORCHVISION)
+        for layer in self.children():
+            if isinstance(layer, nn.Conv2d):
+                # PyTorch's own start fades over 15 layers without normalisation.
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        if found is not None:
+            self.load_state_dict(found)
+        for i, stage in enumerate(VGG_STAGES[:frozen], start=1):
+            for j in range(1, len(stage) + 1):
+                self.get_submodule(f"conv{i}_{j}").requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features ``(B, 1024, h, w)``, nowhere negative."""
+        x = normalized(self, images)
+        for i, stage in enumerate(VGG_STAGES, start=1):
+            for j in range(1, len(stage) + 1):
+                x = F.relu(self.get_submodule(f"conv{i}_{j}")(x), inplace=True)
+            if i < 5:
+                x = F.max_pool2d(x, 3, stride=2 if i < 4 else 1, padding=1)
+        if self.fifth_pooling:
+            x = F.avg_pool2d(F.max_pool2d(x, 3, stride=1, padding=1), 3, stride=1, padding=1)
+        x = self.dropout(F.relu(self.fc6(x), inplace=True))
+        return F.relu(self.fc7(x), inplace=True)
+
+
+def read_vgg16(weights: str | Path | None) -> dict[str, Tensor]:
+    """Read weights of VGG-16 as the state dict of :class:`Vgg16Features`.
+
+    Args:
+        weights: Path of torchvision's state dict or of Caffe's ``vgg16_20M``, converted; None
+            takes torchvision's from its own cache or fetches them.
+
+    Raises:
+        ValueError: If the file holds something else.
+        FileNotFoundError: If there is no such file.
+    """
+    if weights is None:
+        from torchvision.models import VGG16_Weights
+
+        source, given = "torchvision's VGG-16", VGG16_Weights.IMAGENET1K_V1.get_state_dict()
+    else:
+        source, given = str(weights), plain_names(read_state(Path(weights)))
+    caffe = "conv1_1.weight" in given
+    if not caffe and "features.0.weight" not in given:
+        raise ValueError(
+            f"{source} must hold a VGG-16, conv1_1.weight or features.0.weight, "
+            f"got {next(iter(given), 'nothing')}"
+        )
+    found = {}
+    place = 0  # in torchvision's list of convolutions, ReLUs and poolings
+    inputs = 3
+    for i, stage in enumerate(VGG_STAGES, start=1):
+        for j, outputs in enumerate(stage, start=1):
+            own = f"conv{i}_{j}"
+            theirs = own if caffe else f"features.{place}"
+            found[f"{own}.weight"] = take(
+                given, f"{theirs}.weight", (outputs, inputs, 3, 3), source
+            )
+            found[f"{own}.bias"] = take(given, f"{theirs}.bias", (outputs,), source)
+            place += 2
+            inputs = outputs
+        place += 1
+    if caffe:
+        shapes = {"fc6": (1024, 512, 3, 3), "fc7": (1024, 1024, 1, 1)}
+        for name, shape in shapes.items():
+            found[f"{name}.weight"] = take(given, f"{name}.weight", shape, source)
+            found[f"{name}.bias"] = take(given, f"{name}.bias", shape[:1], source)
+        found["conv1_1.weight"] = found["conv1_1.weight"].flip(1)  # BGR to RGB
+    else:
+        fc6 = take(given, "classifier.0.weight", (4096, 512 * 49), source)
+        fc7 = take(given, "classifier.3.weight", (4096, 4096), source)
+        found["fc6.weight"] = thin_out(fc6.reshape(4096, 512, 7, 7), (4, 1, 3, 3))
+        found["fc6.bias"] = thin_out(take(given, "classifier.0.bias", (4096,), source), (4,))
+        found["fc7.weight"] = thin_out(fc7[:, :, None, None], (4, 4, 1, 1))
+        found["fc7.bias"] = thin_out(take(given, "classifier.3.bias", (4096,), source), (4,))
+        for name, values in found.items():
+            if not values.isfinite().all():  # torchvision's IMAGENET1K_FEATURES
+                raise ValueError(f"{source} must hold all of VGG-16, got NaN for {name}")
+    return {**found, **normalization(*(CAFFE if caffe else TORCHVISION))}
+
+
+def thin_out(weight: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """Keep every n-th entry along each dimension, beginning with the first.
+
+    This is how DeepLab cuts fully connected layers down: 4,096 channels to 1,024 by a step of 4,
+    windows of 7 x 7 to 3 x 3 taps by a step of 3.
+
+    Args:
+        weight: Anything with as many dimensions as there are steps.
+        steps: One a dimension.
+
+    Example:
+        >>> thin_out(torch.arange(12).reshape(3, 4), (2, 3))
+        tensor([[ 0,  3],
+                [ 8, 11]])
+    """
+    return weight[tuple(slice(None, None, step) for step in steps)].clone()
+
+
+def plain_names(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Drop what wrappers put before the names: ``module.``, ``Scale.`` and ``backbone.``."""
+    found = {}
+    for name, values in given.items():
+        for prefix in ("module.", "Scale.", "backbone."):
+            name = name.removeprefix(prefix)
+        found[name] = values
+    return found
+
+
+def take(
+    given: Mapping[str, Tensor], name: str, shape: tuple[int, ...] | torch.Size, source: str
+) -> Tensor:
+    """Take one tensor out of a state dict, or say what is wrong with it.
+
+    Raises:
+        ValueError: If it is not there or has another shape.
+    """
+    if name not in given:
+        raise ValueError(f"{source} must hold {name}, is without it")
+    if given[name].shape != torch.Size(shape):
+        raise ValueError(
+            f"{source}: {name} must have shape {tuple(shape)}, got {tuple(given[name].shape)}"
+        )
+    return given[name].float()
+
+
+def add_normalization(
+    network: nn.Module, mean: tuple[float, ...], scale: tuple[float, ...]
+) -> None:
+    """Let a network hold the mean and the scale of its pictures, in its state dict too."""
+    for name, values in normalization(mean, scale).items():
+        network.register_buffer(name, values)
+
+
+def normalization(mean: tuple[float, ...], scale: tuple[float, ...]) -> dict[str, Tensor]:
+    """Return mean and scale as they lie in a state dict."""
+    return {
+        "mean": torch.tensor(mean).reshape(3, 1, 1),
+        "scale": torch.tensor(scale).reshape(3, 1, 1),
+    }
+
+
+def normalized(network: nn.Module, images: Tensor) -> Tensor:
+    """Return pictures as the weights of a network expect them."""
+    return (unit_range(images) - network.mean) / network.scale
