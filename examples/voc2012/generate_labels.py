@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,12 +50,13 @@ from devkit import (
     BoxDataset,
     Devkit,
     Sample,
+    default_root,
     fill_boxes,
     write_label_map,
 )
 from networks import TimmFeatures
 from train_classifier import load_classifier
-from training import Machines, cli, launch, run
+from training import Machines, cli, launch, plain, run
 
 Method = Literal["network", "agnostic", "box", "grabcut", "wssl", "mcg", "sdi", "masks"]
 TWO_MAPS = ("network", "agnostic")  # the methods that give Y_crf and Y_ret
@@ -158,7 +158,7 @@ class Settings:
         machines: Where it runs; pictures are shared out among the processes.
     """
 
-    root: Path = Path(os.environ.get("BAPNAL_VOC_ROOT", "VOCdevkit/VOC2012"))
+    root: Path = field(default_factory=default_root)
     out: Path = Path("runs/voc2012/labels")
     split: str = "train_aug"
     classes: tuple[str, ...] = VOC_CLASSES
@@ -456,7 +456,7 @@ class _NetworkLabeller:
         self.weight: Tensor | None = None
         self.unseen = torch.zeros(len(settings.classes) + 1, dtype=torch.bool)
         if settings.classifier is None:
-            features = _untrained(settings)
+            features = untrained_features(settings.backbone, settings.weights, settings.stride)
         else:
             classifier = load_classifier(settings.classifier)
             features = classifier.features
@@ -500,11 +500,12 @@ class _NetworkLabeller:
         return found
 
 
-def _untrained(settings: Settings) -> nn.Module:
-    """The backbone of "agnostic" where there is no classifier."""
-    if settings.backbone in ("small", "vgg16"):
-        return build_features(settings.backbone, settings.weights, settings.stride)
-    return TimmFeatures(settings.backbone, settings.weights, settings.stride, normalize=True)
+def untrained_features(backbone: str, weights: str | None, stride: int) -> nn.Module:
+    """Return the backbone of "agnostic" where there is no classifier."""
+    if backbone in ("small", "vgg16"):
+        return build_features(backbone, weights, stride)
+    # Stages of different magnitude, none of which has been weighted by training.
+    return TimmFeatures(backbone, weights, stride, normalize=True)
 
 
 def _wait(device: torch.device) -> None:
@@ -590,11 +591,8 @@ def _files(settings: Settings, name: str) -> dict[str, Path]:
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write a file of arrays, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    with unfinished.open("wb") as file:
+    with record.whole(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    unfinished.replace(path)
 
 
 def _finished(settings: Settings, name: str) -> bool:
@@ -614,7 +612,7 @@ def _finished(settings: Settings, name: str) -> bool:
 
 def _claim(path: Path, settings: Settings, *, write: bool) -> None:
     """Note the settings in the output folder, or check that they are those noted there."""
-    now = json.loads(json.dumps(asdict(settings), default=str))
+    now = plain(settings)
     if settings.classifier is not None:  # the same name may hold another one
         now["classifier_sha256"] = hashlib.sha256(settings.classifier.read_bytes()).hexdigest()
     for key in ("machines", "out", "search"):  # the labels do not depend on them
