@@ -11,7 +11,9 @@ Training reads pictures and boxes. Masks are for evaluation (and for a ceiling t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
+from record import whole
+
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
@@ -34,6 +38,11 @@ VOC_CLASSES = (
 )
 VOID = 255
 GREY = (124, 116, 104)  # what padding is filled with: the mean of natural pictures
+
+
+def default_root() -> Path:
+    """Where the devkit is unless told: ``$BAPNAL_VOC_ROOT``, or ``VOCdevkit/VOC2012``."""
+    return Path(os.environ.get("BAPNAL_VOC_ROOT") or "VOCdevkit/VOC2012")
 
 
 class Annotation(NamedTuple):
@@ -79,13 +88,7 @@ class Devkit:
         if not path.is_file():
             there = sorted(p.stem for p in path.parent.glob("*.txt"))
             raise FileNotFoundError(f"{path} does not exist; splits there: {', '.join(there)}")
-        names = path.read_text(encoding="utf-8").split()
-        for name in names:
-            if "/" in name or "\\" in name or name in (".", ".."):
-                raise ValueError(f"{path} must hold one picture name a line, got {name!r}")
-        if not names:
-            raise ValueError(f"{path} must name at least one picture, got none")
-        return names
+        return read_names(path)
 
     def image_path(self, name: str) -> Path:
         """Return where the picture is."""
@@ -101,6 +104,10 @@ class Devkit:
         pixels = np.array(_open(path).convert("RGB"))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
+    def annotation_path(self, name: str) -> Path:
+        """Return where the boxes are, or should be."""
+        return self.root / "Annotations" / f"{name}.xml"
+
     def annotation(self, name: str) -> Annotation:
         """Return the boxes and labels of a picture.
 
@@ -108,13 +115,7 @@ class Devkit:
             FileNotFoundError: If there is no annotation.
             ValueError: If it cannot be read, or holds an unknown class or a broken box.
         """
-        path = self.root / "Annotations" / f"{name}.xml"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist")
-        try:
-            tree = ElementTree.parse(path).getroot()
-        except (ElementTree.ParseError, DefusedXmlException, UnicodeError) as error:
-            raise ValueError(f"{path} must be an XML annotation: {error}") from error
+        path, tree = self._tree(name)
         objects = tree.findall("object")
         boxes = [_box(path, i, entry) for i, entry in enumerate(objects)]
         labels = [self._label(path, i, entry) for i, entry in enumerate(objects)]
@@ -124,6 +125,22 @@ class Devkit:
             torch.tensor(labels, dtype=torch.long),
             torch.tensor(difficult, dtype=torch.bool),
         )
+
+    def stated_size(self, name: str) -> tuple[int, int] | None:
+        """Return height and width as the annotation states them; None where it does not."""
+        _, tree = self._tree(name)
+        sides = (tree.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
+        height, width = (int(side) if side.isdecimal() else 0 for side in sides)
+        return (height, width) if height and width else None
+
+    def _tree(self, name: str) -> tuple[Path, ElementTree.Element]:
+        path = self.annotation_path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        try:
+            return path, ElementTree.parse(path).getroot()
+        except (ElementTree.ParseError, DefusedXmlException, UnicodeError, LookupError) as error:
+            raise ValueError(f"{path} must be an XML annotation: {error}") from error
 
     def _label(self, path: Path, i: int, entry: ElementTree.Element) -> int:
         name = entry.findtext("name", "").strip()
@@ -136,27 +153,41 @@ class Devkit:
     def picture(self, name: str) -> tuple[Tensor, Annotation]:
         """Return picture and boxes, with the boxes checked against the picture's size."""
         image, annotation = self.image(name), self.annotation(name)
-        height, width = image.shape[1:]
+        return image, self.inside(name, annotation, (image.shape[1], image.shape[2]))
+
+    def inside(self, name: str, annotation: Annotation, size: tuple[int, int]) -> Annotation:
+        """Return the boxes cut at the border of a picture of ``size``, height and width.
+
+        Raises:
+            ValueError: If a box is outside by more than the pixel that annotators are off by.
+        """
+        height, width = size
         limit = torch.tensor([width, height, width, height])
-        # Annotations of real pictures are off by a pixel here and there.
         outside = ((annotation.boxes < -1) | (annotation.boxes > limit + 1)).any(1)
         if outside.any():
             i = int(outside.nonzero()[0])
             raise ValueError(
-                f"{self.root / 'Annotations' / name}.xml: box {i} must lie in the picture of "
+                f"{self.annotation_path(name)}: box {i} must lie in the picture of "
                 f"{width} x {height}, got {_voc_text(annotation.boxes[i])}"
             )
-        inside = annotation.boxes.clamp(min=0).minimum(limit)
-        return image, annotation._replace(boxes=inside)
+        return annotation._replace(boxes=annotation.boxes.clamp(min=0).minimum(limit))
 
-    def mask(self, name: str) -> Tensor:
-        """Return the true class of every pixel, for evaluation; ``(H, W)`` long, 255 void."""
+    def mask_path(self, name: str) -> Path:
+        """Return where the mask is."""
         for folder in ("SegmentationClassAug", "SegmentationClass"):
             path = self.root / folder / f"{name}.png"
             if path.is_file():
-                break
-        else:
-            raise FileNotFoundError(f"{self.root}/SegmentationClassAug/{name}.png does not exist")
+                return path
+        raise FileNotFoundError(f"{self.root}/SegmentationClassAug/{name}.png does not exist")
+
+    def has_mask(self, name: str) -> bool:
+        """Return whether there is a mask."""
+        folders = ("SegmentationClassAug", "SegmentationClass")
+        return any((self.root / folder / f"{name}.png").is_file() for folder in folders)
+
+    def mask(self, name: str) -> Tensor:
+        """Return the true class of every pixel, for evaluation; ``(H, W)`` long, 255 void."""
+        path = self.mask_path(name)
         picture = _open(path)
         if picture.mode not in ("P", "L"):
             raise ValueError(
@@ -169,13 +200,34 @@ class Devkit:
         return mask
 
 
+def read_names(path: Path) -> list[str]:
+    """Read a list of picture names, one a line.
+
+    Raises:
+        ValueError: If it is no such list, is empty, or holds a name twice.
+    """
+    try:
+        names = path.read_text(encoding="utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text file: {error}") from error
+    for name in names:
+        if "/" in name or "\\" in name or name in (".", ".."):
+            raise ValueError(f"{path} must hold one picture name a line, got {name!r}")
+    if not names:
+        raise ValueError(f"{path} must name at least one picture, got none")
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{path} must hold each name once, got {name!r} {times} times")
+    return names
+
+
 def _open(path: Path) -> Image.Image:
     """Open and decode a picture, or say which file is broken."""
     try:
         with Image.open(path) as picture:
             picture.load()
             return picture
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} must be a picture: {error}") from error
 
 
@@ -300,6 +352,8 @@ class BoxDataset(Dataset[Sample]):
         label_maps: Folders of PNG label maps ``NAME.png`` to go with each picture.
         masks: Whether the true masks go with each picture, after ``label_maps``.
         keep: Keep what was read in memory, for data sets that fit there.
+        difficult: Whether to keep the boxes that are marked as difficult.
+        margin: By how much to loosen the boxes; see :func:`loosen`.
     """
 
     def __init__(
@@ -311,13 +365,18 @@ class BoxDataset(Dataset[Sample]):
         label_maps: Sequence[Path] = (),
         masks: bool = False,
         keep: bool = False,
+        difficult: bool = True,
+        margin: float = 0.0,
     ) -> None:
+        _check_margin(margin)
         self.devkit = devkit
         self.names = list(names)
         self.augment = augment
         self.label_maps = list(label_maps)
         self.masks = masks
         self.kept: dict[int, Sample] | None = {} if keep else None
+        self.difficult = difficult
+        self.margin = margin
 
     def __len__(self) -> int:
         """Return the number of pictures."""
@@ -335,18 +394,20 @@ class BoxDataset(Dataset[Sample]):
 
     def _read(self, name: str) -> Sample:
         image, annotation = self.devkit.picture(name)
-        size = image.shape[1:]
+        size = (image.shape[1], image.shape[2])
+        chosen = torch.ones_like(annotation.difficult) if self.difficult else ~annotation.difficult
+        boxes = loosen(annotation.boxes[chosen], self.margin, size)
         maps = [read_label_map(folder / f"{name}.png") for folder in self.label_maps]
         if self.masks:
             maps.append(self.devkit.mask(name))
         for found in maps:
             if found.shape != size:
                 raise ValueError(
-                    f"label maps of {name} must have size {tuple(size)}, got {tuple(found.shape)}"
+                    f"label maps of {name} must have size {size}, got {tuple(found.shape)}"
                 )
         stacked = torch.stack(maps) if maps else torch.zeros(0, *size, dtype=torch.long)
         valid = torch.ones(size, dtype=torch.bool)
-        return Sample(name, image, annotation.boxes, annotation.labels, valid, stacked)
+        return Sample(name, image, boxes, annotation.labels[chosen], valid, stacked)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -379,10 +440,8 @@ def write_label_map(path: Path, labels: Tensor) -> None:
     """Write a PNG of class indices with the VOC palette, whole or not at all."""
     picture = Image.fromarray(labels.to("cpu", torch.uint8).numpy())
     picture.putpalette(voc_palette().flatten().tolist())
-    unfinished = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(unfinished, format="PNG")
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        picture.save(unfinished, format="PNG")
 
 
 def voc_palette() -> np.ndarray:
@@ -394,6 +453,32 @@ def voc_palette() -> np.ndarray:
             colours[:, channel] |= ((index >> channel & 1) << (7 - bit)).astype(np.uint8)
         index = index >> 3
     return colours
+
+
+def loosen(boxes: Tensor, margin: float, size: tuple[int, int]) -> Tensor:
+    """Move every side of every box outward, to see what boxes drawn less tightly cost.
+
+    Args:
+        boxes: ``(K, 4)``, xyxy.
+        margin: How far, as a share of the box's width (left and right) and height.
+        size: Height and width of the picture, at whose border the boxes end.
+
+    Returns:
+        ``(K, 4)``.
+
+    Raises:
+        ValueError: If ``margin`` is negative or not finite.
+    """
+    _check_margin(margin)
+    height, width = size
+    outward = margin * (boxes[:, 2:] - boxes[:, :2])
+    looser = torch.cat([boxes[:, :2] - outward, boxes[:, 2:] + outward], dim=1)
+    return looser.clamp(min=0).minimum(looser.new_tensor([width, height, width, height]))
+
+
+def _check_margin(margin: float) -> None:
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"margin must be a finite number of at least 0, got {margin}")
 
 
 def fill_boxes(boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -442,7 +527,10 @@ class SegmentationScore:
 
     def __init__(self, num_classes: int, classes: Sequence[int] | None = None) -> None:
         self.classes = list(range(num_classes)) if classes is None else list(classes)
-        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=VOID)
+        # Its own checks sort all pixels, which takes longer than to count them.
+        self.confusion = MulticlassConfusionMatrix(
+            num_classes, ignore_index=VOID, validate_args=False
+        )
         self.pixels = 0
 
     def update(self, predicted: Tensor, truth: Tensor) -> None:
@@ -452,12 +540,26 @@ class SegmentationScore:
                 f"predicted must have the shape of truth, {tuple(truth.shape)}, "
                 f"got {tuple(predicted.shape)}"
             )
-        predicted, truth = predicted.cpu(), truth.cpu()
-        self.pixels += int((truth != VOID).sum())
-        unlabelled = predicted == VOID
-        self.confusion.update(
-            predicted.masked_fill(unlabelled, 0), truth.masked_fill(unlabelled, VOID)
-        )
+        predicted, truth = predicted.cpu().flatten(), truth.cpu().flatten()
+        known = truth != VOID
+        self.pixels += int(known.sum())
+        labelled = known & (predicted != VOID)
+        found = predicted[labelled], truth[labelled]
+        last = self.confusion.num_classes - 1
+        for name, values in zip(("predicted", "truth"), found, strict=True):
+            if values.numel() and not 0 <= int(values.min()) <= int(values.max()) <= last:
+                wrong = values[(values < 0) | (values > last)][0]
+                raise ValueError(f"{name} must hold 0..{last} or 255, got {int(wrong)}")
+        self.confusion.update(*found)
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Add the counts of other processes.
+
+        Args:
+            total: Returns the sum of a tensor over all processes.
+        """
+        self.confusion.confmat = total(self.confusion.confmat)
+        self.pixels = int(total(torch.tensor(self.pixels)))
 
     def compute(self) -> Segmentation:
         """Return the scores over everything counted so far."""

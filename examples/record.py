@@ -7,6 +7,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -90,9 +92,31 @@ def result(
     return json.loads(json.dumps(found, default=str))  # as it comes back from the file
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Lend a path to write to; it becomes ``path`` when all went well, and else is removed.
+
+    Args:
+        path: The file to write; its folder is made.
+
+    Raises:
+        OSError: If the file cannot be written; it then is as it was before.
+    """
+    unfinished = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path} could not be written: {reason}") from error
+    finally:
+        # Where the path is impossible so is the removal, and the reason above says more.
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: object) -> None:
     """Write a file whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

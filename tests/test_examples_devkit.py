@@ -1,5 +1,6 @@
 """Reading a devkit: boxes, masks, augmentation, padding, the score; and every way to fail."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from devkit import (
     Sample,
     SegmentationScore,
     collate,
+    default_root,
     fill_boxes,
+    loosen,
     read_label_map,
     write_label_map,
 )
+from record import whole, write_json
 
 OBJECT = (
     "<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{x1}</xmin>"
@@ -161,6 +165,94 @@ def test_a_bad_split_is_named(root, text):
     (root / "ImageSets/Segmentation/val.txt").write_text(text)
     with pytest.raises(ValueError, match=r"val\.txt must .* got"):
         Devkit(root).names("val")
+
+
+def test_a_split_holds_each_name_once_and_is_text(root):
+    path = root / "ImageSets/Segmentation/val.txt"
+    path.write_text("a\nb\nc\nb\n")
+    with pytest.raises(ValueError, match=r"val\.txt must hold each name once, got 'b' 2 times"):
+        Devkit(root).names("val")
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")  # as an editor on Windows saves it
+    assert Devkit(root).names("val") == ["a", "b"]
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"val\.txt must be a text file: "):
+        Devkit(root).names("val")
+
+
+def test_the_root_may_come_from_the_environment(monkeypatch):
+    monkeypatch.delenv("BAPNAL_VOC_ROOT", raising=False)
+    assert default_root() == Path("VOCdevkit/VOC2012")
+    monkeypatch.setenv("BAPNAL_VOC_ROOT", "elsewhere")
+    assert default_root() == Path("elsewhere")
+
+
+def test_the_stated_size_is_read(root):
+    assert Devkit(root).stated_size("a") is None
+    rewrite(root, "<annotation><size><width>20</width><height>9</height></size></annotation>")
+    assert Devkit(root).stated_size("a") == (9, 20)
+    rewrite(root, "<annotation><size><width>wide</width><height>9</height></size></annotation>")
+    assert Devkit(root).stated_size("a") is None
+
+
+def test_difficult_boxes_can_be_left_out(root):
+    devkit = Devkit(root)
+    assert BoxDataset(devkit, ["a"])[0].labels.tolist() == [12, 8]
+    sample = BoxDataset(devkit, ["a"], difficult=False)[0]
+    assert sample.labels.tolist() == [12]
+    assert sample.boxes.tolist() == [[0, 0, 20, 10]]
+    rewrite(root, f"<annotation>{an_object(difficult=1)}</annotation>")
+    assert BoxDataset(devkit, ["a"], difficult=False)[0].boxes.shape == (0, 4)
+
+
+def test_boxes_can_be_loosened_up_to_the_border():
+    boxes = torch.tensor([[10.0, 20.0, 20.0, 24.0], [0.0, 0.0, 40.0, 30.0]])
+    assert torch.equal(loosen(boxes, 0, (30, 40)), boxes)
+    assert loosen(boxes, 0.25, (30, 40)).tolist() == [[7.5, 19, 22.5, 25], [0, 0, 40, 30]]
+    assert loosen(boxes, 2, (30, 40)).tolist() == [[0, 12, 40, 30], [0, 0, 40, 30]]
+    assert loosen(torch.zeros(0, 4), 0.25, (30, 40)).shape == (0, 4)
+    for margin in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"margin must be a finite .* 0, got {margin}"):
+            loosen(boxes, margin, (30, 40))
+
+
+def test_a_data_set_loosens_its_boxes(root):
+    sample = BoxDataset(Devkit(root), ["a"], margin=0.5, difficult=True)[0]
+    assert sample.boxes.tolist() == [[0, 0, 20, 10], [0.5, 1.5, 6.5, 7.5]]
+    with pytest.raises(ValueError, match=r"margin must be a finite .* 0, got -1"):
+        BoxDataset(Devkit(root), ["a"], margin=-1)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_label_map(tmp_path / "maps/a.png", torch.zeros(2, 3))
+    before = (tmp_path / "maps/a.png").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        for name in ("a", "b"):
+            with pytest.raises(OSError, match=rf"{name}\.png could not be written: No space left"):
+                write_label_map(tmp_path / f"maps/{name}.png", torch.ones(2, 3))
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["a.png"]
+    assert (tmp_path / "maps/a.png").read_bytes() == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda path, *_, **__: full(None, path))
+        with pytest.raises(OSError, match=r"a\.json could not be written: No space left on dev"):
+            write_json(tmp_path / "results/a.json", {})
+    assert list((tmp_path / "results").iterdir()) == []
+
+    def interrupted(path):
+        with whole(path) as unfinished:
+            unfinished.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "c.txt")
+    with pytest.raises(OSError, match=r"d\.json could not be written: "):
+        write_json(tmp_path / "maps/a.png/d.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["maps", "results"]
 
 
 def test_label_maps_survive_a_file_and_must_have_the_size_of_the_picture(root):
