@@ -114,9 +114,8 @@ class TimmFeatures(nn.Module):
         self.stride = stride
         self.normalize = normalize
         self.freeze_batch_norm = freeze_batch_norm
-        count = len(self.network.feature_info)
-        self.stages = [stage % count for stage in stages]
         channels = self.network.feature_info.channels()
+        self.stages = [stage % len(channels) for stage in stages]
         self.channels = sum(channels[stage] for stage in self.stages)
         self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(3, 1, 1), persistent=False)
@@ -126,10 +125,8 @@ class TimmFeatures(nn.Module):
     def train(self, mode: bool = True) -> TimmFeatures:
         """Switch to training, apart from batch normalisation if that is frozen."""
         super().train(mode)
-        for module in self.modules() if self.freeze_batch_norm else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-                module.requires_grad_(False)
+        if self.freeze_batch_norm:
+            freeze_batch_norm(self)
         return self
 
     def forward(self, images: Tensor) -> Tensor:
@@ -172,6 +169,8 @@ def _freeze_blocks(network: nn.Module, name: str, frozen: int) -> None:
     else:
         numbered = re.compile(r"(layers?|stages?|blocks?|s)_?\d+")
         blocks = [m for key, m in whole.named_children() if numbered.fullmatch(key)]
+    if not blocks:
+        raise ValueError(f"frozen must be 0 for {name}, whose blocks are not found, got {frozen}")
     if not 0 <= frozen <= len(blocks):
         raise ValueError(f"frozen must be 0..{len(blocks)}, the blocks of {name}, got {frozen}")
     for parameter in whole.parameters(recurse=False):  # such as the embedding of positions
@@ -182,6 +181,14 @@ def _freeze_blocks(network: nn.Module, name: str, frozen: int) -> None:
         child.requires_grad_(False)
     for block in blocks[:frozen]:
         block.requires_grad_(False)
+
+
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Let all batch normalisation in a network keep its statistics and scales."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+            module.requires_grad_(False)
 
 
 def unit_range(images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all examples share
-from networks import read_state, unit_range
+from networks import freeze_batch_norm, read_state, unit_range
 
 # Mean and scale of pictures in [0, 1], channels in RGB.
 TORCHVISION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -159,6 +159,114 @@ def read_vgg16(weights: str | Path | None) -> dict[str, Tensor]:
             if not values.isfinite().all():  # torchvision's IMAGENET1K_FEATURES
                 raise ValueError(f"{source} must hold all of VGG-16, got NaN for {name}")
     return {**found, **normalization(*(CAFFE if caffe else TORCHVISION))}
+
+
+class Resnet101Features(nn.Module):
+    """ResNet-101 without its classifier, dilated to stride 8 as in DeepLab-V2.
+
+    The third stage is dilated by 2 and the fourth by 4, their first blocks included. Batch
+    normalisation stays as it was pretrained. Caffe's ResNet, from which the published COCO weights
+    come, halves the resolution in the first convolution of a block and rounds up when it pools,
+    torchvision's in the second, rounding down: this too follows the weights, in a state dict as
+    well.
+
+    Args:
+        weights: Path of a state dict: torchvision's ``resnet101``, the backbone of torchvision's
+            ``deeplabv3_resnet101``, or a DeepLab-V2 that comes from Caffe, such as
+            ``resnet101COCO``; None lets torchvision fetch its ImageNet weights, ``"random"``
+            draws them and then learns batch normalisation too.
+        frozen: How many of the four stages keep their weights, and the stem with them; 0 for none,
+            stem included.
+
+    Attributes:
+        channels: 2,048.
+        pretrained: Whether weights were loaded.
+        freeze_batch_norm: Whether :meth:`train` leaves batch normalisation alone.
+
+    Raises:
+        ValueError: If a number is out of range or the file holds something else.
+        FileNotFoundError: If there is no such file.
+    """
+
+    def __init__(self, weights: str | Path | None = None, *, frozen: int = 0) -> None:
+        super().__init__()
+        from torchvision.models import resnet101
+
+        if not 0 <= frozen <= 4:
+            raise ValueError(f"frozen must be 0..4, the stages of ResNet-101, got {frozen}")
+        found = None if weights == "random" else read_resnet101(weights)
+        self.channels = 2048
+        self.pretrained = found is not None
+        self.freeze_batch_norm = self.pretrained
+        whole = resnet101(replace_stride_with_dilation=[False, True, True])
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            self.add_module(name, whole.get_submodule(name))
+        for layer, dilation in ((self.layer3, 2), (self.layer4, 4)):
+            for block in layer:  # torchvision leaves the first block less dilated
+                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+        add_normalization(self, *TORCHVISION)
+        self.register_buffer("caffe", torch.tensor(False))
+        self.register_load_state_dict_post_hook(_reduce_as_trained)
+        if found is not None:
+            self.load_state_dict(found)
+        if frozen:
+            for name in ("conv1", "bn1", *(f"layer{i + 1}" for i in range(frozen))):
+                self.get_submodule(name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Resnet101Features:
+        """Switch to training, apart from batch normalisation if that is frozen."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            freeze_batch_norm(self)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features ``(B, 2048, h, w)``, nowhere negative."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(normalized(self, images)))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def _reduce_as_trained(network: Resnet101Features, _: object) -> None:
+    """Set where the resolution is halved, after weights were loaded."""
+    caffe = bool(network.caffe)
+    block = network.layer2[0]
+    block.conv1.stride, block.conv2.stride = ((2, 2), (1, 1)) if caffe else ((1, 1), (2, 2))
+    network.maxpool.ceil_mode = caffe
+
+
+def read_resnet101(weights: str | Path | None) -> dict[str, Tensor]:
+    """Read weights of ResNet-101 as the state dict of :class:`Resnet101Features`.
+
+    Args:
+        weights: As :class:`Resnet101Features` takes them, apart from ``"random"``.
+
+    Raises:
+        ValueError: If the file holds something else.
+        FileNotFoundError: If there is no such file.
+    """
+    from torchvision.models import ResNet101_Weights, resnet101
+
+    if weights is None:
+        source, given = "torchvision's ResNet-101", ResNet101_Weights.IMAGENET1K_V1.get_state_dict()
+    else:
+        source, given = str(weights), plain_names(read_state(Path(weights)))
+    with torch.device("meta"):
+        wanted = resnet101().state_dict()
+    found = {
+        name: take(given, name, want.shape, source)
+        for name, want in wanted.items()
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+    }
+    # DeepLab-V2 calls its scores layer5, torchvision never does.
+    caffe = any(name.startswith("layer5.") for name in given)
+    if caffe:
+        found["conv1.weight"] = found["conv1.weight"].flip(1)  # BGR to RGB
+    counters = {
+        name: torch.tensor(0) for name in wanted if name.endswith("num_batches_tracked")
+    }  # old files are without them, and nothing here reads them
+    constants = normalization(*(CAFFE if caffe else TORCHVISION))
+    return {**found, **counters, **constants, "caffe": torch.tensor(caffe)}
 
 
 def thin_out(weight: Tensor, steps: tuple[int, ...]) -> Tensor:
