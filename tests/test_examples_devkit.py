@@ -369,8 +369,24 @@ def test_score_leaves_out_void_on_either_side_and_averages_over_chosen_classes()
     assert result.per_class[3].isnan()
     assert result.miou == 0.5
     assert result.coverage == pytest.approx(4 / 5)
+    assert result.strict_miou == pytest.approx((1 / 2 + 1 / 3) / 2)
     with pytest.raises(ValueError, match=r"shape of truth, \(1, 6\), got \(1, 5\)"):
         score.update(found[:, :5], truth)
+    for wrong in (4, -1):
+        with pytest.raises(ValueError, match=rf"predicted must hold 0..3 or 255, got {wrong}"):
+            score.update(torch.full((1, 6), wrong), truth)
+        with pytest.raises(ValueError, match=rf"truth must hold 0..3 or 255, got {wrong}"):
+            score.update(truth, torch.full((1, 6), wrong))
+    assert score.compute().coverage == result.coverage
+
+
+def test_score_adds_up_over_processes():
+    score = SegmentationScore(2)
+    score.update(torch.tensor([0, 1, VOID]), torch.tensor([0, 0, 1]))
+    score.add_up(lambda counts: counts + torch.eye(3, dtype=torch.long))
+    result = score.compute()
+    assert result.per_class.tolist() == [2 / 3, 1 / 2]
+    assert result.coverage == 4 / 5
 
 
 @pytest.mark.skipif("BAPNAL_VOC_ROOT" not in os.environ, reason="BAPNAL_VOC_ROOT is not set")
