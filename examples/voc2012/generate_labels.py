@@ -251,6 +251,8 @@ def main(settings: Settings) -> dict:
         settings = read_search(settings.search, settings)
     names = _check(settings)
     fabric = launch(settings.machines)
+    path = settings.out / "result.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     with record.Meter() as meter:
         label = make_labeller(settings, fabric)
         _claim(settings.out / "settings.json", settings, write=fabric.global_rank == 0)
@@ -267,8 +269,6 @@ def main(settings: Settings) -> dict:
         seconds = round(time.perf_counter() - begin, 3)
         parts = _gather(fabric, (done, seconds))
     every = [one for some, _ in parts for one in some]
-    path = settings.out / "result.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     if stored and not every:
         return stored
     errors = {one.name: one.error for one in sorted(every, key=lambda one: one.name) if one.error}
