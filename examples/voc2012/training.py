@@ -475,6 +475,13 @@ def _identity(settings: Any) -> dict[str, Any]:
     return {key: value for key, value in plain(settings).items() if key not in PLACES}
 
 
+def total(fabric: Fabric, counts: Tensor) -> Tensor:
+    """Return the sum of what all ranks counted, on the CPU."""
+    if fabric.world_size == 1:
+        return counts.cpu()
+    return fabric.all_reduce(counts.to(fabric.device, copy=True), reduce_op="sum").cpu()
+
+
 def plain(settings: Any) -> dict[str, Any]:
     """Return the settings in a dataclass as they come back from a JSON file."""
     return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
