@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.amp.autocast_mode import autocast, is_autocast_available
 
 
@@ -22,6 +24,35 @@ def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Quotient with 0 where the denominator is 0, and a gradient of 0 there."""
     empty = denominator == 0
     return torch.where(empty, 0.0, numerator / torch.where(empty, 1.0, denominator))
+
+
+def divide_sums(numerators: Tensor, denominators: Tensor, across_ranks: bool) -> Tensor:
+    """Quotients of sums over pixels or vectors, which lie on all ranks together if so asked."""
+    sums = torch.stack([numerators, denominators])
+    if across_ranks and distributed.is_available() and distributed.is_initialized():
+        sums = _SumOverRanks.apply(sums)
+    return divide(sums[0], sums[1])
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks, with the gradient that DistributedDataParallel needs.
+
+    Each rank goes on to compute one and the same loss from the sums, so their gradient is the same
+    everywhere, and what a rank's pictures contribute to the gradient of the parameters is to be
+    summed. DistributedDataParallel averages instead: hence the factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor) -> Tensor:
+        """Add up over the ranks."""
+        total = sums.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Multiply by the number of ranks."""
+        return gradient * distributed.get_world_size()
 
 
 def inverse_norm(x: Tensor, dim: int) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bapnal import _checks
-from bapnal._math import divide, full_precision, widen
+from bapnal._math import divide, divide_sums, full_precision, widen
 
 
 class _Pixels(NamedTuple):
-    """Scores at label resolution, and what Eq. 10 makes of them."""
+    """Predictions at label resolution, and what Eq. 10 makes of them."""
 
-    logits: Tensor  # (B, C, H, W), at least float32
+    log_h: Tensor  # (B, C, H, W), log H, at least float32
     target: Tensor  # (B, H, W) long, 0 where ignored
     nll: Tensor  # (B, H, W), -log H of the label, 0 where ignored
     reliable: Tensor  # (B, H, W) bool, S
@@ -87,6 +87,7 @@ def noise_aware_loss(
     ignore_index: int = 255,
     detach_confidence: bool = False,
     align_corners: bool = False,
+    across_ranks: bool = False,
 ) -> Tensor:
     r"""Cross-entropy that trusts an unreliable pixel as far as its features agree with its label.
 
@@ -112,6 +113,11 @@ def noise_aware_loss(
         ignore_index: Label of pixels without one.
         detach_confidence: True stops the gradient through sigma.
         align_corners: How scores of lower resolution than the labels are upsampled (bilinearly).
+        across_ranks: True sums each numerator and denominator over all ranks of
+            ``torch.distributed``: every rank returns the loss over the pictures of all ranks, and
+            after ``DistributedDataParallel`` has averaged them the gradients are those of one
+            device with all pictures. All ranks must call the loss, also one without any labelled
+            pixel. Without an initialised process group it is the same as False.
 
     Returns:
         A scalar, in float32 for half precision scores.
@@ -131,12 +137,13 @@ def noise_aware_loss(
     _checks.tensor("similarity", similarity)
     with full_precision(logits):
         pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
+        if balance == 0:  # sigma would not count
+            return _total(pixels, pixels.nll, pixels.unreliable, 0.0, across_ranks)
         cosines = _upsample(similarity, pixels.nll.shape[1:], align_corners)
         sigma = _confidence(cosines, pixels.target, gamma)
         if detach_confidence:
             sigma = sigma.detach()
-        trust = sigma * pixels.unreliable
-        return _mean(pixels.nll, pixels.reliable) + balance * _mean(pixels.nll, trust)
+        return _total(pixels, pixels.nll, sigma * pixels.unreliable, balance, across_ranks)
 
 
 def entropy_regularization_loss(
@@ -148,6 +155,7 @@ def entropy_regularization_loss(
     balance: float = 0.1,
     ignore_index: int = 255,
     align_corners: bool = False,
+    across_ranks: bool = False,
 ) -> Tensor:
     r"""Cross-entropy on reliable pixels, entropy on the others (suppl. Eq. 4-5).
 
@@ -162,6 +170,8 @@ def entropy_regularization_loss(
         balance: Lambda; 0.1 in the paper.
         ignore_index: Label of pixels without one.
         align_corners: How scores of lower resolution than the labels are upsampled (bilinearly).
+        across_ranks: True for the loss over the pictures of all ranks; see
+            :func:`noise_aware_loss`.
 
     Returns:
         A scalar, in float32 for half precision scores.
@@ -178,10 +188,10 @@ def entropy_regularization_loss(
     _checks.tensor("logits", logits)
     with full_precision(logits):
         pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
-        log_h = pixels.logits.log_softmax(1)
+        log_h = pixels.log_h
         # A probability of 0 has no entropy, also where its logarithm is infinite.
         entropy = -(log_h.exp() * log_h.clamp(min=torch.finfo(log_h.dtype).min)).sum(1)
-        return _mean(pixels.nll, pixels.reliable) + balance * _mean(entropy, pixels.unreliable)
+        return _total(pixels, entropy, pixels.unreliable, balance, across_ranks)
 
 
 def bootstrapping_loss(
@@ -194,6 +204,7 @@ def bootstrapping_loss(
     balance: float = 0.1,
     ignore_index: int = 255,
     align_corners: bool = False,
+    across_ranks: bool = False,
 ) -> Tensor:
     r"""Cross-entropy on reliable pixels, bootstrapping on the others (suppl. Eq. 6-8).
 
@@ -213,6 +224,8 @@ def bootstrapping_loss(
         balance: Lambda; 0.1 in the paper.
         ignore_index: Label of pixels without one.
         align_corners: How scores of lower resolution than the labels are upsampled (bilinearly).
+        across_ranks: True for the loss over the pictures of all ranks; see
+            :func:`noise_aware_loss`.
 
     Returns:
         A scalar, in float32 for half precision scores.
@@ -230,11 +243,11 @@ def bootstrapping_loss(
     _checks.tensor("logits", logits)
     with full_precision(logits):
         pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
-        log_h = pixels.logits.log_softmax(1)
+        log_h = pixels.log_h
         guess = log_h.detach().exp()
         agreement = -(guess * log_h.clamp(min=torch.finfo(log_h.dtype).min)).sum(1)
         terms = beta * pixels.nll + (1 - beta) * agreement
-        return _mean(pixels.nll, pixels.reliable) + balance * _mean(terms, pixels.unreliable)
+        return _total(pixels, terms, pixels.unreliable, balance, across_ranks)
 
 
 def poly_schedule(step: int, total_steps: int, power: float = 0.9) -> float:
@@ -264,10 +277,15 @@ def poly_schedule(step: int, total_steps: int, power: float = 0.9) -> float:
     return float(max(0.0, 1 - step / total_steps) ** power)
 
 
-def _mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean over all pixels of the batch, 0 without weight."""
-    weights = weights.to(values.dtype)
-    return divide((values * weights).sum(), weights.sum())
+def _total(
+    pixels: _Pixels, terms: Tensor, weights: Tensor, balance: float, across_ranks: bool
+) -> Tensor:
+    """Cross-entropy on S (Eq. 10) plus lambda times the weighted mean of ``terms`` (Eq. 14)."""
+    reliable, weights = pixels.reliable.to(terms.dtype), weights.to(terms.dtype)
+    numerators = torch.stack([(pixels.nll * reliable).sum(), (terms * weights).sum()])
+    denominators = torch.stack([reliable.sum(), weights.sum()])
+    means = divide_sums(numerators, denominators, across_ranks)
+    return means[0] + balance * means[1]
 
 
 def _pixels(
@@ -290,12 +308,12 @@ def _pixels(
     _check_labels("y_crf", y_crf, (batch, "H", "W"), classes, ignore_index)
     _check_labels("y_ret", y_ret, tuple(y_crf.shape), classes, ignore_index)
     _checks.same_device(logits=logits, y_crf=y_crf, y_ret=y_ret)
-    scores = widen(_upsample(logits, y_crf.shape[1:], align_corners))
+    log_h = widen(_upsample(logits, y_crf.shape[1:], align_corners)).log_softmax(1)
     ignored = y_crf == ignore_index
-    nll = F.cross_entropy(scores, y_crf.long(), reduction="none", ignore_index=ignore_index)
+    nll = F.nll_loss(log_h, y_crf.long(), reduction="none", ignore_index=ignore_index)
     agree = y_crf == y_ret
     target = y_crf.long().masked_fill(ignored, 0)
-    return _Pixels(scores, target, nll, agree & ~ignored, ~agree & ~ignored)
+    return _Pixels(log_h, target, nll, agree & ~ignored, ~agree & ~ignored)
 
 
 def _check_labels(
@@ -325,6 +343,7 @@ class NoiseAwareLoss(nn.Module):
         ignore_index: Label of pixels without one.
         detach_confidence: True stops the gradient through the confidence.
         align_corners: How scores of lower resolution than the labels are upsampled.
+        across_ranks: True for the loss over the pictures of all ranks.
 
     Raises:
         TypeError: If an option is not a number.
@@ -345,6 +364,7 @@ class NoiseAwareLoss(nn.Module):
         *,
         detach_confidence: bool = False,
         align_corners: bool = False,
+        across_ranks: bool = False,
     ) -> None:
         super().__init__()
         self.gamma = _checks.number("gamma", gamma, minimum=1)
@@ -352,6 +372,7 @@ class NoiseAwareLoss(nn.Module):
         self.ignore_index = ignore_index
         self.detach_confidence = detach_confidence
         self.align_corners = align_corners
+        self.across_ranks = across_ranks
 
     def forward(self, logits: Tensor, similarity: Tensor, y_crf: Tensor, y_ret: Tensor) -> Tensor:
         """Return the loss of scores ``(B, C, h, w)`` for labels ``(B, H, W)``."""
@@ -365,6 +386,7 @@ class NoiseAwareLoss(nn.Module):
             ignore_index=self.ignore_index,
             detach_confidence=self.detach_confidence,
             align_corners=self.align_corners,
+            across_ranks=self.across_ranks,
         )
 
     def extra_repr(self) -> str:
@@ -379,6 +401,7 @@ class EntropyRegularizationLoss(nn.Module):
         balance: Weight lambda of the unreliable pixels.
         ignore_index: Label of pixels without one.
         align_corners: How scores of lower resolution than the labels are upsampled.
+        across_ranks: True for the loss over the pictures of all ranks.
 
     Raises:
         TypeError: If an option is not a number.
@@ -391,12 +414,18 @@ class EntropyRegularizationLoss(nn.Module):
     """
 
     def __init__(
-        self, balance: float = 0.1, ignore_index: int = 255, *, align_corners: bool = False
+        self,
+        balance: float = 0.1,
+        ignore_index: int = 255,
+        *,
+        align_corners: bool = False,
+        across_ranks: bool = False,
     ) -> None:
         super().__init__()
         self.balance = _checks.number("balance", balance, minimum=0)
         self.ignore_index = ignore_index
         self.align_corners = align_corners
+        self.across_ranks = across_ranks
 
     def forward(
         self, logits: Tensor, similarity: Tensor | None, y_crf: Tensor, y_ret: Tensor
@@ -410,6 +439,7 @@ class EntropyRegularizationLoss(nn.Module):
             balance=self.balance,
             ignore_index=self.ignore_index,
             align_corners=self.align_corners,
+            across_ranks=self.across_ranks,
         )
 
     def extra_repr(self) -> str:
@@ -424,6 +454,7 @@ class BootstrappingLoss(nn.Module):
         balance: Weight lambda of the unreliable pixels.
         ignore_index: Label of pixels without one.
         align_corners: How scores of lower resolution than the labels are upsampled.
+        across_ranks: True for the loss over the pictures of all ranks.
 
     Raises:
         TypeError: If an option is not a number.
@@ -436,12 +467,18 @@ class BootstrappingLoss(nn.Module):
     """
 
     def __init__(
-        self, balance: float = 0.1, ignore_index: int = 255, *, align_corners: bool = False
+        self,
+        balance: float = 0.1,
+        ignore_index: int = 255,
+        *,
+        align_corners: bool = False,
+        across_ranks: bool = False,
     ) -> None:
         super().__init__()
         self.balance = _checks.number("balance", balance, minimum=0)
         self.ignore_index = ignore_index
         self.align_corners = align_corners
+        self.across_ranks = across_ranks
 
     def forward(
         self,
@@ -461,6 +498,7 @@ class BootstrappingLoss(nn.Module):
             balance=self.balance,
             ignore_index=self.ignore_index,
             align_corners=self.align_corners,
+            across_ranks=self.across_ranks,
         )
 
     def extra_repr(self) -> str:

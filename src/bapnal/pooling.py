@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bapnal import _checks
-from bapnal._math import divide, full_precision, widen
+from bapnal._math import divide, divide_sums, full_precision, widen
 from bapnal.attention import (
     Attention,
     background_attention,
@@ -272,7 +272,11 @@ class BackgroundAwarePooling(nn.Module):
 
 
 def box_classification_loss(
-    out: PooledFeatures, classifier_weight: Tensor, labels: Sequence[Tensor] | Tensor
+    out: PooledFeatures,
+    classifier_weight: Tensor,
+    labels: Sequence[Tensor] | Tensor,
+    *,
+    across_ranks: bool = False,
 ) -> Tensor:
     """Cross-entropy of a softmax classifier over foreground and background vectors (Sec. 3.1).
 
@@ -284,6 +288,8 @@ def box_classification_loss(
         classifier_weight: w, background first; ``(L + 1, D)``. No bias.
         labels: A list with one ``(K_i,)`` tensor a picture, or one ``(K,)`` tensor in the order of
             the boxes; 1..L.
+        across_ranks: True for the loss over the pictures of all ranks of ``torch.distributed``; see
+            :func:`~bapnal.noise_aware_loss`.
 
     Returns:
         A scalar, in float32 for half precision inputs.
@@ -320,7 +326,7 @@ def box_classification_loss(
         )
         logits = vectors.to(weight.dtype) @ weight.mT
         terms = F.cross_entropy(logits, targets, reduction="none")
-        return divide((terms * counted).sum(), counted.sum())
+        return divide_sums((terms * counted).sum(), counted.sum(), across_ranks)
 
 
 def join_labels(
