@@ -24,7 +24,6 @@ from defusedxml import DefusedXmlException, ElementTree
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchmetrics.classification import MulticlassConfusionMatrix
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
@@ -528,6 +527,9 @@ class SegmentationScore:
     """
 
     def __init__(self, num_classes: int, classes: Sequence[int] | None = None) -> None:
+        # Takes as long to import as torch, and training never scores.
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
         self.num_classes = num_classes
         self.classes = list(range(num_classes)) if classes is None else list(classes)
         # Void is a class of its own, the last; to sort it out or to have torchmetrics look at the
