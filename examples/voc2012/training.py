@@ -259,6 +259,7 @@ def fit(
     workers: int,
     logging: Logging,
     pictures: Pictures | None = None,
+    numbers: Callable[[], dict[str, float]] = dict,
     channels_last: bool = False,
 ) -> Trained:
     """Train a network, in place, from its last checkpoint on if there is one.
@@ -284,6 +285,7 @@ def fit(
         logging: What to log.
         pictures: Of the bare network, a batch and the step: pictures ``(3, H, W)`` to log with
             every checkpoint, by name.
+        numbers: Asked after a step that is logged: what to log besides loss, rates and speed.
         channels_last: Keep the channels of a position together, which is faster for most networks.
 
     Returns:
@@ -344,7 +346,7 @@ def fit(
                         "choose lower learning rates"
                     )
                 bar.update(task, loss=f"loss {found:.4f}")
-                log.scalars(done, found, optimizer, batch_size)
+                log.scalars(done, {"loss": found, **numbers()}, optimizer, batch_size)
             bar.update(task, completed=done)
             if keep:
                 if pictures is not None and fabric.is_global_zero:
@@ -527,13 +529,17 @@ class _Log(AbstractContextManager["_Log"]):
             self.board = SummaryWriter(str(folder / "logs"), purge_step=step + 1)
 
     def scalars(
-        self, step: int, loss: float, optimizer: torch.optim.Optimizer, batch_size: int
+        self,
+        step: int,
+        numbers: dict[str, float],
+        optimizer: torch.optim.Optimizer,
+        batch_size: int,
     ) -> None:
-        """Log loss, learning rates and speed after ``step`` steps."""
+        """Log numbers, learning rates and speed after ``step`` steps."""
         now = time.perf_counter()
         speed = (step - self.step) * batch_size / max(now - self.time, 1e-9)
         self.step, self.time = step, now
-        entries = {"loss": loss, "pictures per second": speed}
+        entries = {**numbers, "pictures per second": speed}
         for i, group in enumerate(optimizer.param_groups):
             entries[f"rate/{group.get('name', i)}"] = group["lr"]
         for name, value in entries.items() if self.board else ():
