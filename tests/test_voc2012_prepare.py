@@ -1,10 +1,12 @@
 """Preparing VOC 2012: train_aug by the rule, masks of SBD, every way a file can be wrong."""
 
 import errno
+import hashlib
 import json
 import runpy
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
+from torchvision.datasets import voc
 
 import prepare
 import shapes
@@ -77,6 +80,7 @@ def test_train_aug_is_made_by_the_rule_once(top, root, capsys):
     assert found["scores"]["train_aug"] == "8 pictures (VOC 2012 has 10,582), written"
     assert found["scores"]["wrong"] == []
     assert command(settings(top)) == 0
+    assert "12 pictures checked, nothing is wrong" in capsys.readouterr().out
     again = main(settings(top))
     assert again["scores"]["train_aug"] == "8 pictures (VOC 2012 has 10,582), as by the rule"
     assert "train_aug: 8 pictures (VOC 2012 has 10,582), as by" in capsys.readouterr().out
@@ -279,6 +283,22 @@ def test_everything_wrong_is_listed_and_counted(top, root, capsys):
     assert len(json.loads((top / "out/result.json").read_text())["scores"]["wrong"]) == 12
 
 
+def test_a_broken_split_is_told_once(top, root):
+    write_list(root / "ImageSets/Segmentation/val.txt", [NAMES[8], NAMES[8]])
+    found = main(settings(top))["scores"]
+    assert found["train_aug"] == "cannot be made"
+    (line,) = found["wrong"]
+    assert f"val.txt must hold each name once, got {NAMES[8]!r} 2 times" in line
+
+
+def test_what_was_found_is_printed_even_if_it_cannot_be_written(top, capsys):
+    assert command(settings(top, out=top / "SBD/train.txt")) == 1
+    printed = capsys.readouterr()
+    assert "nothing is wrong" in printed.out
+    assert "train.txt/result.json could not be written: " in printed.err
+    assert printed.err.count("\n") == 1
+
+
 def test_a_long_list_is_cut_but_kept_in_the_result(top, root, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "LISTED", 2)
     for name in NAMES[:3]:
@@ -443,19 +463,41 @@ def test_download_fetches_what_is_not_there(drawn, tmp_path, monkeypatch, capsys
     )
 
 
-def test_the_data_sets_of_torchvision_take_what_they_are_given(drawn):
-    """The same calls as for a download, with files that are there."""
-    voc = prepare.VOCSegmentation(str(drawn), year="2012", image_set="train", download=False)
-    sbd = prepare.SBDataset(str(drawn / "SBD"), image_set="train", mode="segmentation")
-    assert [Path(path).stem for path in voc.images] == NAMES[:3]
-    assert Path(voc.images[0]).is_file()
-    assert [Path(path).stem for path in sbd.masks] == NAMES[2:6]
-    mask = prepare.read_sbd_mask(Path(sbd.masks[1]), 6)
-    np.testing.assert_array_equal(np.array(sbd._get_target(sbd.masks[1])), mask.numpy())
+@pytest.mark.filterwarnings("ignore:.*extract:DeprecationWarning")  # torchvision's, Python 3.12
+def test_torchvision_unpacks_the_archives_that_it_has_fetched(drawn, tmp_path, monkeypatch):
+    """The real data sets, but for what is in the archives."""
+    new = tmp_path / "new"
+    (new / "SBD").mkdir(parents=True)
+    devkit, sbd = new / "VOCtrainval_11-May-2012.tar", new / "SBD/benchmark.tgz"
+    with tarfile.open(devkit, "w") as archive:
+        archive.add(drawn / "VOCdevkit", "VOCdevkit")
+    with tarfile.open(sbd, "w:gz") as archive:
+        for name in ("cls", "train.txt", "val.txt"):
+            archive.add(drawn / "SBD" / name, f"benchmark_RELEASE/dataset/{name}")
+        for name in ("img", "inst"):  # torchvision wants them, this script does not
+            archive.add(drawn / "SBD/cls", f"benchmark_RELEASE/dataset/{name}")
+    nowhere = (tmp_path / "nowhere").as_uri()
+    entry = {**voc.DATASET_YEAR_DICT["2012"], "url": nowhere, "md5": md5(devkit)}
+    monkeypatch.setitem(voc.DATASET_YEAR_DICT, "2012", entry)
+    monkeypatch.setattr(prepare.SBDataset, "url", nowhere)
+    monkeypatch.setattr(prepare.SBDataset, "md5", md5(sbd))
+    found = main(settings(new, sbd=None, download=True, masks=True))
+    assert found["scores"]["train_aug"].startswith("8 pictures")
+    assert found["scores"]["wrong"] == []
+    assert found["scores"]["splits"]["train_aug"]["masks"] == 8
+
+    devkit.unlink()
+    with pytest.raises(OSError, match=r"the download failed: .*nowhere"):
+        main(settings(new, sbd=None, download=True))
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
 
 
 def test_the_script_exits_with_1_if_anything_is_wrong(top, root, monkeypatch, capsys):
-    annotate(root, NAMES[1], "")
+    annotate(root, NAMES[1], an_object(1, 1, 9, 9).replace("<bnd", "<difficult>1</difficult><bnd"))
+    break_picture(root, NAMES[2])
     given = ["--root", root, "--sbd", top / "SBD", "--out", top / "out", "--no-difficult"]
     given = ["prepare.py", *map(str, given), "--classes", *shapes.CLASSES]
     monkeypatch.setattr(sys, "argv", given)
@@ -465,6 +507,6 @@ def test_the_script_exits_with_1_if_anything_is_wrong(top, root, monkeypatch, ca
     assert stopped.value.code == 1
     printed = capsys.readouterr()
     assert printed.err == "prepare.py: 1 thing is wrong, see above\n"
-    assert "In brackets: difficult ones, left out." in printed.out
+    assert "In brackets: those left out as difficult." in printed.out
     assert "crescent" in printed.out
     assert len(read_names(root / "ImageSets/Segmentation/train_aug.txt")) == 8

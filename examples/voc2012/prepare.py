@@ -110,19 +110,21 @@ def main(settings: Settings) -> dict[str, object]:
         splits = _splits(devkit, wrong)
         pictures = _check_pictures(devkit, splits, settings, console)
         wrong += [line for picture in pictures.values() for line in picture.wrong]
+        wrong = list(dict.fromkeys(wrong))  # a broken list is met more than once
         summaries = {
             split: summary([pictures[name] for name in found], settings.classes)
             for split, found in [*splits.items(), ("all", list(pictures))]
         }
     scores = {"train_aug": state, "wrong": wrong, "splits": summaries}
     found = result("devkit", asdict(settings), scores, meter)
-    write_json(settings.out / "result.json", found)
-
     console.print(_table(settings, summaries))
     for line in [f"train_aug: {state}", *wrong[:LISTED]]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not wrong:
+        console.print(f"{len(pictures):,} pictures checked, nothing is wrong")
     if len(wrong) > LISTED:
         console.print(f"... and {len(wrong) - LISTED:,} more in {settings.out / 'result.json'}")
+    write_json(settings.out / "result.json", found)
     return found
 
 
@@ -164,7 +166,7 @@ def download(root: Path, sbd: Path | None = None) -> Path:
             VOCSegmentation(str(above), year="2012", image_set="train", download=True)
         if not any(_has_lists(folder) for folder in _inside(sbd)):
             SBDataset(str(sbd), image_set="train", mode="segmentation", download=True)
-    except RuntimeError as error:  # torchvision's word for a broken archive, or no scipy
+    except (OSError, RuntimeError) as error:  # torchvision has RuntimeError for a broken archive
         raise OSError(f"the download failed: {error}") from error
     return sbd
 
@@ -287,7 +289,7 @@ def _settle_train_aug(
         there = read_names(path)
     except ValueError:
         return "cannot be read"  # said once, with the other splits
-    return f"{len(there):,} pictures{_beside_voc(len(there))}; without --sbd not compared"
+    return f"{len(there):,} pictures{_beside_voc(len(there))}; the rule needs --sbd"
 
 
 def _beside_voc(count: int) -> str:
@@ -521,8 +523,9 @@ def summary(pictures: Sequence[Picture], classes: Sequence[str]) -> dict[str, ob
 
 def _table(settings: Settings, summaries: dict[str, dict]) -> Table:
     """One column a split, one row a fact or a class."""
-    counted = "of these difficult" if settings.difficult else "difficult ones, left out"
-    table = Table(title=f"{settings.root}", caption=f"In brackets: {counted}.")
+    counted = "how many of them are" if settings.difficult else "those left out as"
+    caption = f"In brackets: {counted} difficult." if summaries["all"]["difficult"] else None
+    table = Table(title=f"{settings.root}", caption=caption)
     table.add_column("")
     shown = dict(summaries)
     # Split "trainval" is the two others beside it, and a terminal is narrow.
@@ -545,8 +548,8 @@ def _table(settings: Settings, summaries: dict[str, dict]) -> Table:
     add("  with a mask", lambda facts: f"{facts['masks']:,}")
     add("  without boxes", lambda facts: f"{facts['without_boxes']:,}")
     add("boxes", boxes)
-    add("  median of a picture", lambda facts: share(facts["median_box_share"]))
-    add("  all of a picture", lambda facts: share(facts["covered_share"]), last=True)
+    add("  median, of its picture", lambda facts: share(facts["median_box_share"]))
+    add("  together, of a picture", lambda facts: share(facts["covered_share"]), last=True)
     for name in settings.classes:
         add(name, lambda facts, name=name: boxes(facts["per_class"][name]))
     return table
