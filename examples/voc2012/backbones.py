@@ -164,11 +164,11 @@ def read_vgg16(weights: str | Path | None) -> dict[str, Tensor]:
 class Resnet101Features(nn.Module):
     """ResNet-101 without its classifier, dilated to stride 8 as in DeepLab-V2.
 
-    The third stage is dilated by 2 and the fourth by 4, their first blocks included. Batch
-    normalisation stays as it was pretrained. Caffe's ResNet, from which the published COCO weights
-    come, halves the resolution in the first convolution of a block and rounds up when it pools,
-    torchvision's in the second, rounding down: this too follows the weights, in a state dict as
-    well.
+    The last two stages are dilated by 2 and 4 instead of halving the resolution. Where that begins
+    follows the weights, so that they see what they were trained on: torchvision's ResNet halves
+    the resolution in the 3 x 3 convolution of a block and rounds down when it pools; Caffe's, from
+    which the published COCO weights come, in the 1 x 1 convolution before it, and rounds up. A
+    state dict brings this along. Batch normalisation stays as it was pretrained.
 
     Args:
         weights: Path of a state dict: torchvision's ``resnet101``, the backbone of torchvision's
@@ -201,9 +201,6 @@ class Resnet101Features(nn.Module):
         whole = resnet101(replace_stride_with_dilation=[False, True, True])
         for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
             self.add_module(name, whole.get_submodule(name))
-        for layer, dilation in ((self.layer3, 2), (self.layer4, 4)):
-            for block in layer:  # torchvision leaves the first block less dilated
-                block.conv2.dilation = block.conv2.padding = (dilation, dilation)
         add_normalization(self, *TORCHVISION)
         self.register_buffer("caffe", torch.tensor(False))
         self.register_load_state_dict_post_hook(_reduce_as_trained)
@@ -228,10 +225,14 @@ class Resnet101Features(nn.Module):
 
 
 def _reduce_as_trained(network: Resnet101Features, _: object) -> None:
-    """Set where the resolution is halved, after weights were loaded."""
+    """Set where the resolution is or would be halved, after weights were loaded."""
     caffe = bool(network.caffe)
     block = network.layer2[0]
     block.conv1.stride, block.conv2.stride = ((2, 2), (1, 1)) if caffe else ((1, 1), (2, 2))
+    # Dilation begins where the step that it replaces has been taken.
+    for layer, dilation in ((network.layer3, 2), (network.layer4, 4)):
+        conv = layer[0].conv2
+        conv.dilation = conv.padding = (dilation,) * 2 if caffe else (dilation // 2,) * 2
     network.maxpool.ceil_mode = caffe
 
 
