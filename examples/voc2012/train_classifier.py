@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import rich
 import torch
 from torch import Tensor, nn
 
@@ -308,7 +307,7 @@ def main(settings: Settings) -> dict[str, Any]:
     devkit = Devkit(settings.root, settings.classes)
     stored = finished(settings)
     if stored is not None:
-        rich.print(f"{settings.out} is finished, loss {stored['scores']['loss']:.4f}")
+        print(f"{settings.out} is finished, loss {stored['scores']['loss']:.4f}")
         return stored
     names = training_names(settings, devkit)
     claim(settings)
@@ -378,7 +377,7 @@ def main(settings: Settings) -> dict[str, Any]:
     if fabric.is_global_zero:
         write_json(settings.out / "result.json", found)
         (settings.out / CHECKPOINT).unlink()  # half of it is the optimiser's, for going on
-        rich.print(f"loss {trained.loss:.4f} after {steps.total} steps: {settings.out}")
+        print(f"loss {trained.loss:.4f} after {steps.total} steps: {settings.out}")
     return found
 
 
