@@ -1,289 +1,319 @@
-"""Labels for real pictures, before and after stage 1: BAP against GAP over seeds, measured.
+"""The paper's experiments on real pictures by the scripts of ``examples/voc2012``, at a CPU's size.
 
     python benchmarks/voc_animals.py --root VOCdevkit/VOC2012
 
-Trains EfficientNet-Lite0 on the boxes of ``train_aug`` with background-aware pooling and with
-global average pooling, searches the settings of the label generator on 100 training pictures for
-each trained network, and measures all labels on ``val`` against the true masks. Weights are kept in
-``--work`` and results are written after every row, so that an interrupted run continues.
+EfficientNet-Lite0 stands for VGG-16, and trainings are short; everything else is what the scripts
+do. Parts can be named, ``--parts classifiers labels``, and shared out by ``--only``, which picks
+the jobs whose name holds a text. What is finished is not run again, so a broken run continues.
+Weights and label maps go to ``--work``, result files to ``--out``, which
+``examples/voc2012/tables.py`` makes a page of.
 """
 
 from __future__ import annotations
 
-import json
+import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import rich
-import torch
 import tyro
-from rich.progress import track
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from bapnal import (
-    BackgroundAwarePooling,
-    DenseCRF,
-    PseudoLabelGenerator,
-    box_classification_loss,
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples/voc2012"))
+import evaluate
+import generate_labels
+import search
+import train_classifier
+import train_segmentation
+from devkit import default_root
+from generate_labels import GeneratorSettings
+from training import Logging, Machines
+
+ANIMALS = (0, 8, 10, 12, 13, 17)  # what the scores are averaged over
+UNSEEN = ("cow", "horse")
+UNSEEN_CLASSES = (10, 13)
+QUIET = Logging(tensorboard=False)
+# Without a trained classifier nothing is learned, so A is only compared within a picture.
+AGNOSTIC = GeneratorSettings(
+    background_threshold=None, attention_minmax=True, unary_softmax=3.0, cam_normalization="box"
 )
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-from devkit import (
-    VOID,
-    Augmentation,
-    BoxDataset,
-    Devkit,
-    SegmentationScore,
-    collate,
-    fill_boxes,
-)
-from networks import TimmFeatures
-from record import about, write_json
-
-ANIMALS = (0, 8, 10, 12, 13, 17)
-CLASSES = 21
-# Found by hand for training-free labels: nothing is learned, so nothing is searched.
-TRAINING_FREE = {"background_threshold": None, "attention_minmax": True, "unary_softmax": 3.0}
-SHARPNESS = (1.0, 2.0, 4.0)  # how certain the CRF is told to be of the unaries
-# Rows with settings that were not searched, for the first seed.
-FIXED = {
-    "0.99 threshold": {"background_threshold": 0.99},
-    "A as it is": {"background_threshold": None},
-    "w/o u_0": {"background": "cam"},
-}
-RELEASED = {"cam_normalization": "box", "unary_softmax": 1.0}
-
-
-def unaries() -> dict[str, list[dict[str, object]]]:
-    """List what u_0 may be, by kind; the search takes the best of each kind to the CRF."""
-    common: dict[str, object] = {"background_threshold": None, "cam_normalization": "box"}
-    return {
-        background: [
-            {**common, "background": background, "attention_minmax": minmax}
-            for minmax in ((False,) if background == "cam" else (False, True))
-        ]
-        for background in ("attention", "cam", "both")
-    }
+WITHOUT_U0 = GeneratorSettings(background="cam", cam_normalization="box", unary_softmax=1.0)
+Job = tuple[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How stage 1 is trained.
-
-    Args:
-        epochs: Over ``train_aug``; the learning rates fall to a tenth after two thirds.
-        crop: Side of the training crops.
-        frozen: How many of the first blocks, besides the stem, keep their ImageNet weights.
-    """
-
-    epochs: int = 3
-    crop: int = 257
-    frozen: int = 3
-
-
-def train(root: Path, pool: str, seed: int, recipe: Recipe, path: Path) -> None:
-    """Train stage 1 on the boxes of ``train_aug`` and keep weights at ``path``."""
-    torch.manual_seed(seed)
-    devkit = Devkit(root)
-    data = BoxDataset(devkit, devkit.names("train_aug"), Augmentation(recipe.crop))
-    generator = torch.Generator().manual_seed(seed)
-    loader = DataLoader(
-        data, 16, shuffle=True, drop_last=True, collate_fn=collate, generator=generator
-    )
-    network = TimmFeatures(stride=16).to(memory_format=torch.channels_last)
-    network.network.conv_stem.requires_grad_(False)
-    network.network.blocks[: recipe.frozen].requires_grad_(False)
-    weight = torch.nn.Parameter(torch.randn(CLASSES, network.channels) * 0.01)
-    learned = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        [{"params": learned, "lr": 1e-3}, {"params": [weight], "lr": 1e-2}],
-        momentum=0.9,
-        weight_decay=5e-4,
-    )
-    steps = recipe.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps * 2 // 3], 0.1)
-    pooling = BackgroundAwarePooling(grid_size=4, attention=pool == "bap")
-    network.train()
-    batches = (batch for _ in range(recipe.epochs) for batch in loader)
-    for batch in track(batches, f"{pool}, seed {seed}", total=steps):
-        images = batch.images.contiguous(memory_format=torch.channels_last)
-        pooled = pooling(network(images), batch.boxes, batch.size, batch.valid)
-        loss = box_classification_loss(pooled, weight, batch.labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    state = {"network": network.state_dict(), "weight": weight.detach(), "loss": loss.item()}
-    unfinished = path.with_suffix(".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, unfinished)
-    unfinished.replace(path)
-
-
-@torch.no_grad()
-def features_of(network: TimmFeatures, devkit: Devkit, names: Sequence[str]) -> list[Tensor]:
-    """Compute the features of each picture at its own size, once for all settings."""
-    network.eval()
-    return [
-        network(devkit.image(name)[None]).half()
-        for name in track(names, "features", transient=True)
-    ]
-
-
-def score(
-    devkit: Devkit,
-    names: Sequence[str],
-    features: Sequence[Tensor],
-    weight: Tensor | None,
-    settings: dict[str, object],
-    crf: DenseCRF | None = None,
-) -> dict[str, float]:
-    """Measure the labels of some pictures; mIoU in percent over the six classes."""
-    generate = PseudoLabelGenerator(crf, **settings)  # type: ignore[arg-type]
-    scores = {key: SegmentationScore(CLASSES, ANIMALS) for key in ("crf", "retrieval", "both")}
-    begin = time.perf_counter()
-    for name, found in zip(names, features, strict=True):
-        image, annotation = devkit.picture(name)
-        y = generate(image[None], found.float(), weight, [annotation.boxes], [annotation.labels])
-        truth = devkit.mask(name)
-        scores["crf"].update(y.crf[0], truth)
-        scores["retrieval"].update(y.retrieval[0], truth)
-        scores["both"].update(y.crf[0].masked_fill(~y.reliable[0], VOID), truth)
-    seconds = (time.perf_counter() - begin) / len(names)
-    found = {key: value.compute() for key, value in scores.items()}
-    return {
-        **{key: round(100 * value.miou, 2) for key, value in found.items()},
-        "coverage": round(100 * found["both"].coverage, 1),
-        "seconds_per_picture": round(seconds, 3),
-    }
-
-
-def box_score(devkit: Devkit, names: Sequence[str]) -> float:
-    """Measure boxes filled with their class."""
-    scores = SegmentationScore(CLASSES, ANIMALS)
-    for name in names:
-        image, annotation = devkit.picture(name)
-        filled = fill_boxes(annotation.boxes, annotation.labels, image.shape[1:])
-        scores.update(filled, devkit.mask(name))
-    return round(100 * scores.compute().miou, 2)
-
-
-class Results:
-    """Rows in a JSON file, written whole after each; a row that is there is not measured again."""
-
-    def __init__(self, path: Path, recipe: Recipe) -> None:
-        self.path = path
-        self.recipe = recipe
-        self.rows: dict[str, dict[str, object]] = {}
-        if path.is_file():
-            self.rows = json.loads(path.read_text())["rows"]
-
-    def __contains__(self, key: str) -> bool:
-        """Return whether the row is there."""
-        return key in self.rows
-
-    def add(self, key: str, row: dict[str, object]) -> None:
-        """Add a row and write the file."""
-        self.rows[key] = row
-        rich.print(f"{key}: {row}")
-        found = {"recipe": asdict(self.recipe), **about()}
-        write_json(self.path, {"about": found, "rows": self.rows})
-
-
-def load(path: Path) -> tuple[TimmFeatures, Tensor]:
-    """Load what :func:`train` kept."""
-    state = torch.load(path, weights_only=True)
-    network = TimmFeatures(stride=16)
-    network.load_state_dict(state["network"])
-    return network.to(memory_format=torch.channels_last), state["weight"]
-
-
-def runs(pools: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
-    """Pools and seeds, seeds outermost, so that an unfinished run compares like with like."""
-    return ((pool, seed) for seed in seeds for pool in pools)
-
-
-def evaluate(devkit: Devkit, path: Path, key: str, results: Results) -> None:
-    """Search settings for one trained network on training pictures and measure it on ``val``."""
-    if f"{key} searched" in results:
-        return
-    network, weight = load(path)
-    held_out = devkit.names("train_aug")[::10]
-    features = features_of(network, devkit, held_out)
-
-    def measure(settings: dict[str, object], crf: DenseCRF | None) -> tuple[float, dict]:
-        return score(devkit, held_out, features, weight, settings, crf)["crf"], settings
-
-    def ranked(tried: list[tuple[float, dict]]) -> list[tuple[float, dict]]:
-        return sorted(tried, key=lambda pair: -pair[0])
-
-    fast = DenseCRF(half_resolution=True)  # to choose with; what is reported uses the exact one
-    plain = [
-        ranked([measure(s, None) for s in kind])
-        for kind in track(unaries().values(), f"{key}: u_0")
-    ]
-    final = [{**kind[0][1], "unary_softmax": scale} for kind in plain for scale in SHARPNESS]
-    sharp = ranked([measure(s, fast) for s in track(final, f"{key}: with CRF")])
-    results.add(
-        f"{key} search",
-        {
-            "pictures": len(held_out),
-            "without_crf": [pair for kind in plain for pair in kind],
-            "with_crf": sharp,
-        },
-    )
-    best, settings = sharp[0]
-    names = devkit.names("val")
-    features = features_of(network, devkit, names)
-    measured = score(devkit, names, features, weight, settings, DenseCRF())
-    results.add(f"{key} searched", {"settings": settings, "train": best, **measured})
-    for row, fixed in FIXED.items() if key.endswith(" 0") else ():
-        measured = score(devkit, names, features, weight, {**RELEASED, **fixed}, DenseCRF())
-        results.add(f"{key} {row}", {"settings": {**RELEASED, **fixed}, **measured})
-
-
-def main(
-    root: Path,
-    out: Path = Path("benchmarks/results/voc_animals_labels.json"),
-    work: Path = Path("runs/voc_animals"),
-    seeds: tuple[int, ...] = (0, 1, 2),
-    pools: tuple[str, ...] = ("bap", "gap"),
-    recipe: Recipe = Recipe(),
-    only_train: bool = False,
-) -> None:
+class Settings:
     """Run whatever is missing.
 
     Args:
         root: A folder in devkit layout.
-        out: Where results go.
-        work: Where trained weights are kept.
-        seeds: Seeds of stage 1.
-        pools: Poolings to train with.
-        recipe: How stage 1 is trained.
-        only_train: Stop before labels are measured.
+        work: Where weights and label maps are kept.
+        out: Where result files go.
+        parts: Which parts, in their order: classifiers, searches, labels, rivals, facts, unseen,
+            segmentation.
+        only: Only jobs whose name holds one of these texts.
+        seeds: How many seeds for what is compared.
+        workers: Processes that read pictures.
     """
-    devkit, results = Devkit(root), Results(out, recipe)
-    for pool, seed in runs(pools, seeds):
-        path = work / f"{pool}_{seed}.pt"
-        if not path.is_file():
-            train(root, pool, seed, recipe, path)
-    if only_train:
-        return
-    names = devkit.names("val")
-    if "box" not in results:
-        results.add("box", {"crf": box_score(devkit, names)})
-    if "training-free" not in results:
-        plain = TimmFeatures(stride=8, normalize=True).to(memory_format=torch.channels_last)
-        features = features_of(plain, devkit, names)
-        measured = score(devkit, names, features, None, TRAINING_FREE, DenseCRF())
-        results.add("training-free", {"settings": TRAINING_FREE, **measured})
-    for pool, seed in runs(pools, seeds):
-        evaluate(devkit, work / f"{pool}_{seed}.pt", f"{pool} {seed}", results)
+
+    root: Path = field(default_factory=default_root)
+    work: Path = Path("runs/voc_animals")
+    out: Path = Path("benchmarks/results/voc_animals")
+    parts: tuple[str, ...] = (
+        *("classifiers", "searches", "labels", "rivals", "facts", "unseen", "segmentation"),
+    )
+    only: tuple[str, ...] = ()
+    seeds: int = 3
+    workers: int = 0
+
+
+def classifiers(s: Settings) -> Iterator[Job]:
+    """Stage 1 with BAP and GAP; and with BAP without two classes."""
+    lite0 = train_classifier.PRESETS["lite0"][1]
+    for seed in range(s.seeds):
+        for pool in ("bap", "gap"):
+            yield _classifier(s, f"{pool}_{seed}", replace(lite0, pool=pool, seed=seed))
+    yield _classifier(s, "without", replace(lite0, leave_out=UNSEEN))
+
+
+def _classifier(s: Settings, name: str, settings: train_classifier.Settings) -> Job:
+    settings = replace(
+        settings,
+        root=s.root,
+        out=s.work / "classifier" / name,
+        machines=Machines(workers=s.workers),
+        logging=QUIET,
+        checkpoint_interval=62,
+    )
+    return f"classifier_{name}", lambda: train_classifier.main(settings)
+
+
+def searches(s: Settings) -> Iterator[Job]:
+    """The generator's settings, for each classifier on 100 training pictures."""
+    for name in _classifiers(s):
+        settings = replace(
+            search.PRESETS["standard"][1],
+            root=s.root,
+            out=s.work / "search" / name,
+            classifier=s.work / "classifier" / name / "classifier.pt",
+            thresholds=(None, 0.7, 0.99),
+            grid_sizes=(1,),
+            score_classes=ANIMALS,
+        )
+        yield f"search_{name}", lambda settings=settings: search.main(settings)
+
+
+def _classifiers(s: Settings) -> Iterator[str]:
+    return (f"{pool}_{seed}" for seed in range(s.seeds) for pool in ("bap", "gap"))
+
+
+def labels(s: Settings) -> Iterator[Job]:
+    """Y_crf and Y_ret: of all training pictures for stage 3, and of val for each classifier."""
+    yield from _network_labels(s, "train_aug", "bap_0", searched=True)
+    for name in _classifiers(s):
+        yield from _network_labels(s, "val", name, searched=True)
+    for name in ("bap_0", "gap_0"):
+        yield from _network_labels(s, "val", name, searched=False)
+
+
+def _network_labels(s: Settings, split: str, name: str, *, searched: bool) -> Iterator[Job]:
+    own = name if searched else f"{name}_without_u0"
+    settings = generate_labels.Settings(
+        root=s.root,
+        out=s.work / f"labels_{split}" / own,
+        split=split,
+        classifier=s.work / "classifier" / name / "classifier.pt",
+        search=s.work / "search" / name / "result.json" if searched else None,
+        generator=GeneratorSettings() if searched else WITHOUT_U0,
+    )
+    yield from _labels(s, f"{split}_{own}", settings)
+
+
+def _labels(
+    s: Settings,
+    name: str,
+    settings: generate_labels.Settings,
+    score_classes: tuple[int, ...] = ANIMALS,
+) -> Iterator[Job]:
+    yield f"labels_{name}", lambda: generate_labels.main(settings)
+    evaluation = evaluate.Labels(
+        folder=settings.out,
+        out=s.out / f"evaluate_labels_{name}.json",
+        root=s.root,
+        split=settings.split,
+        score_classes=score_classes,
+    )
+    yield f"evaluate_labels_{name}", lambda: evaluate.main(evaluation)
+
+
+def rivals(s: Settings) -> Iterator[Job]:
+    """Labels that need no training on boxes."""
+    for method in ("box", "grabcut", "wssl", "agnostic"):
+        settings = generate_labels.Settings(
+            root=s.root, out=s.work / "labels_val" / method, split="val", method=method
+        )
+        if method == "agnostic":
+            settings = replace(settings, generator=AGNOSTIC)
+        yield from _labels(s, f"val_{method}", settings)
+
+
+def facts(s: Settings) -> Iterator[Job]:
+    """Precision of the activation maps, filling rates, accuracy on boxes, runtime."""
+    for name in _classifiers(s):
+        classifier = s.work / "classifier" / name / "classifier.pt"
+        common = {"classifier": classifier, "root": s.root, "split": "val"}
+        runs = {
+            "cams": evaluate.Cams(
+                out=s.out / f"evaluate_cams_{name}.json", score_classes=ANIMALS[1:], **common
+            ),
+            "boxes": evaluate.Boxes(
+                out=s.out / f"evaluate_boxes_{name}.json", score_classes=ANIMALS[1:], **common
+            ),
+        }
+        if name == "bap_0":
+            runs["runtime"] = evaluate.Runtime(
+                out=s.out / "evaluate_runtime.json", generator=WITHOUT_U0, **common
+            )
+        for what, settings in runs.items():
+            yield f"evaluate_{what}_{name}", lambda settings=settings: evaluate.main(settings)
+    for name in ("bap_0", "gap_0", "wssl", "grabcut"):
+        settings = evaluate.Filling(
+            folder=s.work / "labels_val" / name,
+            out=s.out / f"evaluate_filling_{name}.json",
+            root=s.root,
+            split="val",
+            score_classes=ANIMALS[1:],
+        )
+        yield f"evaluate_filling_{name}", lambda settings=settings: evaluate.main(settings)
+
+
+def unseen(s: Settings) -> Iterator[Job]:
+    """Two classes labelled without their weights, and by classifiers that never saw them."""
+    runs = {
+        "weights": ("network", "bap_0"),
+        "without": ("agnostic", "without"),
+        "seen": ("agnostic", "bap_0"),
+        "imagenet": ("agnostic", None),
+    }
+    for name, (method, own) in runs.items():
+        settings = generate_labels.Settings(
+            root=s.root,
+            out=s.work / "labels_unseen" / name,
+            split="val",
+            method=method,
+            classifier=s.work / "classifier" / own / "classifier.pt" if own else None,
+            generator=WITHOUT_U0 if method == "network" else AGNOSTIC,
+        )
+        yield from _labels(s, f"unseen_{name}", settings, UNSEEN_CLASSES)
+
+
+def segmentation(s: Settings) -> Iterator[Job]:
+    """Stage 3 on the labels of the first BAP classifier."""
+    yield from _trained(s, "crf_0", loss="crf")
+    yield from _trained(s, "nal_0", loss="nal")
+    yield from _trained(s, "ignore_0", loss="ignore")
+    every = s.work / "every_picture.txt"
+    some = s.work / "every_tenth_picture.txt"
+    names = (s.root / "ImageSets/Segmentation/train_aug.txt").read_text().split()
+    s.work.mkdir(parents=True, exist_ok=True)
+    every.write_text("\n".join(names) + "\n")
+    some.write_text("\n".join(names[::10]) + "\n")
+    yield from _trained(s, "ceiling_0", loss="crf", true_masks=every)
+    for loss in ("ret", "entropy", "bootstrap"):
+        yield from _trained(s, f"{loss}_0", loss=loss)
+    yield from _trained(s, "semi_nal_0", loss="nal", true_masks=some)
+    yield from _trained(s, "nal_dot_0", loss="nal", classifier="dot")
+    yield from _trained(s, "crf_dot_0", loss="crf", classifier="dot")
+    for seed in range(1, s.seeds):
+        for loss in ("crf", "nal", "ignore"):
+            yield from _trained(s, f"{loss}_{seed}", loss=loss, seed=seed)
+    for gamma in (1.0, 4.0, 7.0, 10.0):
+        for balance in (0.01, 0.1, 1.0):
+            if (gamma, balance) != (7.0, 0.1):
+                name = f"nal_gamma{gamma:g}_lambda{balance:g}"
+                yield from _trained(s, name, loss="nal", gamma=gamma, balance=balance)
+    for loss in ("ret", "entropy", "bootstrap", "semi_nal"):
+        for seed in range(1, s.seeds):
+            more = {"true_masks": some} if loss == "semi_nal" else {}
+            short = loss.removeprefix("semi_")
+            yield from _trained(s, f"{loss}_{seed}", loss=short, seed=seed, **more)
+    for seed in range(1, s.seeds):
+        yield from _trained(s, f"ceiling_{seed}", loss="crf", true_masks=every, seed=seed)
+        yield from _trained(s, f"nal_dot_{seed}", loss="nal", classifier="dot", seed=seed)
+
+
+def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
+    settings = replace(
+        train_segmentation.PRESETS["paper"][1],
+        root=s.root,
+        out=s.work / "segmentation" / name,
+        labels=s.work / "labels_train_aug/bap_0",
+        network="tf_efficientnet_lite0",
+        stride=16,
+        head="largefov",
+        frozen=5,
+        align_corners=False,
+        channels_last=True,
+        batch_size=16,
+        crop=193,
+        epochs=4,
+        machines=Machines(workers=s.workers),
+        logging=QUIET,
+        checkpoint_interval=124,
+        **options,
+    )
+    yield f"segmentation_{name}", lambda: train_segmentation.main(settings)
+    compared = name in ("crf_0", "nal_0", "ignore_0", "ceiling_0")
+    evaluation = evaluate.Segmentation(
+        segmenter=settings.out / "segmenter.pt",
+        out=s.out / f"evaluate_segmentation_{name}.json",
+        root=s.root,
+        modes=("single", "single+crf", "multi", "multi+crf") if compared else ("single",),
+        score_classes=ANIMALS,
+    )
+    yield f"evaluate_segmentation_{name}", lambda: evaluate.main(evaluation)
+
+
+PARTS = {
+    part.__name__: part
+    for part in (classifiers, searches, labels, rivals, facts, unseen, segmentation)
+}
+
+
+def main(settings: Settings) -> None:
+    """Run the jobs of all parts that are asked for, in their order."""
+    unknown = [part for part in settings.parts if part not in PARTS]
+    if unknown:
+        raise ValueError(f"parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}")
+    for part in settings.parts:
+        for name, job in PARTS[part](settings):
+            if settings.only and not any(text in name for text in settings.only):
+                continue
+            written = settings.out / f"{name}.json"
+            if written.is_file():
+                continue
+            rich.print(f"[bold]{name}")
+            job()
+            for folder in (
+                "classifier",
+                "search",
+                "labels_train_aug",
+                "labels_val",
+                "segmentation",
+            ):
+                _collect(settings, folder)
+
+
+def _collect(settings: Settings, folder: str) -> None:
+    """Copy the result files of finished runs beside those of the evaluations."""
+    for path in sorted((settings.work / folder).glob("*/result.json")):
+        copy = settings.out / f"{folder}_{path.parent.name}.json"
+        if not copy.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    main(tyro.cli(Settings))

@@ -1,0 +1,264 @@
+"""When is BAP better than GAP? The classifier alone on fixed features, under many conditions.
+
+    python benchmarks/voc_animals_conditions.py --root VOCdevkit/VOC2012
+
+The features f are those of an ImageNet EfficientNet-Lite0 and stay as they are, so stage 1 is a
+softmax regression on the pooled vectors r_i and q_j, which are computed once; it is solved to the
+end by L-BFGS and has no seed. The spread comes from samples of the training pictures, drawn with
+replacement. Conditions are the stride of f, the grid size N in training and in generating, and the
+margin by which boxes are loosened (in training and in generating). Labels are measured on ``val``,
+also on the halves of it with the more uniform and the more cluttered backgrounds. Rows are written
+as they are measured, and a rerun continues.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import rich
+import torch
+import tyro
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from bapnal import (
+    DenseCRF,
+    PseudoLabelGenerator,
+    background_aware_pooling,
+    box_classification_loss,
+    definite_background,
+    grid_prototypes,
+)
+from bapnal.pooling import PooledFeatures
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
+from devkit import Devkit, SegmentationScore, loosen
+from networks import TimmFeatures
+from record import Meter, result, write_json
+
+ANIMALS = (0, 8, 10, 12, 13, 17)
+CLASSES = 21
+GENERATING = ("attention", "cam", "both")
+FAST = DenseCRF(half_resolution=True)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One training of the classifier.
+
+    Attributes:
+        stride: Of the features.
+        pool: ``"bap"`` or ``"gap"``.
+        grid_size: N in training.
+        margin: Share of their sides by which boxes are moved outwards.
+        sample: 0 for all training pictures, else the seed of a sample with replacement.
+    """
+
+    stride: int
+    pool: str
+    grid_size: int = 4
+    margin: float = 0.0
+    sample: int = 0
+
+
+def conditions(strides: Sequence[int], samples: int) -> Iterator[Condition]:
+    """List what is compared; strides outermost, since features are kept for one stride only."""
+    for stride in strides:
+        for margin in (0.0, 0.1, 0.25):
+            for pool in ("bap", "gap"):
+                for sample in range(samples if margin == 0 else 1):
+                    yield Condition(stride, pool, 4, margin, sample)
+        for grid_size in (1, 2):
+            yield Condition(stride, "bap", grid_size)
+
+
+class Picture(NamedTuple):
+    """What is kept of a picture: its name, ``(1, D, h, w)`` half precision features, its size."""
+
+    name: str
+    features: Tensor
+    size: tuple[int, int]
+
+
+@torch.no_grad()
+def features_of(network: TimmFeatures, devkit: Devkit, names: Sequence[str]) -> list[Picture]:
+    """Compute the features of each picture at its own size."""
+    network.eval()
+    found = []
+    for name in track(names, f"features at stride {network.stride}", transient=True):
+        image = devkit.image(name)[None]
+        found.append(Picture(name, network(image).half(), tuple(image.shape[2:])))
+    return found
+
+
+@torch.no_grad()
+def pooled(
+    pictures: Sequence[Picture], boxes: Sequence[Tensor], condition: Condition
+) -> PooledFeatures:
+    """Pool the boxes and the backgrounds of all pictures; without attention maps."""
+    foreground, background, valid = [], [], []
+    for picture, own in zip(pictures, boxes, strict=True):
+        out = background_aware_pooling(
+            picture.features.float(),
+            [own],
+            picture.size,
+            grid_size=condition.grid_size,
+            attention=condition.pool == "bap",
+        )
+        foreground.append(out.foreground)
+        background.append(out.background)
+        valid.append(out.background_valid)
+    empty = torch.zeros(len(valid), 1, 0, 0)
+    return PooledFeatures(torch.cat(foreground), torch.cat(background), torch.cat(valid), empty)
+
+
+def fit(out: PooledFeatures, labels: Sequence[Tensor], sample: int) -> Tensor:
+    """Solve stage 1 on fixed features: softmax regression with weight decay 5e-4."""
+    counts = torch.tensor([len(entry) for entry in labels])
+    if sample:
+        generator = torch.Generator().manual_seed(sample)
+        chosen = torch.randint(len(labels), (len(labels),), generator=generator)
+        starts = counts.cumsum(0) - counts
+        rows = torch.cat([torch.arange(starts[i], starts[i] + counts[i]) for i in chosen])
+        out = PooledFeatures(
+            out.foreground[rows], out.background[chosen], out.background_valid[chosen], out[3]
+        )
+        labels = [labels[i] for i in chosen]
+    # Vectors of unit variance make the problem well conditioned; the scale goes into the weight.
+    scale = out.foreground.square().mean().sqrt()
+    out = out._replace(foreground=out.foreground / scale, background=out.background / scale)
+    weight = torch.zeros(CLASSES, out.foreground.shape[2], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=150, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = box_classification_loss(out, weight, labels) + 2.5e-4 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach() / scale
+
+
+@torch.no_grad()
+def uniformity(picture: Picture, boxes: Tensor) -> float:
+    """How alike the definite background of a picture is: mean cosine to its own prototypes."""
+    f = picture.features.float()
+    background = definite_background([boxes], picture.size, tuple(f.shape[2:]))
+    if not background.any():
+        return 0.0
+    prototypes, valid = grid_prototypes(f, background, 4)
+    inside = background[0, 0] > 0
+    unit = F.normalize(f[0, :, inside], dim=0)  # (D, cells)
+    own = F.normalize(prototypes[0, valid[0]], dim=1)
+    return float((own @ unit).mean())
+
+
+def measure(
+    devkit: Devkit,
+    pictures: Sequence[Picture],
+    boxes: Sequence[Tensor],
+    weight: Tensor,
+    halves: Sequence[bool],
+    background: str,
+    grid_size: int = 1,
+) -> dict[str, float]:
+    """Measure Y_crf on ``val``, in all and on the halves with uniform and cluttered backgrounds."""
+    generate = PseudoLabelGenerator(
+        FAST,
+        grid_size=grid_size,
+        background=background,
+        background_threshold=None,
+        cam_normalization="box",
+        unary_softmax=1.0,
+    )
+    scores = {key: SegmentationScore(CLASSES, ANIMALS) for key in ("all", "uniform", "cluttered")}
+    for picture, own, uniform in zip(pictures, boxes, halves, strict=True):
+        image, labels = devkit.image(picture.name), devkit.annotation(picture.name).labels
+        y = generate(image[None], picture.features.float(), weight, [own], [labels])
+        truth = devkit.mask(picture.name)
+        for key in ("all", "uniform" if uniform else "cluttered"):
+            scores[key].update(y.crf[0], truth)
+    return {key: round(100 * score.compute().miou, 2) for key, score in scores.items()}
+
+
+def main(
+    root: Path,
+    out: Path = Path("benchmarks/results/voc_animals/conditions.json"),
+    strides: tuple[int, ...] = (16, 8),
+    samples: int = 3,
+    train_split: str = "train_aug",
+    val_split: str = "val",
+    backbone: str = "tf_efficientnet_lite0",
+    weights: str | None = None,
+) -> None:
+    """Measure whatever is missing.
+
+    Args:
+        root: A folder in devkit layout.
+        out: Where results go.
+        strides: Of the features.
+        samples: How many trainings without margin, the first on all pictures.
+        train_split: Split of stage 1.
+        val_split: Split with masks.
+        backbone: timm name.
+        weights: Of the backbone; see ``TimmFeatures``.
+    """
+    devkit = Devkit(root)
+    rows: dict[str, dict[str, object]] = {}
+    if out.is_file():
+        rows = json.loads(out.read_text())["scores"]
+    settings = {
+        "backbone": backbone,
+        "crf": "half resolution",
+        "cam_normalization": "box",
+        "unary_softmax": 1.0,
+        "background_threshold": None,
+    }
+    cached: dict[int, tuple[list[Picture], list[Picture]]] = {}
+    for condition in conditions(strides, samples):
+        key = " ".join(f"{k}={v}" for k, v in asdict(condition).items())
+        if key in rows:
+            continue
+        if condition.stride not in cached:
+            cached.clear()
+            network = TimmFeatures(backbone, weights, stride=condition.stride)
+            network.to(memory_format=torch.channels_last)
+            cached[condition.stride] = (
+                features_of(network, devkit, devkit.names(train_split)),
+                features_of(network, devkit, devkit.names(val_split)),
+            )
+        train, val = cached[condition.stride]
+        with Meter() as meter:
+            boxes, seen = (
+                [
+                    loosen(devkit.annotation(p.name).boxes, condition.margin, p.size)
+                    for p in pictures
+                ]
+                for pictures in (train, val)
+            )
+            labels = [devkit.annotation(p.name).labels for p in train]
+            weight = fit(pooled(train, boxes, condition), labels, condition.sample)
+            alike = [uniformity(p, own) for p, own in zip(val, seen, strict=True)]
+            middle = float(torch.tensor(alike).median())
+            halves = [value > middle for value in alike]
+            runs = [(name, name, 1) for name in GENERATING]
+            if condition.pool == "bap" and condition.margin == 0 and condition.sample == 0:
+                runs += [(f"attention N={n}", "attention", n) for n in (2, 3)]
+            found = {
+                name: measure(devkit, val, seen, weight, halves, background, n)
+                for name, background, n in runs
+            }
+        rows[key] = {**asdict(condition), "crf": found}
+        rich.print(key, found)
+        write_json(out, result("conditions", settings, rows, meter))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
