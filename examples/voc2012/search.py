@@ -9,10 +9,10 @@ The paper chooses its threshold, its N and its CRF on 100 pictures. What was fou
 does not carry over to another, so this script chooses more than those. Features are computed once.
 Then, each stage ranking what goes on to the next by the mIoU of Y_crf:
 
-1. ``unaries``: all combinations of background, min-max, threshold, N and maximum, without a CRF
-   and at a quarter of the resolution;
-2. ``crf``: the best of each kind of background, with and without a threshold, in every sharpness,
-   with a fast CRF on every other picture;
+1. ``unaries``: all combinations of background, min-max, threshold and maximum, without a CRF and at
+   a quarter of the resolution; then every N for the best of each kind of background, with and
+   without a threshold;
+2. ``crf``: the best of each kind in every sharpness, with a fast CRF on every other picture;
 3. ``crf`` too, on request: the parameters of the CRF one after the other, until none gets better;
 4. ``exact``: the best few with the CRF that labels are made with, on all pictures.
 
@@ -203,8 +203,8 @@ def _check(settings: Settings) -> None:
     if settings.crf_search and settings.crf.none:
         raise ValueError("crf_search must be off where crf.none says that there is no CRF")
     for generator in unaries(settings):
-        for scale in settings.softmax:
-            make_generator(replace(generator, unary_softmax=scale), settings.crf)
+        for scale, size in product(settings.softmax, settings.grid_sizes):
+            make_generator(replace(generator, unary_softmax=scale, grid_size=size), settings.crf)
 
 
 # What is measured on
@@ -386,15 +386,25 @@ def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
         return sorted(found, key=lambda one: -one[0])
 
     none = replace(settings.crf, none=True)
-    best: dict[tuple[str, bool], GeneratorSettings] = {}
-    for _, generator, _ in ranked(
-        "unaries", [(one, none) for one in unaries(settings)], coarse=True
-    ):
-        best.setdefault((generator.background, generator.background_threshold is None), generator)
+
+    def best_of_each_kind(tried: list[GeneratorSettings]) -> list[GeneratorSettings]:
+        best: dict[tuple[str, bool], GeneratorSettings] = {}
+        for _, one, _ in ranked("unaries", [(one, none) for one in tried], coarse=True):
+            best.setdefault((one.background, one.background_threshold is None), one)
+        return list(best.values())
+
+    kinds = best_of_each_kind(unaries(settings))
+    kinds = best_of_each_kind(
+        [
+            replace(one, grid_size=size)
+            for one in kinds
+            for size in settings.grid_sizes[: 1 if one.background == "cam" else None]
+        ]
+    )
     fast = replace(settings.crf, half_resolution=not settings.crf.none)
     sharp = [
         (replace(generator, unary_softmax=scale), fast)
-        for generator, scale in product(best.values(), settings.softmax)
+        for generator, scale in product(kinds, settings.softmax)
     ]
     half = -(-len(bench.names) // 2)
     tried = ranked("crf", sharp, first=half)
@@ -408,20 +418,20 @@ def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
 
 
 def unaries(settings: Settings) -> list[GeneratorSettings]:
-    """List all that the unaries may be; what has no effect is not varied."""
+    """List all that the unaries may be with the first N; what has no effect is not varied."""
     agnostic = settings.method == "agnostic"
-    names = ("grid_size", "background_threshold", "attention_minmax", "cam_normalization")
+    names = ("background_threshold", "attention_minmax", "cam_normalization")
     found = []
     for background in ("attention",) if agnostic else settings.backgrounds:
         first = 1 if background == "cam" else None  # of the values that only A depends on
         values = product(
-            settings.grid_sizes[:first],
             settings.thresholds[:first],
             settings.minmax[:first],
             settings.cam_normalizations[: 1 if agnostic else None],
         )
+        common = {"background": background, "grid_size": settings.grid_sizes[0]}
         found += [
-            replace(settings.generator, background=background, **dict(zip(names, one, strict=True)))
+            replace(settings.generator, **common, **dict(zip(names, one, strict=True)))
             for one in values
         ]
     return found
