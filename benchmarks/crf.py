@@ -5,8 +5,8 @@
 Pictures are the first of the val split; their probabilities are smooth random maps, except where
 fast modes are judged, which are also given blurred masks. Both backends run in turn in one process,
 each after a warm-up, and medians are reported. Sections can be run alone with ``--sections``; each
-writes ``benchmarks/results/crf_SECTION.json``. Without pydensecrf, exactness is left out, and the
-rest has one backend.
+writes ``benchmarks/results/crf_SECTION.json``, and ``--figure`` draws the growth from its file.
+Without pydensecrf, exactness is left out, and the rest has one backend.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import platform
 import statistics
-import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +31,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-import bapnal
+from bapnal import PseudoLabelGenerator
 from bapnal.crf import DenseCRF
+from bapnal.crf.plain import plain_mean_field
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
+from devkit import Devkit
+from networks import TimmFeatures
+from record import about, write_json
 
 try:
     import pydensecrf.densecrf as densecrf
@@ -50,19 +56,24 @@ class Options:
 
     Attributes:
         root: A ``VOCdevkit/VOC2012``.
-        sections: Any of speed, processes, memory, exact, fast, growth.
+        sections: Any of speed, processes, memory, fast, growth, generator, exact, large; none
+            stands for all.
         pictures: How many real pictures, in every section but ``exact``.
         exact_pictures: How many in ``exact``.
+        generator_pictures: How many in ``generator``.
         threads: Threads of the torch backend in one process.
         out: Folder of the results.
+        figure: Only draw ``docs/images/crf_growth.png`` from the results that are there.
     """
 
-    root: Path
-    sections: tuple[str, ...] = ("speed", "processes", "memory", "fast", "growth", "exact")
+    root: Path = Path("VOCdevkit/VOC2012")
+    sections: tuple[str, ...] = ()
     pictures: int = 8
     exact_pictures: int = 50
+    generator_pictures: int = 20
     threads: int = 2
     out: Path = Path(__file__).parent / "results"
+    figure: bool = False
 
 
 def names(root: Path, count: int) -> list[str]:
@@ -165,34 +176,45 @@ def speed(options: Options, repeats: int = 3) -> Iterator[Row]:
         yield row
 
 
-def _worker(options: Options, backend: str, labels: int, barrier: Any, queue: Any) -> None:
+def _worker(options: Options, labels: int, rounds: int, barrier: Any, queue: Any) -> None:
     torch.set_num_threads(1)
     data = pairs(options, labels)
-    run = backends()[backend]
-    run(*data[0])
-    barrier.wait()
-    start = time.perf_counter()
-    for image, p in data:
-        run(image, p)
-    queue.put((start, time.perf_counter()))
+    runs = backends()
+    for run in runs.values():
+        run(*data[0])
+    for number in range(rounds):
+        for backend, run in runs.items():
+            barrier.wait()
+            start = time.perf_counter()
+            for image, p in data:
+                run(image, p)
+            queue.put((number, backend, start, time.perf_counter()))
 
 
-def processes(options: Options, workers: int = 2) -> Iterator[Row]:
-    """Pictures per second of several processes with one thread each."""
+def processes(options: Options, workers: int = 2, rounds: int = 7) -> Iterator[Row]:
+    """Pictures per second of several processes with one thread each; both backends in turn."""
     context = multiprocessing.get_context("spawn")
     for labels in (2, 4, 8):
-        row: Row = {"labels": labels, "processes": workers, "threads": 1}
-        for backend in backends():
-            barrier, queue = context.Barrier(workers), context.Queue()
-            arguments = (options, backend, labels, barrier, queue)
-            children = [context.Process(target=_worker, args=arguments) for _ in range(workers)]
-            for child in children:
-                child.start()
-            spans = [queue.get() for _ in children]
-            for child in children:
-                child.join()
-            seconds = max(end for _, end in spans) - min(start for start, _ in spans)
-            row[f"{backend}_pictures_per_second"] = round(workers * options.pictures / seconds, 2)
+        barrier, queue = context.Barrier(workers), context.Queue()
+        arguments = (options, labels, rounds, barrier, queue)
+        children = [context.Process(target=_worker, args=arguments) for _ in range(workers)]
+        for child in children:
+            child.start()
+        names = list(backends())
+        spans: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        for _ in range(workers * rounds * len(names)):
+            number, backend, start, end = queue.get()
+            spans.setdefault((number, backend), []).append((start, end))
+        for child in children:
+            child.join()
+        row: Row = {"labels": labels, "processes": workers, "threads": 1, "rounds": rounds}
+        for backend in names:
+            speeds = []
+            for number in range(rounds):
+                starts, ends = zip(*spans[number, backend], strict=True)
+                speeds.append(workers * options.pictures / (max(ends) - min(starts)))
+            row[f"{backend}_pictures_per_second"] = round(statistics.median(speeds), 2)
+            row[f"{backend}_all"] = [round(x, 2) for x in speeds]
         if "pydensecrf_pictures_per_second" in row:
             ratio = row["torch_pictures_per_second"] / row["pydensecrf_pictures_per_second"]
             row["speedup"] = round(ratio, 2)
@@ -284,21 +306,79 @@ def growth(options: Options) -> Iterator[Row]:
     """How time grows with pixels, labels and iterations."""
     torch.set_num_threads(options.threads)
     image = load(options.root, names(options.root, 1)[0]).float()
-    cases = [("megapixels", x, 4, 10) for x in (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)]
+    cases = [("iterations", 0.1875, 4, x) for x in (0, 1, 2, 5, 10, 20)]
     cases += [("labels", 0.1875, x, 10) for x in (2, 4, 8, 16, 21, 40, 80, 150)]
-    cases += [("iterations", 0.1875, 4, x) for x in (0, 1, 2, 5, 10, 20)]
+    cases += [("megapixels", x, 4, 10) for x in (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)]
     for kind, megapixels, labels, steps in cases:
         height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
         size = (height, round(height * 4 / 3))
         picture = F.interpolate(image, size, mode="bicubic").clamp(0, 255).byte()
         p = smooth_maps(0, labels, size)
-        repeats = 5 if megapixels * labels < 4 else 2
+        repeats = 5 if megapixels * labels < 4 else 3 if megapixels * labels < 9 else 1
         row: Row = {"grows": kind, "size": list(size), "labels": labels, "iterations": steps}
-        for name, run in backends(steps=steps).items():
-            run(picture, p)
-            times = [timed(lambda run=run, x=picture, p=p: run(x, p)) for _ in range(repeats)]
-            row[name] = summary(times)
+        runs = backends(steps=steps)
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for number in range(repeats + 1):
+            for name, run in runs.items():
+                times[name].append(timed(lambda run=run, x=picture, p=p: run(x, p)))
+            if number == 0 and megapixels < 5:  # a warm-up
+                times = {name: [] for name in runs}
+            elif megapixels >= 5:
+                break
+        row["warm"] = megapixels < 5
+        row.update({name: summary(found) for name, found in times.items()})
         yield row
+
+
+def by_plain(images: Tensor, p: Tensor) -> Tensor:
+    """The readable twin of DenseCRF, with its standard settings; one picture."""
+    height, width = p.shape[2:]
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    positions = torch.stack([x, y], dim=-1).flatten(0, 1).float()
+    colours = images[0].movedim(0, -1).flatten(0, 1).float()
+    terms = [(3.0, positions / 3), (4.0, torch.cat([positions / 55, colours / 3], dim=1))]
+    logits = p[0].clamp(1e-5, 1).log().flatten(1).T.contiguous()
+    return plain_mean_field(terms, logits, 10).T.reshape(p.shape)
+
+
+@torch.no_grad()
+def generator(options: Options) -> Iterator[Row]:
+    """Pictures per second of the whole label generator, by its CRF; features apart."""
+    torch.set_num_threads(options.threads)
+    devkit = Devkit(options.root)
+    network = TimmFeatures().eval()
+    data, seconds = [], []
+    for name in devkit.names("val")[: options.generator_pictures]:
+        image, annotation = devkit.picture(name)
+        begin = time.perf_counter()
+        features = network(image[None])
+        seconds.append(time.perf_counter() - begin)
+        data.append((image[None], features, None, [annotation.boxes], [annotation.labels]))
+    row: Row = {"pictures": len(data), "threads": options.threads}
+    median = statistics.median(seconds)
+    yield {"crf": "none: the features alone, EfficientNet-Lite0", **row, **_rate(median)}
+    crfs: dict[str, Callable[..., Tensor] | None] = {
+        "none": None,
+        "torch": DenseCRF(),
+        "torch, half resolution": DenseCRF(half_resolution=True),
+    }
+    if densecrf is not None:
+        crfs["pydensecrf"] = DenseCRF(backend="pydensecrf")
+    crfs["plain form"] = by_plain
+    settings = {"background_threshold": None, "attention_minmax": True, "unary_softmax": 3.0}
+    generators = {key: PseudoLabelGenerator(crf, **settings) for key, crf in crfs.items()}
+    times: dict[str, list[float]] = {key: [] for key in generators}
+    for generate in generators.values():
+        generate(*data[0])
+    for arguments in data:  # all in turn on each picture
+        for key, generate in generators.items():
+            times[key].append(timed(lambda run=generate, x=arguments: run(*x)) / 1000)
+    for key, found in times.items():
+        yield {"crf": key, **row, **_rate(statistics.mean(found))}
+
+
+def _rate(seconds: float) -> Row:
+    return {"seconds_per_picture": round(seconds, 4), "pictures_per_second": round(1 / seconds, 2)}
 
 
 def exact(options: Options) -> Iterator[Row]:
@@ -327,40 +407,85 @@ def exact(options: Options) -> Iterator[Row]:
             }
 
 
-def about() -> Row:
-    """Machine, versions and commit."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE)
-    model = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "bapnal": bapnal.__version__,
-        "commit": commit.stdout.strip(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": f"{len(model)} x {model[0]}" if model else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+def large(options: Options, pictures: int = 2) -> Iterator[Row]:
+    """The same on enlarged pictures of two million pixels and more, of 4 labels."""
+    if densecrf is None:
+        return
+    torch.set_num_threads(options.threads)
+    runs = backends()
+    for size in ((1125, 1500), (2000, 1500)):
+        for seed, name in enumerate(names(options.root, pictures)):
+            image = load(options.root, name).float()
+            image = F.interpolate(image, size, mode="bicubic").round().clamp(0, 255).byte()
+            p = smooth_maps(seed, 4, size)
+            ours, theirs = runs["torch"](image, p), runs["pydensecrf"](image, p)
+            yield {
+                "size": list(size),
+                "labels": 4,
+                "picture": name,
+                "agreement": round(agreement(ours, theirs), 7),
+                "mean_difference": float(f"{float((ours - theirs).abs().mean()):.2e}"),
+            }
+
+
+def draw_growth(results: Path, path: Path) -> None:
+    """Draw the rows of ``growth``: time of both backends against pixels, labels and iterations."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    rows = json.loads((results / "crf_growth.json").read_text())["rows"]
+    axes_of = {
+        "megapixels": ("megapixels (4 labels, 10 iterations)", lambda r: np.prod(r["size"]) / 1e6),
+        "labels": ("labels (500 x 375, 10 iterations)", lambda r: r["labels"]),
+        "iterations": ("iterations (500 x 375, 4 labels)", lambda r: r["iterations"]),
     }
+    with mpl.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        for axes, (kind, (title, place)) in zip(
+            figure.subplots(1, 3, sharey=True), axes_of.items(), strict=True
+        ):
+            found = [row for row in rows if row["grows"] == kind and place(row) > 0]
+            for backend, name in (("torch", "DenseCRF"), ("pydensecrf", "pydensecrf")):
+                there = [row for row in found if backend in row]
+                seconds = [row[backend]["median_ms"] / 1000 for row in there]
+                axes.plot([place(row) for row in there], seconds, "o-", markersize=3, label=name)
+            axes.set(xscale="log", yscale="log", xlabel=title)
+            axes.grid(alpha=0.3)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        figure.axes[0].set_ylabel("seconds a picture")
+        figure.axes[0].legend(frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
 
 
-HERE = Path(__file__).parent
-SECTIONS = {x.__name__: x for x in (speed, processes, memory, fast, growth, exact)}
+def machine() -> Row:
+    """What every result file says of a run, and the processor."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.is_file() else []
+    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {**about(), "cpu": f"{len(model)} x {model[0]}" if model else platform.processor()}
+
+
+IMAGES = Path(__file__).parent.parent / "docs" / "images"
+SECTIONS = {
+    x.__name__: x for x in (speed, processes, memory, fast, growth, generator, exact, large)
+}
 
 
 def main(options: Options) -> None:
     """Run the sections; print each row as it is measured."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    header = about()
-    for section in options.sections:
+    if options.figure:
+        draw_growth(options.out, IMAGES / "crf_growth.png")
+        return
+    for section in options.sections or SECTIONS:
         rows: list[Row] = []
         for row in SECTIONS[section](options):
             rows.append(row)
             print(section, json.dumps(row), flush=True)
-            result = {**header, "section": section, "rows": rows}
-            (options.out / f"crf_{section}.json").write_text(json.dumps(result, indent=1) + "\n")
+            result = {"about": machine(), "section": section, "rows": rows}
+            write_json(options.out / f"crf_{section}.json", result)
 
 
 if __name__ == "__main__":

@@ -406,6 +406,19 @@ def test_short_softmax_is_softmax():
             close(mean_field.short_softmax(x), x.softmax(1))
 
 
+@pytest.mark.parametrize("terms", [0, 1, 2, 3])
+@pytest.mark.parametrize("classes", [3, 17])
+def test_steps_that_write_over_the_last_are_those_with_a_graph(terms, classes):
+    images, p = draw_pictures(22, classes=classes)
+    kept = p.clone()
+    chosen = [PairwiseTerm(1.0, 2.0), PairwiseTerm(2.0, 5.0, 20.0), PairwiseTerm(0.5, None, 9.0)]
+    settings = {"terms": chosen[:terms], "iterations": 4}
+    found = dense_crf(images, p, **settings)
+    expected = dense_crf(images, p.clone().requires_grad_(), **settings)
+    assert torch.equal(p, kept)
+    close(found, expected.detach(), tolerance=1e-6)
+
+
 def test_no_graph_is_kept_without_need():
     images, p = draw_pictures(21)
     assert not dense_crf(images, p).requires_grad

@@ -46,15 +46,38 @@ def test_form_for_a_gpu_is_the_form_for_a_cpu(drawn):
     f, generator = drawn
     v = draw_values(generator, f.shape[0])
     fast = PermutohedralLattice(f)
-    tables = [kernels.splat(fast, v) for kernels in (lattice.Bags, lattice.Gathers)]
+    forms = lattice.Bags(lattice.Memory()), lattice.Gathers()
+    tables = [form.splat(fast, v) for form in forms]
     close(*tables)
     for blur in fast.blurs:
-        tables = [
-            kernels.blur(fast, table, blur)
-            for kernels, table in zip((lattice.Bags, lattice.Gathers), tables, strict=True)
-        ]
+        tables = [form.blur(fast, table, blur) for form, table in zip(forms, tables, strict=True)]
         close(*tables)
-    close(lattice.Bags.slice(fast, tables[0]), lattice.Gathers.slice(fast, tables[1]))
+    close(*(form.slice(fast, table) for form, table in zip(forms, tables, strict=True)))
+
+
+@pytest.mark.parametrize("numbers", [1, 7, 64, 10**6])
+def test_sums_in_parts_are_the_whole(numbers, monkeypatch):
+    f = 3 * torch.randn(150, 3, generator=seeded(5), dtype=torch.float64)
+    f[50:] = f[50:51]  # one vertex has many points
+    v = draw_values(seeded(6), 150, 5)
+    expected = PlainLattice(f).filter(v)
+    monkeypatch.setattr(lattice, "AT_ONCE", numbers)
+    close(PermutohedralLattice(f).filter(v), expected)
+
+
+def test_memory_is_written_again():
+    fast = PermutohedralLattice(torch.randn(60, 2, generator=seeded(7)))
+    v = torch.rand(60, 3, generator=seeded(8))
+    memory = lattice.Memory()
+    once = fast.apply(v, memory)
+    expected = once.clone()
+    again = fast.apply(2 * v, memory)
+    assert again.data_ptr() == once.data_ptr()
+    close(again, 2 * expected)
+    close(fast.apply(v[:, :2], memory), expected[:, :2])
+    alone = fast.apply(v)
+    fast.apply(2 * v)
+    close(alone, expected)
 
 
 @given(points())

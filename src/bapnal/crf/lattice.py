@@ -22,6 +22,9 @@ from bapnal.crf import plain
 
 # Spreads the codes of neighbouring vertices over a hash table: 2^64 over the golden ratio, odd.
 HASH_FACTOR = -7046029254386353131
+# Numbers that a sum over bags writes at once: 4 MB of float32, a block that malloc uses again,
+# where it asks the system for one of more than 32 MB each time.
+AT_ONCE = 2**20
 
 
 def elevate(features: Tensor) -> Tensor:
@@ -307,9 +310,12 @@ class PermutohedralLattice:
         # Blur and slice of a constant give 1 + 2^-d times too much.
         return self.apply(widen(values)) / (1 + 2.0**-self.dimensions)
 
-    def apply(self, values: Tensor) -> Tensor:
-        """:meth:`filter` without checks and without its constant factor."""
-        return cast(Tensor, _Filter.apply(values, self, False))
+    def apply(self, values: Tensor, out: Memory | None = None) -> Tensor:
+        """:meth:`filter` without checks and without its constant factor.
+
+        With ``out`` the result lies in that memory, and what it held before is lost.
+        """
+        return cast(Tensor, _Filter.apply(values, self, False, out))
 
 
 def _multiples(count: int, rows: Tensor) -> Tensor:
@@ -329,44 +335,95 @@ def _blur(following: Tensor, m: int, index: torch.dtype) -> Tensor:
     return blur
 
 
+class Memory:
+    """Room for tables and results on the CPU, written again and again.
+
+    Large tensors that are new cost more time there than the sums that fill them: the system has
+    to find and clear every page.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def rows(self, name: str, count: int, like: Tensor) -> Tensor:
+        """Rows ``(count, C)`` of any content; those of the same name share their room."""
+        wanted = count * like.shape[1]
+        kept = self._kept.get(name)
+        if kept is None or kept.numel() < wanted:
+            kept = self._kept[name] = like.new_empty(wanted)
+        return kept[:wanted].view(count, like.shape[1])
+
+
 class _Filter(torch.autograd.Function):
     """The filter is linear; its transpose blurs along the axes in the opposite order."""
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, lattice: PermutohedralLattice, transposed: bool
+        ctx: Any,
+        values: Tensor,
+        lattice: PermutohedralLattice,
+        transposed: bool,
+        out: Memory | None,
     ) -> Tensor:
         ctx.lattice, ctx.transposed = lattice, transposed
         blurs = reversed(lattice.blurs) if transposed else iter(lattice.blurs)
-        kernels = Bags if values.device.type == "cpu" else Gathers
+        on_cpu = values.device.type == "cpu"
+        kernels = Bags(Memory() if out is None else out) if on_cpu else Gathers()
         table = kernels.splat(lattice, values.contiguous())
         for blur in blurs:
             table = kernels.blur(lattice, table, blur)
         return kernels.slice(lattice, table)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _Filter.apply(gradient, ctx.lattice, not ctx.transposed), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Filter.apply(gradient, ctx.lattice, not ctx.transposed, None), None, None, None
 
 
 class Bags:
     """Splat, blur and slice as sums over bags of rows, the fastest form on a CPU."""
 
-    @staticmethod
-    def splat(lattice: PermutohedralLattice, values: Tensor) -> Tensor:
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.used, self.spare = "table", "other table"
+
+    def splat(self, lattice: PermutohedralLattice, values: Tensor) -> Tensor:
         """Values ``(n, C)`` to the table of the vertices, ``(m + 1, C)``."""
-        offsets = lattice.splat_offsets
-        return _bag_sums(values, lattice.splat_points, lattice.splat_weights, offsets)
+        table = self.memory.rows(self.used, lattice.size + 1, values)
+        weights, offsets = lattice.splat_weights.to(values.dtype), lattice.splat_offsets
+        step = _at_once(values)
+        for start in range(0, table.shape[0], step):
+            ends = offsets[start : start + step + 1]
+            bags = slice(int(ends[0]), int(ends[-1]))
+            table[start : start + step] = _bag_sums(
+                values, lattice.splat_points[bags], weights[bags], ends - ends[0]
+            )
+        return table
 
-    @staticmethod
-    def blur(lattice: PermutohedralLattice, table: Tensor, blur: Tensor) -> Tensor:
+    def blur(self, lattice: PermutohedralLattice, table: Tensor, blur: Tensor) -> Tensor:
         """Blur the table along one axis."""
-        return _bag_sums(table, blur, lattice.blur_weights, lattice.blur_offsets)
+        self.used, self.spare = self.spare, self.used
+        blurred = self.memory.rows(self.used, lattice.size + 1, table)
+        return _sums(table, blur, lattice.blur_weights, lattice.blur_offsets, blurred)
 
-    @staticmethod
-    def slice(lattice: PermutohedralLattice, table: Tensor) -> Tensor:
+    def slice(self, lattice: PermutohedralLattice, table: Tensor) -> Tensor:
         """The table to values ``(n, C)``."""
-        return _bag_sums(table, lattice.vertices, lattice.weights, lattice.slice_offsets)
+        values = self.memory.rows("values", lattice.points, table)
+        return _sums(table, lattice.vertices, lattice.weights, lattice.slice_offsets, values)
+
+
+def _at_once(table: Tensor) -> int:
+    """How many rows to sum at once: few enough that what they take is in the caches and not new."""
+    return max(AT_ONCE // table.shape[1], 1)
+
+
+def _sums(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> Tensor:
+    """Weighted sums of as many rows of ``table`` each, ``rows (k, j)``; to ``out (k, C)``."""
+    step, weights = _at_once(table), weights.to(table.dtype)
+    for start in range(0, out.shape[0], step):
+        part = slice(start, start + step)
+        count = rows[part].shape[0]
+        out[part] = _bag_sums(table, rows[part], weights[part], offsets[: count + 1])
+    return out
 
 
 def _bag_sums(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
@@ -376,7 +433,7 @@ def _bag_sums(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> 
         table,
         offsets,
         mode="sum",
-        per_sample_weights=weights.view(-1).to(table.dtype),
+        per_sample_weights=weights.view(-1),
         include_last_offset=True,
     )
 

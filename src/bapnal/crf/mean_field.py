@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bapnal import _checks
 from bapnal._math import full_precision, widen
 from bapnal.crf.half_resolution import finish, halved
-from bapnal.crf.lattice import PermutohedralLattice
+from bapnal.crf.lattice import Memory, PermutohedralLattice
 from bapnal.crf.pydensecrf_backend import pydensecrf_marginals
 from bapnal.crf.terms import (
     PairwiseTerm,
@@ -234,37 +234,37 @@ def _iterate(
 ) -> Tensor:
     """The mean-field steps; logits -U and result ``(n, C)``.
 
-    Without gradients each step writes over what the lattice returned: memory that is new costs
-    more time than the arithmetic.
+    Without gradients each step writes over what the last one left: see :class:`Memory`.
     """
     weights = [weight for weight, _ in kernels if isinstance(weight, Tensor)]
     graph = torch.is_grad_enabled() and any(x.requires_grad for x in (logits, *weights))
+    memories = [None if graph else Memory() for _ in kernels]
     q = short_softmax(logits)
     for _ in range(iterations):
         energy = logits
-        for weight, kernel in kernels:
-            filtered = kernel.apply(q)
+        for (weight, kernel), memory in zip(kernels, memories, strict=True):
+            filtered = kernel.apply(q, memory)
             if isinstance(weight, Tensor):
                 energy = energy + message(weight, filtered)
             elif graph:
                 energy = torch.add(energy, filtered, alpha=weight)
             else:
                 energy = torch.add(energy, filtered, alpha=weight, out=filtered)
-        q = short_softmax(energy, in_place=not graph and energy is not logits)
+        q = short_softmax(energy, None if graph else q)
     return q
 
 
-def short_softmax(x: Tensor, *, in_place: bool = False) -> Tensor:
-    """Softmax over the rows of ``(n, C)``; for few classes on the CPU many times faster.
+def short_softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Softmax over the rows of ``(n, C)``, to ``out``; for few classes on the CPU much faster.
 
     There the sum is a matrix product, and nothing is subtracted unless exp could overflow.
     """
     if x.device.type != "cpu" or x.shape[1] >= 16 or x.numel() == 0:
-        return x.softmax(1)
+        return torch.softmax(x, 1, out=out)
     least, most = torch.aminmax(x.detach())
     if float(least) < -60 or not float(most) < 60:
-        return x.softmax(1)
-    p = x.exp_() if in_place else x.exp()
+        return torch.softmax(x, 1, out=out)
+    p = torch.exp(x, out=out)
     total = p @ p.new_ones(x.shape[1], 1)
     return p / total if p.requires_grad else p.div_(total)
 
