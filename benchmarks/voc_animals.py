@@ -253,7 +253,7 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
         network="tf_efficientnet_lite0",
         stride=16,
         head="largefov",
-        frozen=5,
+        frozen=6,
         align_corners=False,
         channels_last=True,
         batch_size=16,
@@ -265,12 +265,16 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
         **options,
     )
     yield f"segmentation_{name}", lambda: train_segmentation.main(settings)
-    compared = name in ("crf_0", "nal_0", "ignore_0", "ceiling_0")
+    modes: tuple[evaluate.Mode, ...] = ("single",)
+    if name == "nal_0":
+        modes = evaluate.MODES
+    elif name in ("crf_0", "ignore_0", "ceiling_0"):
+        modes = ("single", "single+crf")
     evaluation = evaluate.Segmentation(
         segmenter=settings.out / "segmenter.pt",
         out=s.out / f"evaluate_segmentation_{name}.json",
         root=s.root,
-        modes=("single", "single+crf", "multi", "multi+crf") if compared else ("single",),
+        modes=modes,
         score_classes=ANIMALS,
     )
     yield f"evaluate_segmentation_{name}", lambda: evaluate.main(evaluation)
