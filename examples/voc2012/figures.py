@@ -1,0 +1,550 @@
+"""Draw the paper's figures from our results.
+
+Plots are SVG. Figures that show pictures of the data set are PNG of at most 150 kB; they need the
+devkit, and the folders that the results name, on this machine.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all examples share
+
+from bapnal import PseudoLabelGenerator, confidence_map
+from devkit import VOC_CLASSES, VOID, Annotation, Devkit, read_label_map
+from paper import FIGURES, PaperFigure
+from record import whole
+from report import class_colours, grey_map, label_map
+from results import Archive, Measurement, Run, group, label_name
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)), "-")
+LARGEST = 150_000  # bytes of a figure with photographs
+ACROSS = 3  # panels side by side: more would be too small on a phone
+
+
+class Drawn(NamedTuple):
+    """What became of a figure.
+
+    Attributes:
+        figure: Which.
+        path: Its file; None where it could not be drawn.
+        caption: What it was drawn from.
+        reason: What it needs, where it could not be drawn.
+    """
+
+    figure: PaperFigure
+    path: Path | None
+    caption: str = ""
+    reason: str = ""
+
+
+class Panel(NamedTuple):
+    """One picture in a figure.
+
+    Attributes:
+        title: Below it.
+        pixels: ``(3, H, W)`` uint8.
+    """
+
+    title: str
+    pixels: Tensor
+
+
+def draw_all(
+    archive: Archive, folder: Path, *, photographs: bool = True, examples: int = 4
+) -> list[Drawn]:
+    """Draw every figure that the results give something for.
+
+    Args:
+        archive: All results.
+        folder: Where to write.
+        photographs: Whether to draw figures that show pictures of the data set.
+        examples: How many pictures such a figure shows.
+    """
+    return [_draw(one, archive, folder, photographs, examples) for one in FIGURES]
+
+
+def _draw(
+    one: PaperFigure, archive: Archive, folder: Path, photographs: bool, examples: int
+) -> Drawn:
+    path = folder / one.name
+    if one.name in PLOTS:
+        path = path.with_suffix(".svg")
+        caption = PLOTS[one.name](archive, path)
+    elif not photographs:
+        return Drawn(one, None, reason="photographs of the data set, which this page leaves out")
+    else:
+        path = path.with_suffix(".png")
+        try:
+            caption = PHOTOGRAPHS[one.name](archive, path, examples)
+        except (FileNotFoundError, ValueError) as error:  # results may come from another machine
+            return Drawn(one, None, reason=f"{one.needs} ({error})")
+    return Drawn(one, path if caption else None, caption or "", "" if caption else one.needs)
+
+
+# Plots
+
+
+@contextmanager
+def _plot(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """Lend a figure that is small enough to be read on a phone, and write it."""
+    style = {"font.size": 9, "svg.hashsalt": "bapnal", "axes.spines.top": False}
+    with matplotlib.rc_context({**style, "axes.spines.right": False}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with whole(path) as unfinished, unfinished.open("wb") as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def confidence_by_gamma(_: Archive, path: Path) -> str:
+    """Plot sigma against the quotient alpha for several gamma."""
+    alpha = torch.linspace(0, 1, 101)
+    # Two classes: the other one's cosine is 1, so that alpha is half of the own class's D.
+    similarity = torch.stack([2 * alpha - 1, torch.ones(101)])[None, :, None]
+    labels = torch.zeros(1, 1, 101, dtype=torch.long)
+    with _plot(path, 4.2, 3.0) as figure:
+        axes = figure.subplots()
+        for i, gamma in enumerate((1, 2, 4, 7, 10, 50)):
+            sigma = confidence_map(similarity, labels, gamma)[0, 0]
+            axes.plot(alpha, sigma, color=COLOURS[i], linestyle=DASHES[i], label=f"γ = {gamma}")
+        axes.set(xlabel="α, own D over the largest D", ylabel="confidence σ")
+        axes.legend(frameon=False)
+    return "By bapnal.confidence_map; large gamma comes close to a hard choice."
+
+
+def gamma_and_lambda(archive: Archive, path: Path) -> str | None:
+    """Plot mIoU against gamma, a line for each lambda."""
+    nal = [
+        m
+        for m in archive.measurements
+        if m.facts["what"] == "segmentation"
+        and m.facts.get("stage3.loss") == "nal"
+        and m.facts["stage3.supervision"] == "boxes"
+        and m.facts["test"] in ("single", "single+crf")
+    ]
+    varied = ("stage3.gamma", "stage3.balance")
+    sets = [(len(_pairs(ms, varied)), facts, ms) for facts, ms in group(nal, varied)]
+    sets = [one for one in sets if one[0] > 2]
+    if not sets:
+        return None
+    _, facts, ms = max(sets, key=lambda one: one[0])
+    with _plot(path, 4.2, 3.0) as figure:
+        axes = figure.subplots()
+        for i, balance in enumerate(sorted({m.facts["stage3.balance"] for m in ms})):
+            points: dict[float, list[float]] = {}
+            for m in ms:
+                if m.facts["stage3.balance"] == balance:
+                    points.setdefault(m.facts["stage3.gamma"], []).append(m.scores["miou"])
+            gammas = sorted(points)
+            means = [sum(points[x]) / len(points[x]) for x in gammas]
+            spread = [(max(points[x]) - min(points[x])) / 2 for x in gammas]
+            k = i % len(COLOURS)
+            axes.errorbar(
+                *(gammas, means, spread),
+                **{"color": COLOURS[k], "linestyle": DASHES[k], "marker": MARKERS[k]},
+                **{"capsize": 3, "label": f"λ = {balance:g}"},
+            )
+        axes.set(xlabel="γ", ylabel="mIoU, %", xticks=sorted({m.facts["stage3.gamma"] for m in ms}))
+        axes.legend(frameon=False)
+    test = {"single": "one scale", "single+crf": "one scale + CRF"}[facts["test"]]
+    where = f"{facts['data']} {facts['split']}, {facts['stage3.network']}, {test}"
+    return f"{where}; mean over seeds, bars are half the range."
+
+
+def _pairs(several: Sequence[Measurement], names: Sequence[str]) -> set[tuple]:
+    return {tuple(m.facts.get(name) for name in names) for m in several}
+
+
+def filling_rates(archive: Archive, path: Path) -> str | None:
+    """Plot the distribution of filling rates of the most frequent classes, by labels and truth."""
+    several = [m for m in archive.measurements if m.facts["what"] == "filling"]
+    if not several:
+        return None
+    # One data set and split, the one with the most labels; of each kind of labels the first.
+    places: dict[tuple, dict[str, Run]] = {}
+    for m in several:
+        place = (m.facts["data"], m.facts["split"])
+        places.setdefault(place, {}).setdefault(label_name(m.facts), m.run)
+    (data, split), runs = max(places.items(), key=lambda item: len(item[1]))
+    rates = {name: run.content["scores"]["per_class"] for name, run in runs.items()}
+    some = next(iter(rates.values()))
+    classes = sorted(some, key=lambda name: -len(some[name]["truth"]))
+    classes = [name for name in classes if len(some[name]["truth"]) > 1][:4]
+    if not classes:
+        return None
+    names = [*rates, "truth"]
+    height = 0.7 + len(classes) * (0.45 + 0.24 * len(names))
+    with _plot(path, 4.4, height) as figure:
+        rows = figure.subplots(len(classes), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, of_class in zip(rows, classes, strict=True):
+            for i, name in enumerate(names):
+                values = (
+                    some[of_class]["truth"] if name == "truth" else rates[name][of_class]["labels"]
+                )
+                _violin(axes, 100 * np.asarray(values), len(names) - i, COLOURS[i % 6])
+            axes.set_title(
+                f"{of_class} ({len(some[of_class]['truth'])} boxes)", fontsize=9, loc="left"
+            )
+            axes.set(yticks=range(len(names), 0, -1), xlim=(0, 101))
+            axes.set_yticklabels([_plain(name) for name in names])
+        rows[-1].set_xlabel("filled share of the box, %")
+    return f"{data} {split}; the dot is the median. Where there are several seeds, the first."
+
+
+def _violin(axes: matplotlib.axes.Axes, values: np.ndarray, place: int, colour: str) -> None:
+    if len(values) > 1 and values.std() > 0.1:  # a density needs some spread
+        parts = axes.violinplot(
+            values, [place], orientation="horizontal", widths=0.85, showextrema=False
+        )
+        for body in parts["bodies"]:
+            body.set(facecolor=colour, edgecolor="black", alpha=0.75, linewidth=0.6)
+    axes.plot(
+        [np.median(values)], [place], "o", color="white", markeredgecolor="black", markersize=5
+    )
+
+
+def _plain(name: str) -> str:
+    """Set Y_crf as mathematics."""
+    for index in ("crf", "ret"):
+        name = name.replace(f"Y_{index}", rf"$Y_\mathrm{{{index}}}$")
+    return name.replace("u_0", "$u_0$")
+
+
+PLOTS: dict[str, Callable[[Archive, Path], str | None]] = {
+    "figure_4b_filling": filling_rates,
+    "supplement_1a_damping": confidence_by_gamma,
+    "supplement_1b_gamma_lambda": gamma_and_lambda,
+}
+
+
+# Photographs
+
+
+def grid(path: Path, examples: Sequence[Sequence[Panel]], legend: Mapping[int, str]) -> None:
+    """Write pictures with their titles, a few lines for each example; a PNG of limited size.
+
+    Args:
+        path: Where to.
+        examples: The panels of each example.
+        legend: Names of the classes whose colours are shown.
+    """
+    for width in (240, 200, 165, 135, 110, 90, 75):
+        data = _render(examples, width, legend)
+        if len(data) <= LARGEST:
+            break
+    with whole(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+def _render(examples: Sequence[Sequence[Panel]], width: int, legend: Mapping[int, str]) -> bytes:
+    """Lay panels out at a width in pixels each."""
+    lines = [panels[i : i + ACROSS] for panels in examples for i in range(0, len(panels), ACROSS)]
+    text, gap, dots = round(0.075 * width), 4, 100
+    heights = [max(map(_shape(width), line)) + 2 * text for line in lines]
+    entries = [(class_colours()[label], name) for label, name in legend.items()]
+    key = 2 * text * math.ceil(len(entries) / ACROSS)
+    across, down = ACROSS * (width + gap), sum(heights) + key
+    figure = Figure(figsize=(across / dots, down / dots), dpi=dots, facecolor="white")
+
+    def write(x: float, y: float, words: str, align: str) -> None:
+        where = {"ha": align, "va": "center", "fontsize": text * 72 / dots}
+        figure.text(x / across, 1 - y / down, _plain(words), **where)
+
+    def place(x: int, y: int, pixels: np.ndarray) -> None:
+        figure.figimage(pixels, x, down - y - pixels.shape[0], origin="upper")
+
+    top = 0
+    for line, height in zip(lines, heights, strict=True):
+        for k, panel in enumerate(line):
+            picture = Image.fromarray(panel.pixels.permute(1, 2, 0).contiguous().numpy())
+            tall = _shape(width)(panel)
+            small = picture.resize((width, tall), Image.Resampling.LANCZOS)
+            place(k * (width + gap), top, np.asarray(small))
+            write(k * (width + gap) + width / 2, top + tall + text, panel.title, "center")
+        top += height
+    for i, (colour, name) in enumerate(entries):
+        x, y = i % ACROSS * (width + gap), top + 2 * text * (i // ACROSS)
+        place(x + 2, y + text // 2, np.full((text, text, 3), colour, dtype=np.uint8))
+        write(x + 2 * text, y + text, name, "left")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dots)
+    buffer.seek(0)
+    with Image.open(buffer) as picture:
+        flat = picture.convert("RGB").quantize(96, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    flat.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _shape(width: int) -> Callable[[Panel], int]:
+    """Height of a panel at some width."""
+    return lambda panel: round(width * panel.pixels.shape[1] / panel.pixels.shape[2])
+
+
+def with_boxes(image: Tensor, annotation: Annotation) -> Tensor:
+    """Return a picture with its boxes drawn on it."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    draw = ImageDraw.Draw(picture)
+    thick = max(2, round(max(picture.size) / 120))
+    for (x1, y1, x2, y2), label in zip(
+        annotation.boxes.tolist(), annotation.labels.tolist(), strict=True
+    ):
+        corners = [
+            round(x1),
+            round(y1),
+            max(round(x1), round(x2) - 1),
+            max(round(y1), round(y2) - 1),
+        ]
+        draw.rectangle(corners, outline="white", width=2 * thick)
+        draw.rectangle(corners, outline=tuple(class_colours()[label].tolist()), width=thick)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+class Source(NamedTuple):
+    """A devkit and some of its pictures.
+
+    Attributes:
+        devkit: Where the pictures are.
+        names: Which.
+    """
+
+    devkit: Devkit
+    names: list[str]
+
+    def legend(self) -> dict[int, str]:
+        """Names of the classes that the boxes of the pictures name."""
+        labels = {x for name in self.names for x in self.devkit.annotation(name).labels.tolist()}
+        return {label: self.devkit.classes[label - 1] for label in sorted(labels)}
+
+    def picture(self, name: str) -> tuple[Tensor, Panel]:
+        """Return a picture as it is, and a panel with its boxes."""
+        image, annotation = self.devkit.picture(name)
+        return image, Panel("boxes", with_boxes(image, annotation))
+
+    def truth(self, name: str, image: Tensor) -> list[Panel]:
+        """Return a panel with the true mask, where there is one."""
+        try:
+            return [Panel("truth", label_map(image, self.devkit.mask(name)))]
+        except FileNotFoundError:
+            return []
+
+
+def _source(
+    settings: Mapping[str, Any], split: str, wanted: int, folders: Sequence[Path]
+) -> Source:
+    """Choose pictures of a split, evenly spread, that all folders have files of."""
+    devkit = Devkit(settings["root"], tuple(settings.get("classes") or VOC_CLASSES))
+    names = devkit.names(split)
+    for folder in folders:
+        there = {path.stem for path in folder.iterdir()}
+        names = [name for name in names if name in there]
+    if not names:
+        raise FileNotFoundError(f"no picture of {split} has all of these labels")
+    wanted = min(wanted, len(names))
+    return Source(devkit, [names[(2 * i + 1) * len(names) // (2 * wanted)] for i in range(wanted)])
+
+
+def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
+    """Show labels beside the rivals' and the truth."""
+    found: dict[tuple[str, str], dict[str, Run]] = {}
+    for run in archive.runs:
+        if run.content["kind"] == "labels":
+            facts = archive.facts_of(run)
+            if any((run.path.parent / kind).is_dir() for kind in ("crf", "labels")):
+                title = label_name(facts)
+                place = (run.settings["root"], run.settings["split"])
+                found.setdefault(place, {}).setdefault(title, run)
+    if not found:
+        return None
+    (_, split), runs = max(found.items(), key=lambda item: len(item[1]))
+    runs = {title: run for title, run in runs.items() if title != "Box" or len(runs) == 1}
+    folders = {}
+    for title, run in runs.items():
+        kinds = [run.path.parent / kind for kind in ("crf", "labels")]
+        folders[title] = kinds[0] if kinds[0].is_dir() else kinds[1]
+    some = next(iter(runs.values()))
+    source = _source(some.settings, split, examples, list(folders.values()))
+    shown = []
+    for name in source.names:
+        image, first = source.picture(name)
+        panels = [first]
+        for title, folder in folders.items():
+            labels = read_label_map(folder / f"{name}.png")
+            panels.append(Panel(title, label_map(image, labels)))
+            second = folder.parent / "ret" / f"{name}.png"
+            if folder.name == "crf" and second.is_file():
+                both = labels.masked_fill(labels != read_label_map(second), VOID)
+                panels.append(Panel(f"{title} where Y_ret agrees", label_map(image, both)))
+        shown.append(panels + source.truth(name, image))
+    grid(path, shown, source.legend())
+    return f"{split}; white: Y_crf and Y_ret differ."
+
+
+def unaries(archive: Archive, path: Path, examples: int) -> str | None:
+    """Show u_c, u_0 and the labels that come of them."""
+    for run in archive.runs:
+        folder = run.path.parent
+        if run.content["kind"] == "labels" and (folder / "unaries").is_dir():
+            break
+    else:
+        return None
+    folders = [folder / kind for kind in ("crf", "ret", "unaries")]
+    source = _source(run.settings, run.settings["split"], examples, folders)
+    shown = []
+    for name in source.names:
+        image, first = source.picture(name)
+        with np.load(folder / "unaries" / f"{name}.npz") as arrays:
+            u_0 = torch.from_numpy(arrays["background"]).float()
+            u_c = torch.from_numpy(arrays["foreground"]).float()
+        strongest = u_c.amax(0) if len(u_c) else torch.zeros_like(u_0)
+        crf, ret = (read_label_map(folder / kind / f"{name}.png") for kind in ("crf", "ret"))
+        shown.append(
+            [
+                first,
+                Panel("u_c, largest", grey_map(strongest)),
+                Panel("u_0", grey_map(u_0)),
+                Panel("Y_crf", label_map(image, crf)),
+                Panel("where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, VOID))),
+                *source.truth(name, image),
+            ]
+        )
+    grid(path, shown, source.legend())
+    name = label_name(archive.facts_of(run))
+    return f"{name} of {run.settings['split']}. Maps from 0, dark blue, to 1, yellow."
+
+
+@torch.inference_mode()
+def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
+    """Show the activation maps of a classifier of each pooling, trained alike otherwise."""
+    from train_classifier import load_classifier
+
+    alike: dict[str, dict[str, Run]] = {}
+    for run in archive.runs:
+        if run.content["kind"] == "classifier" and (run.path.parent / "classifier.pt").is_file():
+            facts = {**archive.facts_of(run), "seed": run.settings.get("seed")}
+            facts.pop("stage1.min_background", None)
+            pool = facts.pop("stage1.pool")
+            alike.setdefault(repr(sorted(facts.items())), {})[pool] = run
+    both = next((runs for runs in alike.values() if len(runs) == 2), None)
+    if both is None:
+        return None
+    classifiers = {
+        x: load_classifier(both[x].path.parent / "classifier.pt") for x in ("gap", "bap")
+    }
+    generate = PseudoLabelGenerator(crf=None)
+    source = _source(both["bap"].settings, both["bap"].settings["split"], examples, [])
+    shown = []
+    for name in source.names:
+        image, first = source.picture(name)
+        annotation = source.devkit.annotation(name)
+        panels = [first]
+        for pool, one in classifiers.items():
+            y = generate(
+                *(image[None], one.features(image[None]), one.weight),
+                *([annotation.boxes], [annotation.labels]),
+            )
+            panels.append(Panel(f"{pool.upper()}: u_c", grey_map(y.foreground_unary[0].amax(0))))
+        shown.append(panels + source.truth(name, image))
+    grid(path, shown, source.legend())
+    split, backbone = (both["bap"].settings[x] for x in ("split", "backbone"))
+    return f"{backbone}, {split}: the largest u_c of the classes present, from 0 to 1."
+
+
+def confidence(archive: Archive, path: Path, examples: int) -> str | None:
+    """Show how the confidence in labels changes during training."""
+    for run in archive.runs:
+        kept = run.path.parent / "confidence"
+        if run.content["kind"] == "segmentation" and kept.is_dir() and any(kept.iterdir()):
+            break
+    else:
+        return None
+    epochs: dict[str, dict[int, Path]] = {}
+    for file in kept.glob("*.png"):
+        name, _, epoch = file.stem.rpartition("_")
+        if epoch.isdigit():
+            epochs.setdefault(name, {})[int(epoch)] = file
+    labels = archive.made("labels", run.settings["labels"])
+    folder = labels.path.parent if labels else Path(run.settings["labels"])
+    maps = [folder / run.settings[x] for x in ("first", "second")]
+    classes = tuple(run.settings.get("classes") or VOC_CLASSES)
+    source = Source(Devkit(run.settings["root"], classes), sorted(epochs)[:examples])
+    shown = []
+    for name in source.names:
+        image, first = source.picture(name)
+        crf, ret = (read_label_map(one / f"{name}.png") for one in maps)
+        panels = [
+            first,
+            Panel("Y_crf", label_map(image, crf)),
+            Panel("where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, VOID))),
+            *source.truth(name, image),
+        ]
+        for epoch in sorted(epochs[name])[:5]:
+            sigma = read_label_map(epochs[name][epoch]).float() / 255
+            panels.append(Panel(f"σ, epoch {epoch}", grey_map(sigma)))
+        shown.append(panels)
+    grid(path, shown, source.legend())
+    settings = run.settings
+    return f"{settings['network']}, gamma {settings['gamma']:g}; σ from 0, dark blue, to 1, yellow."
+
+
+@torch.inference_mode()
+def predictions(archive: Archive, path: Path, examples: int) -> str | None:
+    """Show what segmentation networks make of pictures that they have not seen."""
+    from train_segmentation import load_segmenter
+
+    found: dict[tuple[str, str], dict[str, Run]] = {}
+    names = {"boxes": "boxes, NAL", "some masks": "some masks, NAL", "masks": "all masks"}
+    for run in archive.runs:
+        if run.content["kind"] == "segmentation" and (run.path.parent / "segmenter.pt").is_file():
+            kind = archive.facts_of(run)["stage3.supervision"]
+            if kind == "masks" or run.settings["loss"] == "nal":
+                place = (run.settings["root"], run.settings["network"])
+                found.setdefault(place, {}).setdefault(names[kind], run)
+    if not found:
+        return None
+    (_, network), runs = max(found.items(), key=lambda item: len(item[1]))
+    some = next(iter(runs.values())).settings
+    devkit = Devkit(some["root"], tuple(some.get("classes") or VOC_CLASSES))
+    splits = devkit.root / "ImageSets/Segmentation"
+    split = "val" if (splits / "val.txt").is_file() else some["split"]
+    source = _source(some, split, examples, [])
+    networks = {
+        title: load_segmenter(runs[title].path.parent / "segmenter.pt")[0]
+        for title in names.values()
+        if title in runs
+    }
+    shown = []
+    for name in source.names:
+        image = source.devkit.image(name)
+        panels = [Panel("picture", image)]
+        for title, one in networks.items():
+            logits = F.interpolate(one(image[None])[0], image.shape[1:], mode="bilinear")
+            panels.append(Panel(title, label_map(image, logits[0].argmax(0))))
+        shown.append(panels + source.truth(name, image))
+    grid(path, shown, source.legend())
+    return f"{network}, {split}, one scale, without CRF."
+
+
+PHOTOGRAPHS: dict[str, Callable[[Archive, Path, int], str | None]] = {
+    "figure_1_labels": pseudo_labels,
+    "figure_4a_cams": activation_maps,
+    "figure_5_confidence": confidence,
+    "supplement_2_unaries": unaries,
+    "supplement_3_predictions": predictions,
+}
