@@ -394,6 +394,7 @@ def test_masks_of_objects_in_the_order_of_the_annotation(settings, tmp_path):
                 path = mine.root / "Annotations" / f"{name}.xml"
                 text = path.read_text().replace("<difficult>0<", "<difficult>1<", 1)
                 path.write_text(text)
+                continue
             mask = torch.zeros(image.shape[1:])
             x1, y1, x2, _ = annotation.boxes[i].long().tolist()
             mask[y1, x1:x2] = 1  # the first row of each object

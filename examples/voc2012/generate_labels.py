@@ -320,7 +320,7 @@ def _check(settings: Settings) -> list[str]:
         lacking = [name for name in names if not (folder / f"{name}.mat").is_file()]
         _complain("proposals", f"{folder} must hold NAME.mat", lacking, names)
     if settings.method == "masks":
-        _check_masks(_folder("masks", settings.masks, "masks"), devkit, names)
+        _check_masks(settings, _folder("masks", settings.masks, "masks"), devkit, names)
     return names
 
 
@@ -341,12 +341,12 @@ def _complain(argument: str, must: str, lacking: list[str], names: list[str]) ->
         )
 
 
-def _check_masks(folder: Path, devkit: Devkit, names: list[str]) -> None:
+def _check_masks(settings: Settings, folder: Path, devkit: Devkit, names: list[str]) -> None:
     """Check that masks are there and as large as their pictures, without decoding any."""
     lacking = []
     for name in names:
         try:
-            numbers = range(len(devkit.annotation(name).labels))
+            numbers = _numbers(settings, devkit, name)
             size = _size(devkit.image_path(name))
         except (ValueError, OSError):
             continue  # a broken picture is skipped in its turn
@@ -422,12 +422,17 @@ def _sdi(settings: Settings, sample: Sample) -> Tensor:
 
 
 def _masks(settings: Settings, sample: Sample, devkit: Devkit) -> Tensor:
-    difficult = devkit.annotation(sample.name).difficult
-    numbers = [i for i, hard in enumerate(difficult.tolist()) if settings.difficult or not hard]
+    numbers = _numbers(settings, devkit, sample.name)
     files = rivals.mask_files(settings.masks, sample.name, numbers)
     return rivals.read_masks(
         files, sample.name, sample.boxes, sample.labels, _shape(sample), len(devkit.classes)
     )
+
+
+def _numbers(settings: Settings, devkit: Devkit, name: str) -> list[int]:
+    """Which objects of an annotation count."""
+    difficult = devkit.annotation(name).difficult.tolist()
+    return [i for i, hard in enumerate(difficult) if settings.difficult or not hard]
 
 
 def _cuts(settings: Settings, sample: Sample) -> list[Tensor]:
