@@ -31,6 +31,7 @@ import stages
 from bapnal import DenseCRF, PseudoLabelGenerator
 from devkit import Augmentation, BoxDataset, Devkit, Segmentation, collate
 from networks import SmallFeatures, TimmFeatures
+from record import whole, write_json
 
 LABEL_ROWS = (
     ("Boxes", "Box filled with its class", None, "box"),
@@ -283,10 +284,8 @@ def _segmentation(
 
 
 def _save(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    torch.save(content, unfinished)
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        torch.save(content, unfinished)
 
 
 def collect_rows(scores: list[dict[str, Segmentation]]) -> list[report.Row]:
@@ -375,14 +374,7 @@ def claim(output: Path, settings: dict[str, object]) -> None:
             facts = ", ".join(f"{k}={there.get(k)!r} there, {plain[k]!r} now" for k in differing)
             raise ValueError(f"{path} belongs to another run ({facts}): choose another --output")
         return
-    _write_json(path, plain)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    unfinished.replace(path)
+    write_json(path, plain)
 
 
 def main(
@@ -474,7 +466,7 @@ def write_results(
         "device": plan.device,
         "rows": [row._asdict() for row in rows],
     }
-    _write_json(output / "results.json", facts)
+    write_json(output / "results.json", facts)
     seen = {int(label) for panel in panels for label in panel[0].labels}
     names = {label: plan.devkit.classes[label - 1] for label in sorted(seen)}
     report.write_report(

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from devkit import VOID
+from record import whole
 
 LARGEST = 320  # pixels; larger pictures are shrunk
 
@@ -147,10 +148,8 @@ def write_report(path: Path, report: Report) -> None:
         examples=examples,
         notes=notes,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
 
 
 def _text(text: str) -> str:

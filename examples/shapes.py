@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from devkit import voc_palette
+from record import whole
 
 CLASSES = ("arrow", "crescent", "key", "ladder", "ring", "star")
 FINE = 4  # outlines are drawn at this multiple of the resolution and averaged
@@ -328,17 +329,13 @@ def _claim(path: Path, settings: dict[str, int]) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def _save(path: Path, image: Image.Image, **options: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    image.save(unfinished, **options)
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        image.save(unfinished, **options)
 
 
 def _write_picture(root: Path, name: str, picture: Picture) -> None:
