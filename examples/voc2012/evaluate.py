@@ -19,15 +19,18 @@ import math
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
+import rich
 import torch
 import tyro
 from lightning.fabric import Fabric
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -276,7 +279,7 @@ def evaluate_labels(settings: Labels) -> dict:
         tallies["both"] = _Tally(devkit.classes, chosen)
     measured = [name for name in names if name not in left_out]
     with Meter() as meter:
-        for name in track(measured, "labels", transient=True):
+        for name in _bar(measured, "labels"):
             truth = devkit.mask(name)
             maps = {
                 kind: _labels_of(settings.folder / kind, name, truth, len(devkit.classes))
@@ -410,27 +413,23 @@ class Predictor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return the labels ``(H, W)`` of one picture ``(1, 3, H, W)`` for each mode."""
-        views: dict[tuple[float, bool], Tensor] = {}
-
-        def view(scale: float, mirrored: bool) -> Tensor:
-            if (scale, mirrored) not in views:
-                views[scale, mirrored] = self.scores(images, scale, mirrored)
-            return views[scale, mirrored]
-
-        found, logits = {}, {}
-        for mode in self.modes:
-            base = mode.removesuffix("+crf")
-            if base not in logits:
-                if base == "single":
-                    mean = view(1.0, False)
-                else:
-                    several = [view(s, mirrored) for s in self.scales for mirrored in (False, True)]
-                    mean = torch.stack(several).mean(0)
-                logits[base] = mean * self.network.classifier.scale if self.cosine else mean
-            if mode == base:
-                found[mode] = logits[base].argmax(1)[0]
-            else:
-                found[mode] = self.crf(images, logits[base].softmax(1)).argmax(1)[0]
+        means: dict[str, Tensor] = {}
+        bases = [mode.removesuffix("+crf") for mode in self.modes]
+        if "single" in bases or 1.0 in self.scales:
+            means["single"] = self.scores(images, 1.0, False)
+        if "multi" in bases:
+            views = list(product(self.scales, (False, True)))
+            parts = (
+                means["single"] if view == (1.0, False) else self.scores(images, *view)
+                for view in views
+            )
+            means["multi"] = sum(parts) / len(views)
+        found = {}
+        for mode, base in zip(self.modes, bases, strict=True):
+            logits = means[base] * self.network.classifier.scale if self.cosine else means[base]
+            if mode != base:
+                logits = self.crf(images, logits.softmax(1))
+            found[mode] = logits.argmax(1)[0]
         return found
 
     def scores(self, images: Tensor, scale: float, mirrored: bool) -> Tensor:
@@ -574,7 +573,7 @@ def evaluate_filling(settings: Filling) -> dict:
         raise FileNotFoundError(f"{settings.folder} must hold a folder {kind}, has none")
     rates = {i: ([], []) for i in chosen}
     with Meter() as meter:
-        for name in track([n for n in names if n not in left_out], "filling", transient=True):
+        for name in _bar([x for x in names if x not in left_out], "filling"):
             annotation, truth = devkit.annotation(name), devkit.mask(name)
             labels = _labels_of(settings.folder / kind, name, truth, len(devkit.classes))
             for box, label in zip(annotation.boxes, annotation.labels.tolist(), strict=True):
@@ -650,7 +649,7 @@ def evaluate_runtime(settings: Runtime) -> dict:
     weight = classifier.weight.to(device)
     rows: list[dict[str, float]] = []
     with Meter() as meter:
-        for name in track(_with_boxes(devkit, names, settings), "runtime", transient=True):
+        for name in _bar(_with_boxes(devkit, names, settings), "runtime"):
             image, annotation = devkit.picture(name)
             stopwatch.start()
             images = image[None].to(device)
@@ -800,10 +799,14 @@ def _labels_of(folder: Path, name: str, truth: Tensor, num_classes: int) -> Tens
     return labels
 
 
-def _shared_out(names: Sequence[str], fabric: Fabric, title: str) -> Iterator[str]:
+def _shared_out(names: Sequence[str], fabric: Fabric, title: str) -> Iterable[str]:
     """This process's share of the pictures, with a progress bar on the first."""
     mine = names[fabric.global_rank :: fabric.world_size]
-    return iter(track(mine, title, transient=True, disable=fabric.global_rank > 0))
+    return _bar(mine, title, hidden=not fabric.is_global_zero)
+
+
+def _bar(names: Sequence[str], title: str, *, hidden: bool = False) -> Iterable[str]:
+    return track(names, title, console=Console(stderr=True), transient=True, disable=hidden)
 
 
 def _percent(share: float) -> float | None:
@@ -831,5 +834,16 @@ EVALUATIONS: dict[type, Callable[..., dict]] = {
 }
 
 
+def command(settings: Settings) -> None:
+    """Run :func:`main` and print the numbers that stand for all the others."""
+    found = main(settings)
+    for name, value in found["scores"].items():
+        if isinstance(value, dict):  # of a label map, a mode, or the mean over classes
+            value = value.get("miou", value.get("mean"))
+        if isinstance(value, (int, float)):
+            rich.print(f"{name}: {value:g}")
+    rich.print(f"see {settings.out}")
+
+
 if __name__ == "__main__":
-    run(main, tyro.cli(Settings, description=__doc__))
+    run(command, tyro.cli(Settings, description=__doc__))
