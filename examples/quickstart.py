@@ -9,6 +9,7 @@ output folder: after an interruption the same command goes on from there.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -284,8 +285,11 @@ def _segmentation(
 
 
 def _save(path: Path, content: object) -> None:
+    # In memory first: on a full disk torch's own writer aborts instead of saying so.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with whole(path) as unfinished:
-        torch.save(content, unfinished)
+        unfinished.write_bytes(buffer.getbuffer())
 
 
 def collect_rows(scores: list[dict[str, Segmentation]]) -> list[report.Row]:
