@@ -141,9 +141,11 @@ def test_without_results_every_table_says_what_it_needs(tmp_path):
         lines = section(text, f"{one.number}: {one.title}")
         ours = [line[lines[0].index("ours")] for line in lines[2:] if not line[0].startswith("**")]
         assert len(ours) == len(one.rows)
-        assert all(re.match(r"not run: needs .|other authors", x) for x in ours), ours
+        assert re.match("not run: needs .|other authors", ours[0])
+        brief = "|not run$" if one.head == "class" else ""
+        assert all(re.match(f"not run: needs .|other authors{brief}", x) for x in ours), ours
     box = cell(text, "Table 1", "Box", "ours")
-    assert box == "not run: needs VOC 2012 with its masks, a GPU"
+    assert box == "not run: needs VOC 2012 with its masks"
     assert "ImageNet weights of VGG-16" in cell(text, "Table 1", "BAP: Y_crf", "ours")
     assert cell(text, "Table 1", "BAP: Y_crf", "paper: val") == "79.2"
     assert cell(text, "Supplement, Table 1a", "training 4", "paper: generating 1") == "78.70"
@@ -188,7 +190,9 @@ def test_another_backbone_never_stands_in_our_column(tmp_path):
     assert cell(text, "Table 1", "BAP: Y_crf", "elsewhere: val") == "88.8 (1 seed)"
     assert cell(text, "Table 1", "Box", "elsewhere: val") == "63.4"
     said = re.search(r"\*\*elsewhere\*\*: (.*)", text).group(1)
-    assert said.startswith("voc-animals, tf_efficientnet_lite0; pictures: 200 of val; classes")
+    assert said.startswith(
+        "voc-animals, labels by tf_efficientnet_lite0; pictures: 200 of val; classes"
+    )
     assert "epochs 4 (paper: 15)" in said
     assert "stride 16 (paper: 8)" in said
 
@@ -523,7 +527,7 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
     assert found.images[0].startswith("data:image/svg+xml;base64,")
     assert "http" not in re.sub(r"base64,[\w+/=]+", "", text)
     assert "<td>BAP: <i>Y</i><sub>crf</sub></td>" in text
-    assert text.count('<td class="no">not run: needs') > 50
+    assert text.count('<td class="no">not run: needs') > 30
     assert text.count('<div class="table" tabindex="0"><table>') == text.count("</table></div>")
     assert "{body}" not in text
     assert not list(out.rglob("*.part"))

@@ -301,7 +301,7 @@ def with_boxes(image: Tensor, annotation: Annotation) -> Tensor:
     """Return a picture with its boxes drawn on it."""
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     draw = ImageDraw.Draw(picture)
-    thick = max(2, round(max(picture.size) / 120))
+    thick = max(1, round(max(picture.size) / 150))
     for (x1, y1, x2, y2), label in zip(
         annotation.boxes.tolist(), annotation.labels.tolist(), strict=True
     ):

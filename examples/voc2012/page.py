@@ -12,6 +12,10 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+# A line of a table with nothing but a name in bold is a heading inside the table.
+GROUP = re.compile(r"<tr>\n<td><strong>(.*?)</strong></td>\n((?:<td></td>\n)+)</tr>")
+GROUP_ROW = '<tr>\n<th class="group" colspan="{}">{}</th>\n</tr>'
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown."""
@@ -46,6 +50,10 @@ def to_html(markdown: str, folder: Path) -> str:
     body = parser.renderer.render(tokens, parser.options, {})
     body = body.replace("<table>", '<div class="table" tabindex="0"><table>')
     body = body.replace("</table>", "</table></div>")
+    body = GROUP.sub(lambda m: GROUP_ROW.format(m[2].count("<td>") + 1, m[1]), body)
+    body = re.sub(
+        r"(?<=\d) ± (?=\d)|(?<=\(\d) (?=seed)", lambda m: m[0].replace(" ", "\u00a0"), body
+    )
     body = re.sub(r"<td>(?=not run|other authors)", '<td class="no">', body)
     body = re.sub(r"\bY_(crf|ret)\b", r"<i>Y</i><sub>\1</sub>", body)
     body = re.sub(r"\bu_(0|c)\b", r"<i>u</i><sub>\1</sub>", body)
@@ -92,16 +100,16 @@ th, td { padding: .42rem .8rem; text-align: left; border-top: 1px solid var(--li
 thead th { border-top: 0; color: var(--soft); font-size: .82rem; font-weight: 600;
   vertical-align: bottom; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--card);
-  border-right: 1px solid var(--line); max-width: 16rem; }
+  border-right: 1px solid var(--line); min-width: 8rem; max-width: 16rem; }
 td.no { color: var(--soft); font-size: .84rem; min-width: 14rem; }
-td strong { color: var(--soft); font-size: .84rem; }
+th.group:first-child { color: var(--soft); font-size: .84rem; max-width: none; border-right: 0; }
 sub { font-size: .72em; line-height: 0; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 8px;
   border: 1px solid var(--line); }
 @media (max-width: 760px) {
   main { padding: 1.2rem .8rem 2rem; }
   th, td { padding: .36rem .55rem; }
-  th:first-child, td:first-child { max-width: 9rem; }
+  th:first-child, td:first-child { min-width: 6rem; max-width: 9rem; }
 }
 </style>
 </head>

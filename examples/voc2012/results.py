@@ -58,11 +58,13 @@ class Run(NamedTuple):
     Attributes:
         number: By which the appendix names it.
         path: Where it is.
+        name: The same, from the folder on that was searched.
         content: What it holds.
     """
 
     number: int
     path: Path
+    name: str
     content: dict[str, Any]
 
     @property
@@ -100,11 +102,12 @@ def read_results(folders: Iterable[Path]) -> list[Run]:
         FileNotFoundError: If a folder does not exist.
         ValueError: If a file cannot be read, or is no result.
     """
-    paths: set[Path] = set()
+    paths: dict[Path, str] = {}
     for folder in folders:
         if not folder.exists():
             raise FileNotFoundError(f"results {folder} does not exist")
-        paths.update([folder] if folder.is_file() else folder.rglob("*.json"))
+        for path in [folder] if folder.is_file() else folder.rglob("*.json"):
+            paths[path] = path.relative_to(folder.parent).as_posix()
     found = []
     for path in sorted(paths):
         try:
@@ -122,7 +125,7 @@ def read_results(folders: Iterable[Path]) -> list[Run]:
                 raise ValueError(
                     f"{path}: {key} must be an object, got {type(content.get(key)).__name__}"
                 )
-        found.append(Run(len(found) + 1, path, content))
+        found.append(Run(len(found) + 1, path, paths[path], content))
     return found
 
 
@@ -445,6 +448,6 @@ def group(
 
 
 def varying(several: Sequence[Facts]) -> list[str]:
-    """Names of the facts in which some of several differ, in order of appearance."""
+    """Names of the facts of which several have different values, in order of appearance."""
     names = dict.fromkeys(name for facts in several for name in facts)
-    return [x for x in names if len({repr(facts.get(x)) for facts in several}) > 1]
+    return [x for x in names if len({repr(facts[x]) for facts in several if x in facts}) > 1]

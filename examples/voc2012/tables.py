@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import tyro
@@ -104,7 +104,11 @@ def markdown(archive: Archive, drawn: Sequence[figures.Drawn]) -> str:
         titles = [s.removeprefix("### ").split("\n")[0] for s in sections if s.startswith("###")]
         contents.append(f"* [{title}](#{slug(title)})")
         if title != "Figures":
-            contents += [f"  * [{name}](#{slug(name)})" for name in titles]
+            paper_only = title == "The paper's tables"
+            contents += [
+                f"  * [{name.split(':')[0] if paper_only else name}](#{slug(name)})"
+                for name in titles
+            ]
         body += [f"## {title}", *sections]
     return "\n\n".join([_lead(archive), "\n".join(contents), *body]) + "\n"
 
@@ -122,7 +126,7 @@ def _lead(archive: Archive) -> str:
         "with each other, not with the paper's.",
     ]
     if archive.repeated:
-        names = ", ".join(f"`{x.path}`" for x in archive.repeated)
+        names = ", ".join(f"`{x.name}`" for x in archive.repeated)
         lines.append(
             f"Left out, as a later file has the same settings and the same seeds: {names}."
         )
@@ -259,7 +263,9 @@ def paper_table(one: PaperTable, archive: Archive) -> str:
             last = row.group
         line = [row.name]
         line += ["–" if x is None else f"{x:.{one.decimals[0]}f}" for x in row.paper]
-        line += [] if faithful else [_not_run(one, row)]
+        # Of a table by class the first line says enough.
+        brief = one.head == "class" and i > 0
+        line += [] if faithful else ["not run" if brief else _not_run(one, row)]
         for x in shown:
             line += _cells(one, x, i)
         lines.append(line)
@@ -372,8 +378,8 @@ def _columns(one: PaperTable, archive: Archive) -> tuple[list[Shown], int]:
         # DeepLab-V2 has tables of its own, which nothing else enters.
         second = [x.get("stage3.network") == "deeplab_v2" for x in (one.setting, facts)]
         if faithful or second[0] == second[1]:
-            where = [facts.get(x) for x in ("data", "stage1.backbone", "stage3.network")]
-            name = ", ".join(str(x) for x in where if x)
+            named_by = (("", "data"), ("labels by ", "stage1.backbone"), ("", "stage3.network"))
+            name = ", ".join(f"{by}{facts[x]}" for by, x in named_by if facts.get(x))
             found.setdefault((not faithful, name), []).append(Shown(name, mine, facts, faithful))
     shown, hidden = [], 0
     for key in sorted(found):
@@ -501,8 +507,7 @@ def rows_table(
         runs = ", ".join(str(x) for x in sorted({m.run.number for m in ms}))
         lines.append((place, called, _settings(facts, told), [called, *cells, runs]))
     lines.sort(key=lambda x: x[:3])
-    # Settings tell lines apart only where names do not.
-    settings = len(set(names)) < len(names)
+    settings = any(x[2] != "–" for x in lines)
     head = ["", *(h.name for h in headings), *(["settings"] if settings else []), "runs"]
     rows = [[*x[3][:-1], *([x[2]] if settings else []), x[3][-1]] for x in lines]
     return "\n\n".join(x for x in (f"### {title}", table(head, rows), note) if x)
@@ -514,6 +519,7 @@ OF_TEST = frozenset(f"evaluation.{x}" for x in ("scales", "crf", "iterations", "
 TOLD = frozenset(
     (
         *("labels.method", "labels.map", "u_0", "labels.generator.background", "stage1.pool"),
+        *("stage1.leave_out", "stage1.min_background", "machine"),
         *("stage3.loss", "stage3.supervision", "stage3.true_masks", "stage3.classifier"),
         *("what", "whole VOC 2012"),
     )
@@ -582,7 +588,7 @@ def pairs(title: str, several: Sequence[Measurement], score: str, note: str) -> 
         found.append([settings, *sides, number(gains), runs])
     found.sort()
     head = ["settings", "GAP", "BAP", "BAP - GAP, seed by seed", "runs"]
-    return "\n\n".join([f"### {title}", table(head, found), note])
+    return "\n\n".join(x for x in (f"### {title}", table(head, found), note) if x)
 
 
 def own_tables(archive: Archive) -> list[str]:
@@ -600,12 +606,19 @@ def own_tables(archive: Archive) -> list[str]:
 EVALUATIONS = ("labels", "segmentation", "cams", "boxes", "filling", "runtime")
 
 
+USUAL_N = {
+    "stage1.grid_size": (4, None),
+    "labels.generator.grid_size": (1, "searched", None),
+}
+
+
 def _label_tables(data: str, labels: Sequence[Measurement]) -> list[str | None]:
     """Labels, N x N, GAP against BAP, and classes that the classifier has not seen."""
     seen = [m for m in labels if not m.facts.get("stage1.leave_out")]
+    usual = [m for m in seen if fits(m.facts, USUAL_N)] or seen  # the others are in a square table
     headings = [
         Heading(f"{name}, {text}", {"split": split}, score)
-        for split, name in _splits(seen)
+        for split, name in _splits(usual)
         for score, text in (
             ("miou", "mIoU"),
             ("coverage", "labelled"),
@@ -618,7 +631,7 @@ def _label_tables(data: str, labels: Sequence[Measurement]) -> list[str | None]:
     found: list[str | None] = [
         rows_table(
             f"Labels ({data})",
-            seen,
+            usual,
             headings,
             label_name,
             order,
@@ -652,7 +665,9 @@ def _unseen(data: str, labels: Sequence[Measurement], left_out: str) -> str | No
     names = left_out.split(", ")
     wanted = []
     for m in labels:
-        if m.facts.get("stage1.leave_out", "") not in ("", left_out):
+        one_of_them = m.facts.get("stage1.leave_out", "") in ("", left_out)
+        first_map = m.facts.get("labels.map") in ("crf", "labels")
+        if not (one_of_them and first_map and fits(m.facts, USUAL_N)):
             continue
         of_each = [m.scores.get(f"per_class/{x}") for x in names]
         if None not in of_each:
@@ -681,6 +696,7 @@ def _unseen(data: str, labels: Sequence[Measurement], left_out: str) -> str | No
         wanted,
         headings,
         name,
+        (*METHODS.values(), "GAP: ", "BAP: "),
         note="Without class weights, what is no background (1 - u_0) is the object; a classifier "
         "trained without these classes labels them the same way, and the others by its weights.",
     )
@@ -808,7 +824,7 @@ def _classifier_tables(data: str, by_kind: Mapping[str, Sequence[Measurement]]) 
             f"Seconds to label one picture ({data})",
             by_kind["runtime"],
             [Heading(METHODS.get(x, x), {}, x, 3) for x in parts],
-            lambda facts: facts["machine"],
+            lambda facts: f"{pool(facts)}, {facts['machine']}",
         )
     )
     return found
@@ -836,7 +852,7 @@ def appendix(archive: Archive) -> list[str]:
             rows.append(
                 [
                     str(one.number),
-                    f"`{one.path}`",
+                    f"`{one.name}`",
                     _found(one, archive),
                     ", ".join(f"{k} {_value(v)}" for k, v in said.items()) or "–",
                     str(about.get("commit") or "–"),
@@ -853,6 +869,9 @@ def appendix(archive: Archive) -> list[str]:
 
 
 PLACES_TOO = frozenset(("root", "out", "archive", "predictions"))
+PATHS = frozenset(
+    ("classifier", "labels", "search", "folder", "segmenter", "true_masks", "weights", "pictures")
+)
 
 
 def _all_settings(one: Run) -> Facts:
@@ -863,6 +882,8 @@ def _all_settings(one: Run) -> Facts:
         for name, value in settings.items():
             if isinstance(value, dict):
                 add(f"{prefix}{name}.", value)
+            elif name in PATHS and isinstance(value, str):
+                found[f"{prefix}{name}"] = "/".join(PurePath(value).parts[-2:])
             else:
                 found[f"{prefix}{name}"] = value
 
