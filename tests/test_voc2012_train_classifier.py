@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from PIL import Image
 
 import shapes
@@ -176,26 +177,32 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
     assert all(torch.equal(whole[key], continued[key]) for key in whole)
 
 
+def train_as_rank(fabric, settings):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_classifier, "launch", lambda machines: fabric)
+        main(settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_processes_train_what_one_does(pretrained, tmp_path):
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot be forked")
     pretrained = change(pretrained, batch_size=3, iterations=4)
-    one = weights_of(pretrained)
-    out = tmp_path / "two"
-    command = [sys.executable, str(SCRIPT), "paper", "--root", str(pretrained.root)]
-    command += ["--out", str(out), "--split", "train", "--classes", *shapes.CLASSES]
-    command += ["--backbone", "test_efficientnet", "--weights", pretrained.weights]
-    command += ["--crop", "48", "--batch-size", "3", "--rate", "0.01", "--head-rate", "0.01"]
-    command += ["--iterations", "4", "--logging.no-tensorboard", "--machines.workers", "0"]
-    command += ["--machines.accelerator", "cpu", "--machines.devices", "2"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    content = torch.load(out / "classifier.pt", weights_only=True)
+    one = weights_of(change(pretrained, out=tmp_path / "one"))
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+    fabric.launch(train_as_rank, change(pretrained, out=tmp_path / "two"))
+    content = torch.load(tmp_path / "two/classifier.pt", weights_only=True)
     two = {**content["features"], "classifier": content["weight"]}
-    assert one.keys() == two.keys()
+    start = {**groups(pretrained)[0].features.state_dict(), "classifier": torch.zeros(())}
+    assert one.keys() == two.keys() == start.keys()
+    assert not torch.equal(one["network.conv_stem.weight"], start["network.conv_stem.weight"])
     for key, value in one.items():
         torch.testing.assert_close(two[key].float(), value.float(), rtol=0, atol=1e-6)
-    found = json.loads((out / "result.json").read_text())
-    mine = json.loads((pretrained.out / "result.json").read_text())
-    assert found["scores"]["loss"] == pytest.approx(mine["scores"]["loss"], abs=1e-6)
+    losses = [
+        json.loads((tmp_path / f"{which}/result.json").read_text())["scores"]["loss"]
+        for which in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def groups(settings):
@@ -307,9 +314,7 @@ def line_of(settings, capsys):
         training.run(main, settings)
     assert caught.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert not (settings.out / "classifier.pt").exists()
-    assert not (settings.out / "result.json").exists()
-    assert not list(settings.out.glob(".*"))
+    assert {path.name for path in settings.out.glob("*")} <= {"settings.json"}
     return line
 
 
@@ -377,6 +382,7 @@ def test_what_is_wrong_with_the_data_is_one_line(settings, few, capsys):
 )
 def test_settings_out_of_range_are_one_line(settings, capsys, options, message):
     assert line_of(change(settings, **options), capsys).startswith(message)
+    assert not settings.out.exists()
 
 
 def test_less_than_a_picture_for_each_rank_is_too_little():
@@ -400,6 +406,24 @@ def test_a_file_that_is_no_classifier_is_named(tmp_path):
 def test_half_precision_trains_too(pretrained, precision):
     found = main(change(pretrained, machines=dataclasses.replace(CPU, precision=precision)))
     assert 0 < found["scores"]["loss"] < 4
+
+
+def test_the_script_trains_and_says_what_is_wrong(settings, capsys, monkeypatch):
+    command = [str(SCRIPT), "paper", "--root", str(settings.root), "--out", str(settings.out)]
+    command += ["--split", "train", "--classes", *shapes.CLASSES, "--backbone", "small"]
+    command += ["--crop", "48", "--iterations", "1", "--machines.accelerator", "cpu"]
+    command += ["--logging.no-tensorboard"]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert load_classifier(settings.out / "classifier.pt").settings["iterations"] == 1
+    assert capsys.readouterr().out.startswith("loss ")
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"{settings.out} is finished, loss ")
+    monkeypatch.setattr(sys, "argv", [*command, "--batch-size", "0"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert caught.value.code == 1
+    assert capsys.readouterr() == ("", "batch_size must be at least 1, got 0\n")
 
 
 def test_the_help_names_every_option(capsys, monkeypatch):

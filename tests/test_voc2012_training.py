@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import Dataset
 
 import training
+from bapnal._math import divide_sums
 from devkit import Sample
 from training import Batches, Logging, Machines, fit, launch
 
@@ -43,6 +45,22 @@ class Noise(Dataset):
         valid = torch.ones(4, 4, dtype=torch.bool)
         boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
         return Sample(str(index), image, boxes, labels, valid, torch.zeros(0, 4, 4).long())
+
+
+class Late(Noise):
+    """Noise with one picture that is broken the second time it is read."""
+
+    def __init__(self, broken):
+        super().__init__()
+        self.late = broken
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if index == self.late:
+            if self.broken:
+                return Noise(broken=[index])[index]
+            self.broken = (None,)
+        return sample
 
 
 def names(dataset, batch_size, steps, **options):
@@ -93,6 +111,22 @@ def test_reading_leaves_random_numbers_and_threads_as_they_were():
     assert threads == torch.get_num_threads()
 
 
+def test_pictures_are_read_by_one_thread_as_in_workers():
+    class Threads(Noise):
+        def __getitem__(self, index):
+            found.append(torch.get_num_threads())
+            return super().__getitem__(index)
+
+    found, threads = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        Batches(Threads(), 2, seed=0)[0]
+        assert found == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_cannot_be_read_is_one_plain_error(workers):
@@ -116,7 +150,7 @@ def squares(network, batch, step):
     return (network(batch.images).mean((1, 2, 3)) - 1).square().mean()
 
 
-def train(folder, *, steps=12, loss=squares, model=None, **options):
+def train(folder, *, steps=12, loss=squares, model=None, fabric=None, **options):
     """Train the small network and return its state."""
     network, optimizer = model or make()
     chosen = {
@@ -130,7 +164,7 @@ def train(folder, *, steps=12, loss=squares, model=None, **options):
         **options,
     }
     fit(
-        launch(Machines(accelerator="cpu")),
+        fabric or launch(Machines(accelerator="cpu")),
         network=network,
         optimizer=optimizer,
         steps=steps,
@@ -375,6 +409,65 @@ def test_expected_errors_end_as_one_line(capsys, error, code, line):
 def test_mistakes_of_ours_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         training.run(lambda: 1 / 0)
+
+
+def train_as_rank(fabric, folder, dataset, model):
+    """Train in one of several processes and note how that ended."""
+    ending = "finished"
+    try:
+        options = {"model": model, "fabric": fabric, "batch_size": 5, "steps": 6}
+        train(folder, dataset=dataset, loss=global_squares, **options)
+    except (Exception, SystemExit) as error:
+        ending = repr(error)
+    (folder / f"rank{fabric.global_rank}").write_text(ending)
+    torch.save(model[0].state_dict(), folder / f"rank{fabric.global_rank}.pt")
+
+
+def without_norm():
+    """A network without statistics, which on the CPU are each rank's own."""
+    network, optimizer = make(dropout=0)
+    network[2] = nn.Identity()
+    return network, optimizer
+
+
+def global_squares(network, batch, step):
+    """Normalised over the ranks, with gradients made to be averaged."""
+    distances = (network(batch.images).mean((1, 2, 3)) - 1).square()
+    return divide_sums(distances.sum(), torch.tensor(float(len(distances))), across_ranks=True)
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Run ``train_as_rank`` in two processes and return how each ended."""
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot be forked")
+
+    def run(dataset):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+        fabric.launch(train_as_rank, tmp_path, dataset, without_norm())
+        return [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_ranks_end_with_the_weights_of_one(tmp_path, two_ranks):
+    one = train(tmp_path / "one", model=without_norm(), loss=global_squares, batch_size=5, steps=6)
+    assert two_ranks(Noise()) == ["finished", "finished"]
+    for rank in range(2):
+        two = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=0, atol=1e-6)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["step"] == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("broken", [0, 4])
+def test_what_one_rank_runs_into_ends_all_of_them(two_ranks, broken):
+    last = training.batch_indices(10, 5, 0, 5)  # of the last step: rank 0 has 2 of 5 pictures
+    name = f"{last[broken]}.jpg"
+    endings = two_ranks(Late(last[broken]))
+    assert endings == [f"FileNotFoundError('{name} does not exist')", "SystemExit(1)"]
 
 
 @dataclass(frozen=True)

@@ -310,14 +310,12 @@ def main(settings: Settings) -> dict[str, Any]:
         print(f"{settings.out} is finished, loss {stored['scores']['loss']:.4f}")
         return stored
     names = training_names(settings, devkit)
-    claim(settings)
     steps = schedule(settings, len(names))
-    fabric = launch(settings.machines)
     torch.manual_seed(settings.seed)
-    with fabric.rank_zero_first(local=True):  # which may have to fetch weights
-        features = build_features(
-            settings.backbone, settings.weights, settings.stride, settings.frozen
-        )
+    # Before other processes start, which then find the weights that this may have to fetch.
+    features = build_features(settings.backbone, settings.weights, settings.stride, settings.frozen)
+    fabric = launch(settings.machines)
+    claim(settings)
     network = BoxClassifier(features, len(settings.classes) + 1)
     optimizer = torch.optim.SGD(
         parameter_groups(network, settings),

@@ -233,7 +233,7 @@ def _length(dataset: Dataset[Sample]) -> int:
 def _one_thread() -> Iterator[None]:
     """As in the processes that read pictures: sums over pixels are rounded as threads share them.
 
-    Without this, colour jitter differs in the last bit between workers and none.
+    Without this, the mean in colour jitter can differ in its last bit between workers and none.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -241,6 +241,35 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+class Together:
+    """Ends all ranks alike: one that goes on alone would wait for the others until a timeout.
+
+    Args:
+        fabric: From :func:`launch`.
+    """
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.rank, self.ranks = fabric.global_rank, fabric.world_size
+        self.group = None
+        if self.ranks > 1 and fabric.device.type != "cpu":
+            # Over the CPU, as a GPU would have to finish its work first.
+            self.group = torch.distributed.new_group(backend="gloo")
+
+    def fail(self, error: Exception | None) -> None:
+        """Raise what any rank has run into; only rank zero says so, the others end."""
+        if self.ranks > 1:
+            failed = torch.tensor(int(error is not None))
+            torch.distributed.all_reduce(failed, group=self.group)
+            if failed:
+                errors: list[Exception | None] = [None] * self.ranks
+                torch.distributed.all_gather_object(errors, error, group=self.group)
+                error = next(found for found in errors if found is not None)
+                if self.rank > 0:
+                    sys.exit(1)
+        if error is not None:
+            raise error
 
 
 def fit(
@@ -303,6 +332,7 @@ def fit(
         "pictures": _length(dataset),
     }
     _check(plan, checkpoint_interval, workers, logging, fabric.world_size)
+    together = Together(fabric)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = _synchronised(network, fabric).to(memory_format=layout)
     wrapped, stepper = fabric.setup(network, optimizer)
@@ -324,7 +354,12 @@ def fit(
     begin = time.perf_counter()
     with _Log(folder, logging, first, fabric.is_global_zero) as log, _bar(fabric) as bar:
         task = bar.add_task(folder.name, total=steps, completed=first, loss="")
-        for step, batch in enumerate(batches, start=first):
+        for step in range(first, steps):
+            try:
+                batch, broken = next(batches), None
+            except (OSError, ValueError) as error:
+                batch, broken = None, error
+            together.fail(broken)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate(step)
             torch.manual_seed(draw(seed, INSIDE, step, fabric.global_rank))
@@ -341,9 +376,11 @@ def fit(
                 # Once the loss is not finite its mean never is again, so it is enough to look here.
                 found = float(mean)
                 if not math.isfinite(found):
-                    raise ValueError(
-                        f"the loss must stay finite, got {found} by step {done}: "
-                        "choose lower learning rates"
+                    together.fail(
+                        ValueError(
+                            f"the loss must stay finite, got {found} by step {done}: "
+                            "choose lower learning rates"
+                        )
                     )
                 bar.update(task, loss=f"loss {found:.4f}")
                 log.scalars(done, {"loss": found, **numbers()}, optimizer, batch_size)
@@ -360,7 +397,7 @@ def fit(
                     "seconds": earlier + time.perf_counter() - begin,
                     "plan": plan,
                 }
-                write_whole(fabric, path, content)
+                _write(together, path, content)
     return Trained(float(mean), earlier)
 
 
@@ -425,10 +462,14 @@ def write_whole(fabric: Fabric, path: Path, content: dict[str, Any]) -> None:
     """Write tensors from rank zero, whole or not at all, while the others wait.
 
     Raises:
-        OSError: On all ranks, if the file cannot be written; it then is as it was before.
+        OSError: If the file cannot be written; it then is as it was before.
     """
+    _write(Together(fabric), path, content)
+
+
+def _write(together: Together, path: Path, content: dict[str, Any]) -> None:
     failure = None
-    if fabric.is_global_zero:
+    if together.rank == 0:
         # In memory first: on a full disk torch's own writer aborts instead of saying so.
         buffer = io.BytesIO()
         torch.save(content, buffer)
@@ -436,10 +477,8 @@ def write_whole(fabric: Fabric, path: Path, content: dict[str, Any]) -> None:
             with whole(path) as unfinished:
                 unfinished.write_bytes(buffer.getbuffer())
         except OSError as error:
-            failure = str(error)
-    failure = fabric.broadcast(failure)
-    if failure is not None:
-        raise OSError(failure)
+            failure = error
+    together.fail(failure)
 
 
 def finished(settings: Any) -> dict[str, Any] | None:
