@@ -252,7 +252,7 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
         labels=s.work / "labels_train_aug/bap_0",
         network="tf_efficientnet_lite0",
         stride=16,
-        head="largefov",
+        head="linear",
         frozen=6,
         align_corners=False,
         channels_last=True,
