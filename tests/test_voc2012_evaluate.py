@@ -403,7 +403,7 @@ def test_what_train_classifier_wrote_is_read(colours, monkeypatch):
 
 
 def test_the_numbers_that_stand_for_the_others_are_printed(labelled, capsys):
-    evaluate.command(labelled[0])
+    evaluate.main(labelled[0])
     printed = capsys.readouterr().out
     assert "crf: 41.667\nret: 66.667\nboth: 66.667\npictures: 1" in printed
 
@@ -430,6 +430,6 @@ def test_an_error_is_one_line(labelled, capsys):
     settings, _ = labelled
     missing = evaluate.Labels(settings.folder / "none", settings.out, settings.root, "val", CLASSES)
     with pytest.raises(SystemExit) as ended:
-        run(evaluate.command, missing)
+        run(evaluate.main, missing)
     assert ended.value.code == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -370,7 +370,7 @@ def evaluate_segmentation(settings: Segmentation) -> dict:
                     write_label_map(settings.predictions / mode / f"{name}.png", labels)
         scores = {mode: tally.compute(fabric) for mode, tally in tallies.items() if scored}
     fabric.barrier()
-    if settings.archive is not None and fabric.global_rank == 0:
+    if settings.archive is not None and fabric.is_global_zero:
         folder = settings.predictions / settings.modes[-1]
         write_archive(settings.archive, folder, names, f"{settings.competition}_{settings.split}")
     more = {"pictures": len(names), "crf": list(weights)}
@@ -762,7 +762,7 @@ def _write(
     fabric: Fabric | None = None,
     **more: object,
 ) -> dict:
-    """Put the result together and write it, once."""
+    """Put the result together, write it and print the numbers that stand for all others; once."""
     found = result(
         "evaluation",
         plain(settings),
@@ -773,8 +773,14 @@ def _write(
         subject={key: made.get(key) for key in ("kind", "settings")},
         **more,
     )
-    if fabric is None or fabric.global_rank == 0:
+    if fabric is None or fabric.is_global_zero:
         write_json(settings.out, found)
+        for name, value in found["scores"].items():
+            if isinstance(value, dict):  # of a label map, a mode, or the mean over classes
+                value = value.get("miou", value.get("mean"))
+            if isinstance(value, (int, float)):
+                rich.print(f"{name}: {value:g}")
+        rich.print(f"see {settings.out}")
     return found
 
 
@@ -834,16 +840,5 @@ EVALUATIONS: dict[type, Callable[..., dict]] = {
 }
 
 
-def command(settings: Settings) -> None:
-    """Run :func:`main` and print the numbers that stand for all the others."""
-    found = main(settings)
-    for name, value in found["scores"].items():
-        if isinstance(value, dict):  # of a label map, a mode, or the mean over classes
-            value = value.get("miou", value.get("mean"))
-        if isinstance(value, (int, float)):
-            rich.print(f"{name}: {value:g}")
-    rich.print(f"see {settings.out}")
-
-
 if __name__ == "__main__":
-    run(command, tyro.cli(Settings, description=__doc__))
+    run(main, tyro.cli(Settings, description=__doc__))
