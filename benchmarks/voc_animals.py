@@ -266,9 +266,7 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
     )
     yield f"segmentation_{name}", lambda: train_segmentation.main(settings)
     modes: tuple[evaluate.Mode, ...] = ("single",)
-    if name == "nal_0":
-        modes = evaluate.MODES
-    elif name in ("crf_0", "ignore_0", "ceiling_0"):
+    if name in ("crf_0", "ignore_0", "nal_0"):
         modes = ("single", "single+crf")
     evaluation = evaluate.Segmentation(
         segmenter=settings.out / "segmenter.pt",
