@@ -419,6 +419,16 @@ def test_steps_that_write_over_the_last_are_those_with_a_graph(terms, classes):
     close(found, expected.detach(), tolerance=1e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_loss_takes_the_result_as_it_is(batch):
+    """The backward pass of nll_loss refuses scores whose channels lie innermost."""
+    images, p = draw_pictures(23, batch)
+    p.requires_grad_()
+    target = torch.zeros(batch, 9, 12, dtype=torch.long)
+    nn.functional.nll_loss(dense_crf(images, p, iterations=1).log(), target).backward()
+    finite(p.grad)
+
+
 def test_no_graph_is_kept_without_need():
     images, p = draw_pictures(21)
     assert not dense_crf(images, p).requires_grad

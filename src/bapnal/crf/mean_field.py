@@ -183,7 +183,7 @@ def _dense_crf(
             mask = None if valid is None else valid[part]
             q = _pictures(images[part], logits[part, :most], mask, settings, cache)
             results.append(nn.functional.pad(q, (0, 0, 0, 0, 0, channels - most)))
-        return torch.cat(results) if results else p
+        return torch.cat(results).contiguous() if results else p
 
 
 def _pictures(
@@ -384,7 +384,8 @@ class DenseCRF(nn.Module):
     """Fully connected CRF as a module; see :func:`dense_crf`.
 
     It has no parameters, unless weights are given as ``nn.Parameter``. It remembers the lattices
-    over positions alone for the last few picture sizes, which no result depends on.
+    over positions alone for the last few picture sizes, which no result depends on. On a GPU sums
+    are taken in no fixed order, unless ``torch.use_deterministic_algorithms(True)`` asks for one.
 
     Args:
         bilateral_weight: Strength of the kernel of position and colour.
