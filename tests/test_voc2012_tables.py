@@ -165,7 +165,8 @@ def test_seeds_are_one_number_and_stand_beside_the_papers(tmp_path):
     assert cell(text, "Table 1", "GAP", "ours: val") == "75.5 (1 seed)"
     assert cell(text, "Table 1", "Box", "ours: val") == "62.2"
     assert cell(text, "Table 1", "Box", "ours: train") == "not run"
-    assert cell(text, "Table 1", "MCG", "ours: train").startswith("not run: needs MCG proposals")
+    mcg = cell(text, "Table 1", "MCG (best proposal of each box)", "ours: train")
+    assert mcg == "not run: needs MCG proposals"
     assert cell(text, "Table 1", "AffinityNet", "ours: train") == paper.NOT_OURS
     own = "Labels (VOC 2012)"
     assert cell(text, own, "BAP: Y_crf & Y_ret", "val (1449), labelled") == "95.0 ± 0.0 (3 seeds)"
@@ -355,6 +356,29 @@ def test_gap_and_bap_are_compared_seed_by_seed(tmp_path):
     ]
 
 
+def test_conditions_on_fixed_features_have_a_table(tmp_path):
+    rows = {}
+    for pool, grid_size, sample, score in (
+        *(("gap", 4, 0, 80.0), ("gap", 4, 1, 82.0), ("bap", 4, 0, 81.0), ("bap", 4, 1, 85.0)),
+        ("bap", 1, 0, 79.0),
+    ):
+        found = {"all": score, "uniform": score + 1, "cluttered": score - 1}
+        row = {"stride": 16, "pool": pool, "grid_size": grid_size, "margin": 0.1, "sample": sample}
+        crf = {"attention": found, "cam": found} if grid_size == 4 else {"attention": found}
+        rows[str(len(rows))] = {**row, "crf": crf}
+    content = {"kind": "conditions", "settings": {"backbone": "lite0"}, "scores": rows}
+    (tmp_path / "conditions.json").write_text(json.dumps({**content, "about": ABOUT}))
+    text = show(tmp_path, tmp_path / "page")
+    title = "GAP against BAP on fixed features of lite0: Y_crf, mIoU"
+    two = ["81.0 ± 1.0 (2 samples)", "83.0 ± 2.0 (2 samples)", *["2.0 ± 1.0 (2 samples)"] * 3]
+    one = ["80.0 (1 sample)", "79.0 (1 sample)", *["-1.0 (1 sample)"] * 3]
+    assert section(text, title)[2:] == [
+        ["stride 16, margin 0.1, u_0 attention, N in training 1", *one, "1"],
+        ["stride 16, margin 0.1, u_0 attention, N in training 4", *two, "1"],
+        ["stride 16, margin 0.1, u_0 cam, N in training 4", *two, "1"],
+    ]
+
+
 def test_unseen_classes_have_a_table(tmp_path):
     runs = animals(tmp_path / "runs")
     without = runs.classifier("without", leave_out=("cow", "horse"))
@@ -461,7 +485,6 @@ def test_broken_files_are_named_in_one_line(tmp_path):
     out = tmp_path / "page"
     for content, reason in (
         ('{"kind": "lab', "must be a result file in JSON: Unterminated string"),
-        ('{"kind": "photo"}', "kind must be one of classifier, labels, .*, got 'photo'"),
         ('{"kind": "labels", "settings": 3}', "settings must be an object, got int"),
     ):
         (tmp_path / "bad.json").write_text(content)
@@ -478,6 +501,7 @@ def test_broken_files_are_named_in_one_line(tmp_path):
 def test_json_of_others_is_passed_over(tmp_path):
     (tmp_path / "settings.json").write_text('{"out": "here"}')
     (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "photo.json").write_text('{"kind": "photo"}')
     assert results.read_results([tmp_path]) == []
 
 
@@ -610,7 +634,7 @@ def test_every_figure_is_drawn_from_drawn_pictures(tmp_path, drawn):
             with Image.open(one.path) as picture:
                 colours = picture.convert("RGB").getcolors(1 << 24)
                 assert len(colours) > 20, one.path
-                assert picture.width <= 3 * 244
+                assert picture.width <= 4 * 244
         else:
             assert data.count(b"<path") > 3
     text = page.to_html("# A\n\n![b](figures/" + found[0].path.name + ")", tmp_path)

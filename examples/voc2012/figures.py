@@ -35,7 +35,6 @@ from results import Archive, Measurement, Run, group, label_name
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)), "-")
 LARGEST = 150_000  # bytes of a figure with photographs
-ACROSS = 3  # panels side by side: more would be too small on a phone
 
 
 class Drawn(NamedTuple):
@@ -223,7 +222,7 @@ def _plain(name: str) -> str:
     """Set Y_crf as mathematics."""
     for index in ("crf", "ret"):
         name = name.replace(f"Y_{index}", rf"$Y_\mathrm{{{index}}}$")
-    return name.replace("u_0", "$u_0$")
+    return name.replace("u_0", "$u_0$").replace("u_c", "$u_c$")
 
 
 PLOTS: dict[str, Callable[[Archive, Path], str | None]] = {
@@ -244,7 +243,7 @@ def grid(path: Path, examples: Sequence[Sequence[Panel]], legend: Mapping[int, s
         examples: The panels of each example.
         legend: Names of the classes whose colours are shown.
     """
-    for width in (240, 200, 165, 135, 110, 90, 75):
+    for width in (240, 200, 170, 145, 120, 100, 75):
         data = _render(examples, width, legend)
         if len(data) <= LARGEST:
             break
@@ -254,12 +253,14 @@ def grid(path: Path, examples: Sequence[Sequence[Panel]], legend: Mapping[int, s
 
 def _render(examples: Sequence[Sequence[Panel]], width: int, legend: Mapping[int, str]) -> bytes:
     """Lay panels out at a width in pixels each."""
-    lines = [panels[i : i + ACROSS] for panels in examples for i in range(0, len(panels), ACROSS)]
+    # More side by side would be too small on a phone.
+    columns = 4 if max(map(len, examples)) in (4, 7, 8) else 3
+    lines = [panels[i : i + columns] for panels in examples for i in range(0, len(panels), columns)]
     text, gap, dots = round(0.075 * width), 4, 100
     heights = [max(map(_shape(width), line)) + 2 * text for line in lines]
     entries = [(class_colours()[label], name) for label, name in legend.items()]
-    key = 2 * text * math.ceil(len(entries) / ACROSS)
-    across, down = ACROSS * (width + gap), sum(heights) + key
+    key = 2 * text * math.ceil(len(entries) / columns)
+    across, down = columns * (width + gap), sum(heights) + key
     figure = Figure(figsize=(across / dots, down / dots), dpi=dots, facecolor="white")
 
     def write(x: float, y: float, words: str, align: str) -> None:
@@ -279,7 +280,7 @@ def _render(examples: Sequence[Sequence[Panel]], width: int, legend: Mapping[int
             write(k * (width + gap) + width / 2, top + tall + text, panel.title, "center")
         top += height
     for i, (colour, name) in enumerate(entries):
-        x, y = i % ACROSS * (width + gap), top + 2 * text * (i // ACROSS)
+        x, y = i % columns * (width + gap), top + 2 * text * (i // columns)
         place(x + 2, y + text // 2, np.full((text, text, 3), colour, dtype=np.uint8))
         write(x + 2 * text, y + text, name, "left")
     buffer = io.BytesIO()
@@ -366,7 +367,7 @@ def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
     for run in archive.runs:
         if run.content["kind"] == "labels":
             facts = archive.facts_of(run)
-            if any((run.path.parent / kind).is_dir() for kind in ("crf", "labels")):
+            if any((archive.folder(run) / kind).is_dir() for kind in ("crf", "labels")):
                 title = label_name(facts)
                 place = (run.settings["root"], run.settings["split"])
                 found.setdefault(place, {}).setdefault(title, run)
@@ -376,7 +377,7 @@ def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
     runs = {title: run for title, run in runs.items() if title != "Box" or len(runs) == 1}
     folders = {}
     for title, run in runs.items():
-        kinds = [run.path.parent / kind for kind in ("crf", "labels")]
+        kinds = [archive.folder(run) / kind for kind in ("crf", "labels")]
         folders[title] = kinds[0] if kinds[0].is_dir() else kinds[1]
     some = next(iter(runs.values()))
     source = _source(some.settings, split, examples, list(folders.values()))
@@ -399,7 +400,7 @@ def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
 def unaries(archive: Archive, path: Path, examples: int) -> str | None:
     """Show u_c, u_0 and the labels that come of them."""
     for run in archive.runs:
-        folder = run.path.parent
+        folder = archive.folder(run)
         if run.content["kind"] == "labels" and (folder / "unaries").is_dir():
             break
     else:
@@ -436,7 +437,10 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
 
     alike: dict[str, dict[str, Run]] = {}
     for run in archive.runs:
-        if run.content["kind"] == "classifier" and (run.path.parent / "classifier.pt").is_file():
+        if (
+            run.content["kind"] == "classifier"
+            and (archive.folder(run) / "classifier.pt").is_file()
+        ):
             facts = {**archive.facts_of(run), "seed": run.settings.get("seed")}
             facts.pop("stage1.min_background", None)
             pool = facts.pop("stage1.pool")
@@ -445,7 +449,7 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
     if both is None:
         return None
     classifiers = {
-        x: load_classifier(both[x].path.parent / "classifier.pt") for x in ("gap", "bap")
+        x: load_classifier(archive.folder(both[x]) / "classifier.pt") for x in ("gap", "bap")
     }
     generate = PseudoLabelGenerator(crf=None)
     source = _source(both["bap"].settings, both["bap"].settings["split"], examples, [])
@@ -469,7 +473,7 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
 def confidence(archive: Archive, path: Path, examples: int) -> str | None:
     """Show how the confidence in labels changes during training."""
     for run in archive.runs:
-        kept = run.path.parent / "confidence"
+        kept = archive.folder(run) / "confidence"
         if run.content["kind"] == "segmentation" and kept.is_dir() and any(kept.iterdir()):
             break
     else:
@@ -480,7 +484,7 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
         if epoch.isdigit():
             epochs.setdefault(name, {})[int(epoch)] = file
     labels = archive.made("labels", run.settings["labels"])
-    folder = labels.path.parent if labels else Path(run.settings["labels"])
+    folder = archive.folder(labels) if labels else Path(run.settings["labels"])
     maps = [folder / run.settings[x] for x in ("first", "second")]
     classes = tuple(run.settings.get("classes") or VOC_CLASSES)
     source = Source(Devkit(run.settings["root"], classes), sorted(epochs)[:examples])
@@ -511,7 +515,10 @@ def predictions(archive: Archive, path: Path, examples: int) -> str | None:
     found: dict[tuple[str, str], dict[str, Run]] = {}
     names = {"boxes": "boxes, NAL", "some masks": "some masks, NAL", "masks": "all masks"}
     for run in archive.runs:
-        if run.content["kind"] == "segmentation" and (run.path.parent / "segmenter.pt").is_file():
+        if (
+            run.content["kind"] == "segmentation"
+            and (archive.folder(run) / "segmenter.pt").is_file()
+        ):
             kind = archive.facts_of(run)["stage3.supervision"]
             if kind == "masks" or run.settings["loss"] == "nal":
                 place = (run.settings["root"], run.settings["network"])
@@ -525,7 +532,7 @@ def predictions(archive: Archive, path: Path, examples: int) -> str | None:
     split = "val" if (splits / "val.txt").is_file() else some["split"]
     source = _source(some, split, examples, [])
     networks = {
-        title: load_segmenter(runs[title].path.parent / "segmenter.pt")[0]
+        title: load_segmenter(archive.folder(runs[title]) / "segmenter.pt")[0]
         for title in names.values()
         if title in runs
     }

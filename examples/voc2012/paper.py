@@ -174,7 +174,13 @@ TABLE_1 = PaperTable(
         _seen("AffinityNet", 59.7, None, group=IMAGE_TAGS),
         Row("Box", (65.4, 62.2), {"labels.method": "box"}, group=BOXES),
         Row("GrabCut", (65.7, 66.1), {"labels.method": "grabcut"}, group=BOXES),
-        Row("MCG", (66.2, 66.9), needs="MCG proposals; best one a box", group=BOXES),
+        Row(
+            "MCG (best proposal of each box)",
+            (66.2, 66.9),
+            {"labels.method": "mcg"},
+            needs="MCG proposals",
+            group=BOXES,
+        ),
         Row("WSSL", (69.7, 71.1), {"labels.method": "wssl"}, group=BOXES),
         Row(
             "SDI (partly unlabelled)",

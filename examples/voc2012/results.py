@@ -30,20 +30,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all exam
 from paper import PICTURES
 
 Facts = dict[str, Any]
-KINDS = ("classifier", "labels", "search", "segmentation", "evaluation")
+KINDS = ("devkit", "classifier", "search", "labels", "segmentation", "evaluation", "conditions")
 # Settings that say where and how something ran, not what.
 PLACES = frozenset(
     (
         *("root", "out", "machines", "logging", "seed", "workers", "checkpoint_interval"),
         *("classes", "classifier", "search", "labels", "unaries", "true_masks", "folder"),
         *("segmenter", "predictions", "archive", "confidence_of", "confidence_every"),
-        "channels_last",
+        *("channels_last", "proposals", "masks"),
     )
 )
 
 METHODS = {
     "box": "Box",
     "grabcut": "GrabCut",
+    "mcg": "MCG",
     "wssl": "WSSL",
     "sdi": "SDI",
     "masks": "masks made elsewhere",
@@ -96,7 +97,7 @@ class Measurement(NamedTuple):
 def read_results(folders: Iterable[Path]) -> list[Run]:
     """Read all result files below some folders, in the order of their paths.
 
-    JSON files that hold no ``"kind"`` belong to something else and are passed over.
+    JSON files without one of these kinds belong to something else and are passed over.
 
     Raises:
         FileNotFoundError: If a folder does not exist.
@@ -114,12 +115,8 @@ def read_results(folders: Iterable[Path]) -> list[Run]:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} must be a result file in JSON: {error}") from error
-        if not isinstance(content, dict) or "kind" not in content:
+        if not isinstance(content, dict) or content.get("kind") not in KINDS:
             continue
-        if content["kind"] not in KINDS:
-            raise ValueError(
-                f"{path}: kind must be one of {', '.join(KINDS)}, got {content['kind']!r}"
-            )
         for key in ("settings", "scores"):
             if not isinstance(content.get(key), dict):
                 raise ValueError(
@@ -152,9 +149,9 @@ class Archive:
         self.runs = list(runs)
         self._made: dict[tuple[str, str], Run] = {}
         for run in runs:
-            if run.content["kind"] != "evaluation":
-                self._made[run.content["kind"], str(PurePath(run.settings.get("out", "")))] = run
-                self._made[run.content["kind"], str(run.path.parent.resolve())] = run
+            if run.content["kind"] in KINDS[1:5]:
+                for folder in (PurePath(run.settings.get("out", "")), self.folder(run).resolve()):
+                    self._made[run.content["kind"], str(folder)] = run
         self._sizes = self._pictures()
         kept: dict[Any, Measurement] = {}
         self.repeated: list[Run] = []
@@ -172,6 +169,12 @@ class Archive:
             return None
         places = (str(PurePath(folder)), str(Path(folder).resolve()))
         return next((self._made[kind, x] for x in places if (kind, x) in self._made), None)
+
+    @staticmethod
+    def folder(run: Run) -> Path:
+        """Return where a run wrote: where its result is, unless that is a copy by another name."""
+        written = run.path.name == "result.json"
+        return run.path.parent if written else Path(run.settings.get("out", ""))
 
     def facts_of(self, run: Run) -> Facts:
         """Return the settings of a run, and of what it stands on, as facts."""
@@ -254,9 +257,14 @@ class Archive:
                 value = flat.pop(name)
                 if method == "wssl":  # a CRF of its own, which says nothing of the method's
                     flat[f"wssl.{name}"] = value
-            elif (part == "generator" and not by_network) or (
-                part in ("backbone", "weights", "stride")
-                and (method != "agnostic" or settings.get("classifier"))
+            elif (
+                (part == "generator" and not by_network)
+                or (part in ("rounds", "seed") and method not in ("grabcut", "sdi"))
+                or (part == "centre" and method != "wssl")
+                or (
+                    part in ("backbone", "weights", "stride")
+                    and (method != "agnostic" or settings.get("classifier"))
+                )
             ):
                 flat.pop(name)
         facts |= flat

@@ -149,20 +149,23 @@ def _figure(drawn: figures.Drawn) -> str:
 # Numbers
 
 
-def number(values: Sequence[float], seeds: bool = True, decimals: int = 1) -> str:
+def number(
+    values: Sequence[float], seeds: bool = True, decimals: int = 1, what: str = "seed"
+) -> str:
     """``84.8 ± 0.7 (3 seeds)``: mean and half the range.
 
     Args:
         values: One a seed.
         seeds: Whether the number depends on a seed at all.
         decimals: To show.
+        what: What there is one of for each value.
     """
     if not values:
         return "–"
     text = f"{sum(values) / len(values):.{decimals}f}"
     if len(values) > 1:
         text += f" ± {(max(values) - min(values)) / 2:.{decimals}f}"
-    return text + (f" ({len(values)} seed{'s' * (len(values) > 1)})" if seeds else "")
+    return text + (f" ({len(values)} {what}{'s' * (len(values) > 1)})" if seeds else "")
 
 
 def _number(several: Sequence[Measurement], score: str, decimals: int = 1) -> str:
@@ -600,6 +603,7 @@ def own_tables(archive: Archive) -> list[str]:
         found += _label_tables(data, by_kind["labels"])
         found += _segmentation_tables(data, by_kind["segmentation"])
         found += _classifier_tables(data, by_kind)
+    found += [_conditions(x) for x in archive.runs if x.content["kind"] == "conditions"]
     return [x for x in found if x] or ["No evaluation has been run."]
 
 
@@ -830,6 +834,41 @@ def _classifier_tables(data: str, by_kind: Mapping[str, Sequence[Measurement]]) 
     return found
 
 
+def _conditions(one: Run) -> str | None:
+    """GAP beside BAP as benchmarks/voc_animals_conditions.py writes them, or None if empty."""
+    values: dict[tuple, dict[tuple[str, int], dict[str, float]]] = {}
+    for row in one.content["scores"].values():
+        for name, found in row["crf"].items():
+            u_0, _, generating = name.partition(" N=")
+            place = (row["stride"], row["margin"], u_0, int(generating or 1), row["grid_size"])
+            values.setdefault(place, {})[row["pool"], row["sample"]] = found
+    lines = []
+    for (stride, margin, u_0, generating, training), here in sorted(values.items()):
+        # GAP knows no N but that of the background's vectors, which stays at 4.
+        gap = {**values.get((stride, margin, u_0, 1, 4), {})}
+        bap = {sample: x for (pool, sample), x in here.items() if pool == "bap"}
+        gap = {sample: x for (pool, sample), x in gap.items() if pool == "gap" and sample in bap}
+        if not gap:
+            continue
+        gains = [
+            [bap[x][half] - gap[x][half] for x in gap] for half in ("all", "uniform", "cluttered")
+        ]
+        columns = [[x["all"] for x in gap.values()], [x["all"] for x in bap.values()], *gains]
+        told = f"stride {stride}, margin {margin:g}, u_0 {u_0}, N in training {training}"
+        told += f", N in generating {generating}" if generating > 1 else ""
+        lines.append([told, *(number(x, what="sample") for x in columns), str(one.number)])
+    if not lines:
+        return None
+    head = ["settings", "GAP", "BAP", "BAP - GAP", "uniform backgrounds", "cluttered ones", "runs"]
+    title = f"GAP against BAP on fixed features of {one.settings.get('backbone')}: Y_crf, mIoU"
+    note = (
+        "The classifier alone is trained, to the end; samples are of the training pictures. The "
+        "last two columns are BAP - GAP on the halves of val with the more uniform and the more "
+        "cluttered backgrounds."
+    )
+    return "\n\n".join([f"### {title}", table(head, lines), note])
+
+
 # Appendix
 
 
@@ -868,7 +907,7 @@ def appendix(archive: Archive) -> list[str]:
     return found or ["No result has been found."]
 
 
-PLACES_TOO = frozenset(("root", "out", "archive", "predictions"))
+PLACES_TOO = frozenset(("root", "out", "archive", "predictions", "classes"))
 PATHS = frozenset(
     ("classifier", "labels", "search", "folder", "segmenter", "true_masks", "weights", "pictures")
 )
@@ -898,7 +937,8 @@ def _found(one: Run, archive: Archive) -> str:
         return f"best Y_crf {best.get('miou', '–')}"
     if one.content["kind"] != "evaluation":
         scores = one.content["scores"]
-        return ", ".join(f"{k} {_value(scores[k])}" for k in ("loss", "pictures") if k in scores)
+        said = [f"{k} {_value(scores[k])}" for k in ("loss", "pictures") if k in scores]
+        return ", ".join(said) or "–"
     texts = []
     for m in archive.measurements:
         if m.run is one:
