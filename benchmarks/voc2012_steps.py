@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -134,7 +135,9 @@ def measure(recipe: str, batch_size: int, threads: int, channel: multiprocessing
         "side": SIDE,
         "parameters": sum(p.numel() for p in network.parameters()),
         "seconds": round(statistics.median(times), 3),
-        "cpu_seconds": round(statistics.median(cpu_times), 3),  # of this process alone
+        # Of this process alone: on a busy machine it says more than the clock.
+        "cpu_seconds": round(statistics.median(cpu_times), 3),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "steps": len(times),
         "peak_memory_bytes": meter.memory,
         **about(),
