@@ -539,7 +539,7 @@ class ConfidenceKeeper:
     @torch.no_grad()
     def __call__(self, step: int) -> None:
         """Write the maps if they are wanted after this many steps."""
-        if step not in self.moments:
+        if step not in self.moments or len(self.pictures) == 0:
             return
         mode = self.network.training
         self.network.eval()
@@ -596,8 +596,8 @@ def _same_classes(settings: Settings) -> None:
     """Check that the label maps were made with these classes, where they say."""
     path = settings.labels / "result.json"
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))["settings"]["classes"]
-        if there != list(settings.classes):
+        there = json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("classes")
+        if there is not None and there != list(settings.classes):
             raise ValueError(
                 f"classes must be those of {path}, {', '.join(there)}, got "
                 f"{', '.join(settings.classes)}"

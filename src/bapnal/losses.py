@@ -329,9 +329,9 @@ def _upsample(scores: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
         return scores
     if scores.shape[0] == 0:  # interpolating no picture is an error in torch
         return widen(scores).sum((2, 3), keepdim=True).expand(-1, -1, *size)
-    return F.interpolate(
-        widen(scores), size=tuple(size), mode="bilinear", align_corners=align_corners
-    )
+    # The softmax over dimension 1 would copy large maps in channels_last; these are small still.
+    scores = widen(scores).contiguous()
+    return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 class NoiseAwareLoss(nn.Module):
