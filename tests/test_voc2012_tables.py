@@ -1,5 +1,6 @@
 """The page of results: which number stands where, what is said of those missing, and figures."""
 
+import importlib
 import json
 import re
 from dataclasses import asdict, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 import evaluate
@@ -22,6 +24,7 @@ import shapes
 import tables
 import train_classifier
 import train_segmentation
+import training
 from devkit import VOC_CLASSES, Devkit, fill_boxes, write_label_map
 
 ABOUT = {"machine": "test", "threads": 1, "commit": "abc1234"}
@@ -322,12 +325,12 @@ def test_deeplab_on_all_of_voc_is_ours(tmp_path):
 
 def test_grid_sizes_make_a_square_table(tmp_path):
     runs = animals(tmp_path / "runs")
-    for training in (1, 4):
-        classifier = runs.classifier(f"bap_{training}", grid_size=training)
+    for learning in (1, 4):
+        classifier = runs.classifier(f"bap_{learning}", grid_size=learning)
         for generating in (1, 2):
             generator = generate_labels.GeneratorSettings(grid_size=generating)
-            score = {"crf": 80 + training + generating / 10}
-            name = f"labels_{training}_{generating}"
+            score = {"crf": 80 + learning + generating / 10}
+            name = f"labels_{learning}_{generating}"
             runs.labels(name, score, classifier, split="train", generator=generator)
     text = show(tmp_path / "runs", tmp_path / "page")
     title = "Grid size N: Y_crf of BAP, mIoU (voc-animals, train (437))"
@@ -695,3 +698,24 @@ def test_as_a_command(tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert "bad.json must be a result file in JSON" in lines[0]
+
+
+README = Path(tables.__file__).with_name("README.md")
+COMMANDS = re.findall(r"^    python examples/voc2012/(\w+)\.py (.*)$", README.read_text(), re.M)
+
+
+def test_the_commands_of_the_readme_are_understood(monkeypatch):
+    assert len(COMMANDS) > 30
+    # One is enough of those with the same options.
+    flags = [
+        (script, *(x for x in options.split() if x[:2] == "--")) for script, options in COMMANDS
+    ]
+    different = dict(zip(flags, COMMANDS, strict=True))
+    for script, options in different.values():
+        monkeypatch.setattr("sys.argv", [f"{script}.py", *options.split()])
+        module = importlib.import_module(script)
+        if hasattr(module, "PRESETS"):
+            settings = training.cli(module.__doc__, module.PRESETS)
+        else:
+            settings = tyro.cli(module.Settings)
+        assert str(getattr(settings, "out", "runs")).startswith("runs")
