@@ -114,7 +114,7 @@ def test_segmentation_models_pytorch():
     torch.manual_seed(0)
     model = example.build("resnet18", CLASSES)
     images, y_crf, y_ret = toy()
-    steps_down(model, example.loss, (images, y_crf, y_ret), steps=3)
+    steps_down(model, example.loss, (images, y_crf, y_ret), rate=1e-4, steps=3)
     out = model(images)
     assert out.shape == (2, CLASSES, 64, 64)
     check_cosines(model.segmentation_head[0], out)
@@ -145,7 +145,7 @@ def test_segformer():
     )
     model = example.build(config, CLASSES)
     images, y_crf, y_ret = toy()
-    steps_down(model, example.loss, (images, y_crf, y_ret))
+    steps_down(model, example.loss, (images, y_crf, y_ret), rate=1e-3)
     out = model(pixel_values=images).logits
     assert out.shape == (2, CLASSES, 16, 16)
     check_cosines(model.decode_head.classifier, out)
@@ -190,6 +190,7 @@ def test_sam_gives_the_second_label_map():
         vision_config=transformers.SamVisionConfig(
             hidden_size=16,
             output_channels=16,
+            num_pos_feats=8,
             num_hidden_layers=1,
             num_attention_heads=2,
             image_size=64,
@@ -233,7 +234,7 @@ def test_lightning(tmp_path):
     batches = [toy(seed) for seed in range(4)]
     seen = []
     step = module.training_step
-    module.training_step = lambda batch, index: seen.append(step(batch, index)) or seen[-1]
+    module.training_step = lambda batch: seen.append(step(batch)) or seen[-1]
     trainer = lightning.Trainer(
         max_epochs=5,
         accelerator="cpu",

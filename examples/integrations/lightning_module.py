@@ -34,7 +34,7 @@ class NoisySegmentation(lightning.LightningModule):
         """Return cosines ``(B, C, h, w)``."""
         return self.head.similarity(self.features(images))
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Return the loss of pictures, Y_crf and Y_ret."""
         images, y_crf, y_ret = batch
         similarity = self(images)
