@@ -777,7 +777,9 @@ def _panels(out: Path, source: Source, picture: Picture) -> list[Image.Image]:
     for box, label in zip((boxes * scale).tolist(), picture.labels.tolist(), strict=True):
         colour = tuple(class_colours()[label].tolist())
         draw.rectangle(box, outline=colour, width=2)
-        draw.text((box[0] + 3, box[1] + 2), _plain(source.classes[label - 1]), fill=colour)
+        place, name = (max(2, box[0] + 3), max(1, box[1] + 2)), _plain(source.classes[label - 1])
+        draw.rectangle(draw.textbbox(place, name), fill=colour)
+        draw.text(place, name, fill="black")
     panels = [small]
     for path in _paths(out, picture.name)[:2]:
         labels = Image.fromarray(read_label_map(path).to(torch.uint8).numpy())
