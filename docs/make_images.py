@@ -1,0 +1,146 @@
+"""Draw the pictures of the documentation into ``docs/generated``; those that are there stay.
+
+    python docs/make_images.py
+
+``conf.py`` calls this at the start of a build. Delete the folder to draw them again.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+STAGES = {"1  classifier": "#dbe9f6", "2  labels": "#e3f1dc", "3  segmentation": "#fbe6cf"}
+PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
+
+
+def box(axis: Axes, x: float, y: float, text: str, colour: str, width: float = 1.9) -> None:
+    """Draw a box with text around (x, y)."""
+    patch = FancyBboxPatch(
+        (x - width / 2, y - 0.36), width, 0.72, "round,pad=0,rounding_size=0.1", fc=colour, ec="0.4"
+    )
+    axis.add_patch(patch)
+    axis.text(x, y, text, ha="center", va="center", fontsize=9)
+
+
+def arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw an arrow between two points."""
+    axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.3"})
+
+
+def flow(path: Path) -> None:
+    """Draw the flow of the whole method."""
+    figure, axis = plt.subplots(figsize=(9, 5.2))
+    blue, green, orange = STAGES.values()
+    for (title, colour), y in zip(STAGES.items(), (4.5, 2.5, 0.5), strict=True):
+        axis.axhspan(y - 0.9, y + 0.9, color=colour, alpha=0.35, lw=0)
+        axis.text(0.1, y + 0.68, title, fontsize=10, weight="bold", va="center")
+    box(axis, 1.2, 4.4, "pictures, boxes", "white")
+    box(axis, 3.8, 4.4, "features f\n(any backbone)", blue)
+    box(axis, 6.4, 4.85, "pooled r, q\nEq. 4", blue)
+    box(axis, 6.4, 3.95, "attention A\nEq. 1-3", blue)
+    box(axis, 9.0, 4.4, "box classes,\ncross-entropy", blue)
+    box(axis, 1.2, 2.4, "unaries u0, uc\nEq. 5-7", green)
+    box(axis, 3.8, 2.4, "dense CRF", green)
+    box(axis, 6.4, 2.4, "Y_crf", green)
+    box(axis, 9.0, 2.4, "retrieval Y_ret\nEq. 8-9", green)
+    box(axis, 1.2, 0.4, "segmentation\nfeatures", orange)
+    box(axis, 3.8, 0.4, "cosines s,\nlogits 20 s", orange)
+    box(axis, 6.4, 0.4, "confidence σ\nEq. 11-12", orange)
+    box(axis, 9.0, 0.4, "noise-aware loss\nEq. 10, 13, 14", orange)
+    for y in (2.4, 0.4):
+        for x in (1.2, 3.8, 6.4):
+            arrow(axis, (x + 0.95, y), (x + 1.65, y))
+    arrow(axis, (2.15, 4.4), (2.85, 4.4))
+    arrow(axis, (4.75, 4.5), (5.45, 4.8))
+    arrow(axis, (4.75, 4.3), (5.45, 4.05))
+    arrow(axis, (6.4, 4.29), (6.4, 4.52))
+    arrow(axis, (7.35, 4.8), (8.05, 4.5))
+    arrow(axis, (3.2, 4.04), (1.6, 2.76))
+    arrow(axis, (5.5, 3.6), (2.0, 2.76))
+    axis.text(4.9, 3.22, "f, class vectors w, A", fontsize=8.5)
+    arrow(axis, (9.0, 2.04), (9.0, 0.76))
+    arrow(axis, (6.5, 2.04), (8.6, 0.76))
+    axis.text(7.1, 1.36, "S: where both agree", fontsize=8.5, ha="right")
+    axis.set(xlim=(0, 10.2), ylim=(-0.4, 5.4))
+    axis.axis("off")
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)
+
+
+def photos(path: Path) -> None:
+    """Label photographs of scikit-image without training."""
+    import skimage
+    import torch
+
+    import label_photo
+    from bapnal import DenseCRF, PseudoLabelGenerator
+    from networks import TimmFeatures
+
+    network = TimmFeatures("tf_efficientnet_lite0", stride=8, normalize=True).eval()
+    generate = PseudoLabelGenerator(
+        DenseCRF(), background_threshold=None, attention_minmax=True, unary_softmax=3.0
+    )
+    figure, rows = plt.subplots(len(PHOTOS), 4, figsize=(12, 7.2), layout="constrained")
+    for axes, name in zip(rows, PHOTOS, strict=True):
+        file = Path(skimage.__file__).parent / "data" / name
+        image, boxes = label_photo.load_photo(file, label_photo.PHOTOS[name])
+        with torch.inference_mode():
+            y = generate(image[None], network(image[None]), None, [boxes], [torch.tensor([1])])
+        label_photo.draw(axes[:3], image, boxes, y.background_unary[0], y.crf[0])
+        axes[3].imshow(image.permute(1, 2, 0).numpy(), alpha=0.4)
+        unreliable = (~y.reliable[0]).numpy()
+        axes[3].imshow(unreliable, cmap="Reds", alpha=unreliable * 1.0, vmin=0, vmax=1.2)
+        axes[3].set_title(f"unreliable: {unreliable.mean():.1%}", fontsize=10)
+        axes[3].axis("off")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def drawn(path: Path) -> None:
+    """Draw pictures of the quickstart's data set, with their boxes and their true masks."""
+    import shapes
+
+    figure, rows = plt.subplots(2, 6, figsize=(12, 4.2), layout="constrained")
+    for index, axes in enumerate(rows.T):
+        picture = shapes.draw_picture(seed=0, index=index)
+        axes[0].imshow(picture.image)
+        for x1, y1, x2, y2 in picture.boxes.tolist():
+            frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="yellow", lw=1.5)
+            axes[0].add_patch(frame)
+        axes[1].imshow(picture.mask % 255, cmap="tab10", vmin=0, vmax=9)
+        for axis in axes:
+            axis.axis("off")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+PICTURES: dict[str, Callable[[Path], None]] = {
+    "flow.svg": flow,
+    "drawn.png": drawn,
+    "photos.jpg": photos,
+}
+
+
+def main(folder: Path = HERE / "generated") -> None:
+    """Draw what is not there yet."""
+    folder.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        if not (folder / name).exists():
+            part = folder / f"part-{name}"
+            draw(part)
+            part.replace(folder / name)
+
+
+if __name__ == "__main__":
+    main()
