@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,6 +127,8 @@ def test_labels_that_do_not_fit_are_refused(labelled, tmp_path):
 
     with pytest.raises(FileNotFoundError, match="must hold folders crf and ret, or labels"):
         evaluate.main(of(empty))
+    with pytest.raises(ValueError, match=r"out must be a file such as result.json, got the folder"):
+        evaluate.main(replace(of(settings.folder), out=empty))
     with pytest.raises(ValueError, match=r"score_classes must be in 0\.\.2, got 3"):
         evaluate.main(of(settings.folder, score_classes=(3,)))
     write_maps(settings.folder, crf=[[0, 1]])
@@ -323,6 +326,7 @@ def test_precision_of_activation_maps(colours):
     assert lower == pytest.approx(100 * 6 / 13, abs=1e-3)
     by_box = measured(evaluate.Cams, colours, cam_normalization="box")["precision"]["per_class"]
     assert by_box["red"] == 60.0
+    write_picture(colours / "devkit", "empty", black(4, 4), [[0] * 4] * 4)
     green = measured(evaluate.Cams, colours, score_classes=(2,))["precision"]
     assert green["mean"] == green["per_class"]["green"] == 50.0
 
@@ -332,6 +336,8 @@ def test_accuracy_of_the_box_classifier(colours):
     assert scores["boxes"] == 3
     assert scores["accuracy"] == pytest.approx(200 / 3, abs=1e-3)
     assert scores["per_class"] == {"red": 50.0, "green": 100.0}
+    write_picture(colours / "devkit", "empty", black(4, 4), [[0] * 4] * 4)
+    assert measured(evaluate.Boxes, colours) == scores
     assert measured(evaluate.Boxes, colours, score_classes=(2,))["accuracy"] == 100.0
 
 

@@ -160,6 +160,13 @@ def test_a_quarter_of_the_resolution_is_the_same_scene(planted, tmp_path):
     torch.testing.assert_close(odd.boxes, picture.boxes * scale)
 
 
+def test_features_too_large_for_half_precision_are_kept(planted, classifier, tmp_path):
+    assert read(planted, tmp_path, count=1).pictures[0].features.dtype == torch.float16
+    with torch.no_grad():
+        classifier.features.layers[-1].weight.mul_(1e9)
+    assert read(planted, tmp_path, count=1).pictures[0].features.dtype == torch.float32
+
+
 def test_pictures_are_spread_evenly_and_have_masks(planted, tmp_path):
     names = Devkit(planted).names("train")
     (planted / "SegmentationClassAug" / f"{names[2]}.png").unlink()

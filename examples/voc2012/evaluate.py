@@ -250,10 +250,9 @@ def main(settings: Settings) -> dict:
         FileNotFoundError: If a file is not there.
         ValueError: If a setting or the content of a file does not fit.
     """
-    for kind, evaluate in EVALUATIONS.items():
-        if isinstance(settings, kind):
-            return evaluate(settings)
-    raise TypeError(f"settings must be of one of the subcommands, got {type(settings).__name__}")
+    if settings.out.is_dir():
+        raise ValueError(f"out must be a file such as result.json, got the folder {settings.out}")
+    return EVALUATIONS[type(settings)](settings)
 
 
 # Pixel labels and segmentation networks
@@ -350,6 +349,8 @@ def evaluate_segmentation(settings: Segmentation) -> dict:
     )
     fabric = launch(settings.machines)
     network = network.to(fabric.device).eval()
+    if trained.get("channels_last"):
+        network = network.to(memory_format=torch.channels_last)
     predict = Predictor(
         network,
         settings.modes,

@@ -147,7 +147,7 @@ class HeldOut(NamedTuple):
 
     Attributes:
         image: ``(1, 3, H, W)`` uint8.
-        features: ``(1, D, h, w)``, half precision.
+        features: ``(1, D, h, w)``, in half precision unless numbers are too large for it.
         boxes: ``(K, 4)``.
         labels: ``(K,)``.
         truth: ``(H, W)`` uint8.
@@ -258,7 +258,9 @@ def read_bench(settings: Settings, fabric: Fabric) -> Bench:
         sample = data[i]
         image = sample.image[None].to(fabric.device)
         with fabric.autocast():
-            found = features(image).half()
+            found = features(image)
+        if (half := found.half()).isfinite().all():
+            found = half
         boxes, labels = sample.boxes.to(fabric.device), sample.labels.to(fabric.device)
         pictures.append(HeldOut(image, found, boxes, labels, sample.maps[0].to(torch.uint8)))
     return Bench(names, pictures, weight, len(classes) + 1, chosen, fabric)
