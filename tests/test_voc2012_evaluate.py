@@ -341,6 +341,13 @@ def test_accuracy_of_the_box_classifier(colours):
     assert measured(evaluate.Boxes, colours, score_classes=(2,))["accuracy"] == 100.0
 
 
+def test_a_box_is_never_called_background(colours):
+    picture = np.full((4, 4, 3), (90, 20, 200))
+    (colours / "devkit/ImageSets/Segmentation/val.txt").unlink()
+    write_picture(colours / "devkit", "b", picture, None, [(1, 1, 3, 3, "red")])
+    assert measured(evaluate.Boxes, colours)["accuracy"] == 100.0
+
+
 def test_boxes_can_be_pooled_without_what_looks_like_background(colours, monkeypatch):
     """Of a box that is a little red on a greenish background only the red counts."""
     picture = np.zeros((4, 8, 3))
