@@ -11,6 +11,7 @@ Weights and label maps go to ``--work``, result files to ``--out``, which
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ import train_classifier
 import train_segmentation
 from devkit import default_root
 from generate_labels import GeneratorSettings
+from record import write_json
 from training import Logging, Machines
 
 ANIMALS = (0, 8, 10, 12, 13, 17)  # what the scores are averaged over
@@ -40,6 +42,9 @@ AGNOSTIC = GeneratorSettings(
     background_threshold=None, attention_minmax=True, unary_softmax=3.0, cam_normalization="box"
 )
 WITHOUT_U0 = GeneratorSettings(background="cam", cam_normalization="box", unary_softmax=1.0)
+FOLDERS = (
+    *("classifier", "search", "labels_train_aug", "labels_val", "labels_unseen", "segmentation"),
+)
 Job = tuple[str, Callable[[], Any]]
 
 
@@ -298,23 +303,24 @@ def main(settings: Settings) -> None:
                 continue
             rich.print(f"[bold]{name}")
             job()
-            for folder in (
-                "classifier",
-                "search",
-                "labels_train_aug",
-                "labels_val",
-                "segmentation",
-            ):
-                _collect(settings, folder)
+            collect(settings)
+    collect(settings)
 
 
-def _collect(settings: Settings, folder: str) -> None:
-    """Copy the result files of finished runs beside those of the evaluations."""
-    for path in sorted((settings.work / folder).glob("*/result.json")):
-        copy = settings.out / f"{folder}_{path.parent.name}.json"
-        if not copy.is_file():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+def collect(settings: Settings) -> None:
+    """Copy the result files of finished runs beside those of the evaluations; name no machine."""
+    for folder in FOLDERS:
+        for path in sorted((settings.work / folder).glob("*/result.json")):
+            copy = settings.out / f"{folder}_{path.parent.name}.json"
+            if not copy.is_file():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+    for path in settings.out.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        portable = text.replace(str(settings.root), "VOCdevkit/VOC2012")
+        portable = portable.replace(str(settings.work), "runs/voc_animals")
+        if portable != text:
+            write_json(path, json.loads(portable))
 
 
 if __name__ == "__main__":
