@@ -121,6 +121,20 @@ def test_types_are_for_everyone():
     assert importlib.resources.files("bapnal").joinpath("py.typed").is_file()
 
 
+def test_a_strangers_typed_code_runs():
+    import typed_use
+
+    torch.manual_seed(0)
+    images = torch.randint(256, (1, 3, 24, 32)).to(torch.uint8)
+    boxes, labels = [torch.tensor([[4.0, 4.0, 20.0, 20.0]])], [torch.tensor([1])]
+    network = typed_use.BoxClassifier(8, 3)
+    assert network.loss(images, boxes, labels).isfinite()
+    y = typed_use.label(network, images, boxes, labels)
+    assert y.crf.shape == (1, 24, 32)
+    assert typed_use.segmentation_loss(torch.randn(1, 8, 6, 8), 3, y).isfinite()
+    assert typed_use.smooth(torch.ones(5, 2), torch.randn(5, 3)).shape == (5, 2)
+
+
 def test_version():
     assert bapnal.__version__.count(".") >= 2
     assert importlib.metadata.version("bapnal") == bapnal.__version__
