@@ -1,11 +1,13 @@
 """Sphinx settings: ``sphinx-build -W docs build/docs``, which needs no network."""
 
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import make_images
+from docutils import nodes
 
 from bapnal import __version__
 
@@ -25,6 +27,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 myst_enable_extensions = ["dollarmath", "deflist"]
@@ -32,6 +35,23 @@ myst_heading_anchors = 3
 exclude_patterns = ["images", "generated", "_build"]
 
 
+def without_field_numbers(app, what, name, obj, skip, options):
+    """Leave out the fields of named tuples, which the class has described already."""
+    return True if (getattr(obj, "__doc__", "") or "").startswith("Alias for field") else None
+
+
+def shorten_diffs(app, doctree):
+    """Name the two files of a diff without the folders of this machine."""
+    for block in doctree.findall(nodes.literal_block):
+        if block.rawsource.startswith("--- "):
+            text = re.sub(r"^(---|\+\+\+) \S*/", r"\1 ", block.rawsource, flags=re.MULTILINE)
+            block.rawsource = text
+            block.children = []
+            block += nodes.Text(text)
+
+
 def setup(app):
     """Draw the pictures that the pages show, before the pages are read."""
     app.connect("builder-inited", lambda _: make_images.main())
+    app.connect("autodoc-skip-member", without_field_numbers)
+    app.connect("doctree-read", shorten_diffs)
