@@ -14,7 +14,7 @@ from bapnal import (
     definite_background,
     grid_prototypes,
 )
-from comparing import close, close_gradients, finite, finite_gradients
+from comparing import close, close_gradients, compiles, finite, finite_gradients
 from drawing import scenes, seeded, seeds, sizes
 
 grids = st.integers(1, 5)
@@ -340,6 +340,7 @@ def test_vmap_and_func_grad():
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
+@compiles
 def test_compiles_without_a_graph_break(backend):
     torch._dynamo.reset()
     features, background, _ = drawn(8, (4, 5))

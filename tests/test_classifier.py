@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import reference
 from bapnal import CosineClassifier, cosine_similarity
-from comparing import close, close_gradients, finite_gradients
+from comparing import close, close_gradients, compiles, finite_gradients
 from drawing import seeded, seeds, sizes
 
 channels = st.integers(1, 5)
@@ -209,6 +209,7 @@ def test_vmap_and_functional_call():
 
 
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
+@compiles
 def test_compiles_without_a_graph_break(backend):
     torch._dynamo.reset()
     features, _, _ = drawn(11)
@@ -221,6 +222,7 @@ def test_compiles_without_a_graph_break(backend):
     close(gradient, expected)
 
 
+@pytest.mark.filterwarnings("ignore:You are using `torch.load`:FutureWarning")  # up to 2.5
 def test_state_and_pickling():
     classifier = CosineClassifier(3, 4, scale=7.0)
     assert list(classifier.state_dict()) == ["weight"]

@@ -21,7 +21,7 @@ from bapnal import (
     noise_aware_loss,
     poly_schedule,
 )
-from comparing import close, close_gradients, finite_gradients
+from comparing import close, close_gradients, compiles, finite_gradients
 from drawing import seeded, seeds
 
 small = st.tuples(st.integers(1, 4), st.integers(1, 4))
@@ -679,6 +679,7 @@ def test_vmap_and_func_grad(function, kwargs):
 
 @pytest.mark.parametrize(("function", "kwargs"), ALL)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
+@compiles
 def test_compiles_without_a_graph_break(function, kwargs, backend):
     if backend == "inductor" and function is entropy_regularization_loss:
         pytest.skip("bootstrapping holds its operations too")

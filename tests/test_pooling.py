@@ -16,7 +16,7 @@ from bapnal import (
     background_aware_pooling,
     box_classification_loss,
 )
-from comparing import close, close_gradients, finite, finite_gradients
+from comparing import close, close_gradients, compiles, finite, finite_gradients
 from drawing import Scene, random_boxes, scenes, seeded, seeds
 
 options = st.fixed_dictionaries(
@@ -687,6 +687,7 @@ def test_vmap_and_func_grad():
     ("backend", "form"), [("eager", "list"), ("eager", "rois"), ("inductor", "list")]
 )
 @pytest.mark.parametrize("bins", [1, 2])
+@compiles
 def test_compiles_without_a_graph_break(backend, form, bins):
     if backend == "inductor" and bins == 1:
         pytest.skip("one with bins is enough")

@@ -158,7 +158,7 @@ def _bin_masks(
     """Masks of all bins of all boxes; ``(B, S * bins**2, h, w)``."""
     corners = box_bins(padded.corners, bins).flatten(1, 2)
     present = padded.present.repeat_interleave(bins**2, dim=1)
-    split = padded._replace(corners=corners, present=present)
+    split = PaddedBoxes(corners, present, padded.picture, padded.place)
     return box_masks(split, size, (x.shape[2], x.shape[3]), valid)
 
 
