@@ -174,7 +174,7 @@ def test_pictures_are_shared_out_among_processes(settings, monkeypatch, tmp_path
         world_size = 2
 
         def __init__(self, rank):
-            self.global_rank = rank
+            self.global_rank, self.is_global_zero = rank, rank == 0
             self.inner = launch(CPU)
 
         def __getattr__(self, name):
@@ -185,6 +185,7 @@ def test_pictures_are_shared_out_among_processes(settings, monkeypatch, tmp_path
         return [mine]
 
     monkeypatch.setattr(generate_labels, "_gather", gather)
+    monkeypatch.setattr(generate_labels.Together, "fail", lambda self, error: None)
     for rank in (1, 0):
         monkeypatch.setattr(generate_labels, "launch", lambda _, rank=rank: Rank(rank))
         main(settings)

@@ -56,7 +56,7 @@ from devkit import (
 )
 from networks import TimmFeatures
 from train_classifier import load_classifier
-from training import Machines, cli, launch, plain, run
+from training import Machines, Together, cli, launch, plain, run
 
 Method = Literal["network", "agnostic", "box", "grabcut", "wssl", "mcg", "sdi", "masks"]
 TWO_MAPS = ("network", "agnostic")  # the methods that give Y_crf and Y_ret
@@ -253,34 +253,43 @@ def main(settings: Settings) -> dict:
     fabric = launch(settings.machines)
     path = settings.out / "result.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    together, failure = Together(fabric), None
+    done, seconds = [], 0.0
     with record.Meter() as meter:
-        label = make_labeller(settings, fabric)
-        _claim(settings.out / "settings.json", settings, write=fabric.global_rank == 0)
-        dataset = BoxDataset(
-            Devkit(settings.root, settings.classes),
-            names,
-            difficult=settings.difficult,
-            margin=settings.margin,
-        )
-        mine = range(fabric.global_rank, len(names), fabric.world_size)
-        todo = [i for i in mine if not _finished(settings, names[i])]
-        begin = time.perf_counter()
-        done = list(_label_all(settings, fabric, label, dataset, todo))
-        seconds = round(time.perf_counter() - begin, 3)
+        try:
+            done, seconds = _label_share(settings, fabric, names)
+        except (OSError, ValueError) as error:
+            failure = error
+        together.fail(failure)
         parts = _gather(fabric, (done, seconds))
     every = [one for some, _ in parts for one in some]
-    if stored and not every:
-        return stored
     errors = {one.name: one.error for one in sorted(every, key=lambda one: one.name) if one.error}
     scores = {"pictures": len(names) - len(errors), "skipped": list(errors), "errors": errors}
     found = record.result("labels", asdict(settings), scores, meter)
-    if stored and len(every) == len(errors):  # what was skipped before is so again
+    if stored and len(every) == len(errors):  # nothing new but what was skipped before
         found = {**stored, "scores": {**stored["scores"], **scores}}
     else:
         found["scores"].update(_speed(every, [seconds for _, seconds in parts]))
-    if fabric.global_rank == 0:
+    if fabric.is_global_zero:
         record.write_json(path, found)
     return found
+
+
+def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> tuple[list[Done], float]:
+    """Label this process's share of the pictures; return what became of them, and the time."""
+    label = make_labeller(settings, fabric)
+    _claim(settings.out / "settings.json", settings, write=fabric.is_global_zero)
+    dataset = BoxDataset(
+        Devkit(settings.root, settings.classes),
+        names,
+        difficult=settings.difficult,
+        margin=settings.margin,
+    )
+    mine = range(fabric.global_rank, len(names), fabric.world_size)
+    todo = [i for i in mine if not _finished(settings, names[i])]
+    begin = time.perf_counter()
+    done = list(_label_all(settings, fabric, label, dataset, todo))
+    return done, round(time.perf_counter() - begin, 3)
 
 
 def _check(settings: Settings) -> list[str]:
@@ -550,7 +559,7 @@ def _label_all(
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console, disable=fabric.global_rank > 0) as progress:
+    with Progress(*columns, console=console, disable=not fabric.is_global_zero) as progress:
         bar = progress.add_task("", total=len(todo))
         for sample in loader:
             done = sample if isinstance(sample, Done) else _label(settings, label, sample)
@@ -659,6 +668,8 @@ def command(settings: Settings) -> None:
     """Run :func:`main`, and end with an error where pictures were skipped."""
     scores = main(settings)["scores"]
     skipped = scores["skipped"]
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
+        sys.exit(bool(skipped))  # rank zero says it for all
     Console(stderr=True).print(f"{scores['pictures']} pictures labelled in {settings.out}")
     if skipped:
         raise ValueError(
