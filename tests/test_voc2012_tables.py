@@ -239,12 +239,13 @@ def test_what_search_chose_by_seed_is_one_row(tmp_path):
         classifier = runs.classifier(f"bap_{seed}", seed=seed)
         out = tmp_path / "runs" / f"search_{seed}"
         found = {"rows": [], "best": {"generator": {}, "crf": {}, "miou": 90.5}}
-        tried = search.Settings(root=runs.root, out=out, classifier=classifier.out)
+        tried = search.Settings(root=runs.root, out=out, classifier=classifier.out, crf_search=True)
         write(out / "result.json", "search", tried, found)
         generator = generate_labels.GeneratorSettings(
             background=background, unary_softmax=float(seed + 1)
         )
-        options = {"generator": generator, "search": out / "result.json"}
+        crf = generate_labels.CrfSettings(bilateral_weight=3.0 + seed)
+        options = {"generator": generator, "crf": crf, "search": out / "result.json"}
         runs.labels(f"labels_{seed}", {"crf": score}, classifier, **options)
     text = show(tmp_path / "runs", tmp_path / "page")
     row = "BAP: Y_crf, u_0 searched"
@@ -556,6 +557,7 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
     assert "<td>BAP: <i>Y</i><sub>crf</sub></td>" in text
     assert text.count('<td class="no">not run: needs') > 30
     assert text.count('<div class="table" tabindex="0"><table>') == text.count("</table></div>")
+    assert '<th class="group" colspan="6">supervision: boxes</th>' in text
     assert "{body}" not in text
     assert not list(out.rglob("*.part"))
     assert paths["markdown"].read_text().count("![") == 1
@@ -670,8 +672,8 @@ def test_a_devkit_that_is_elsewhere_leaves_a_reason(tmp_path, drawn):
 
 
 def test_photographs_stay_small(tmp_path):
-    noise = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
-    grid = [[figures.Panel(f"Y_crf {i}", noise) for i in range(5)] for _ in range(2)]
+    noise = torch.randint(0, 256, (10, 3, 300, 400), dtype=torch.uint8)
+    grid = [[figures.Panel("Y_crf", noise[i + k]) for i in range(5)] for k in (0, 5)]
     figures.grid(tmp_path / "noise.png", grid, {8: "cat", 9: "chair", 10: "cow", 12: "dog"})
     assert (tmp_path / "noise.png").stat().st_size <= figures.LARGEST
 
