@@ -203,7 +203,7 @@ def test_two_real_processes(settings, tmp_path):
         *("--machines.accelerator", "cpu", "--machines.devices", "2"),
         *("--classes", *settings.classes),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     scores = json.loads((settings.out / "result.json").read_text())["scores"]
     assert scores["pictures"] == scores["pictures_timed"] == 4
