@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import rich
+import timm
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/voc2012"))
@@ -30,7 +32,9 @@ import train_classifier
 import train_segmentation
 from devkit import default_root
 from generate_labels import GeneratorSettings
-from record import write_json
+from networks import load_by_position, packaged_weights
+from record import whole, write_json
+from train_classifier import load_classifier
 from training import Logging, Machines
 
 ANIMALS = (0, 8, 10, 12, 13, 17)  # what the scores are averaged over
@@ -229,6 +233,16 @@ def segmentation(s: Settings) -> Iterator[Job]:
     for loss in ("ret", "entropy", "bootstrap"):
         yield from _trained(s, f"{loss}_0", loss=loss)
     yield from _trained(s, "semi_nal_0", loss="nal", true_masks=some)
+    weights = s.work / "stage1.pt"
+    yield "stage1_weights", lambda: stage1_weights(s, weights)
+    for name, more in {
+        "crf": {"loss": "crf"},
+        "nal": {"loss": "nal"},
+        "ignore": {"loss": "ignore"},
+        "ret": {"loss": "ret"},
+        "ceiling": {"loss": "crf", "true_masks": every},
+    }.items():
+        yield from _trained(s, f"from_stage1_{name}_0", weights=str(weights), **more)
     yield from _trained(s, "nal_dot_0", loss="nal", classifier="dot")
     yield from _trained(s, "crf_dot_0", loss="crf", classifier="dot")
     for seed in range(1, s.seeds):
@@ -247,6 +261,18 @@ def segmentation(s: Settings) -> Iterator[Job]:
     for seed in range(1, s.seeds):
         yield from _trained(s, f"ceiling_{seed}", loss="crf", true_masks=every, seed=seed)
         yield from _trained(s, f"nal_dot_{seed}", loss="nal", classifier="dot", seed=seed)
+
+
+def stage1_weights(s: Settings, path: Path) -> None:
+    """Write the backbone of the first BAP classifier as weights to start stage 3 from."""
+    if path.is_file():
+        return
+    network = timm.create_model("tf_efficientnet_lite0")
+    load_by_position(network, packaged_weights("tf_efficientnet_lite0"))
+    features = load_classifier(s.work / "classifier/bap_0/classifier.pt").features
+    network.load_state_dict(features.network.state_dict(), strict=False)
+    with whole(path) as unfinished:
+        torch.save(network.state_dict(), unfinished)
 
 
 def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
@@ -317,7 +343,7 @@ def collect(settings: Settings) -> None:
                 shutil.copyfile(path, copy)
     for path in settings.out.glob("*.json"):
         text = path.read_text(encoding="utf-8")
-        portable = text.replace(str(settings.root), "VOCdevkit/VOC2012")
+        portable = text.replace(str(settings.root), str(Path(*settings.root.parts[-3:])))
         portable = portable.replace(str(settings.work), "runs/voc_animals")
         if portable != text:
             write_json(path, json.loads(portable))

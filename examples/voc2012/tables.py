@@ -845,10 +845,10 @@ def _conditions(one: Run) -> str | None:
     lines = []
     for (stride, margin, u_0, generating, training), here in sorted(values.items()):
         # GAP knows no N but that of the background's vectors, which stays at 4.
-        gap = {**values.get((stride, margin, u_0, 1, 4), {})}
+        gap = values.get((stride, margin, u_0, generating, 4), {})
         bap = {sample: x for (pool, sample), x in here.items() if pool == "bap"}
         gap = {sample: x for (pool, sample), x in gap.items() if pool == "gap" and sample in bap}
-        if not gap:
+        if not bap:
             continue
         gains = [
             [bap[x][half] - gap[x][half] for x in gap] for half in ("all", "uniform", "cluttered")
@@ -856,7 +856,9 @@ def _conditions(one: Run) -> str | None:
         columns = [[x["all"] for x in gap.values()], [x["all"] for x in bap.values()], *gains]
         told = f"stride {stride}, margin {margin:g}, u_0 {u_0}, N in training {training}"
         told += f", N in generating {generating}" if generating > 1 else ""
-        lines.append([told, *(number(x, what="sample") for x in columns), str(one.number)])
+        lines.append(
+            [told, *(number(x, what="sample") if x else "–" for x in columns), str(one.number)]
+        )
     if not lines:
         return None
     head = ["settings", "GAP", "BAP", "BAP - GAP", "uniform backgrounds", "cluttered ones", "runs"]
