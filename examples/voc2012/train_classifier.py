@@ -315,7 +315,8 @@ def main(settings: Settings) -> dict[str, Any]:
     # Before other processes start, which then find the weights that this may have to fetch.
     features = build_features(settings.backbone, settings.weights, settings.stride, settings.frozen)
     fabric = launch(settings.machines)
-    claim(settings)
+    if fabric.is_global_zero:
+        claim(settings)
     network = BoxClassifier(features, len(settings.classes) + 1)
     optimizer = torch.optim.SGD(
         parameter_groups(network, settings),
