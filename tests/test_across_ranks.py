@@ -157,7 +157,7 @@ def ranks(tmp_path_factory):
     """What both processes found, case by case."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(one_of_two, args=(folder,), nprocs=2)
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return {key: [Outcome(*part[key]) for part in found] for key in found[0]}
 
 
