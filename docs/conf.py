@@ -1,5 +1,6 @@
 """Sphinx settings: ``sphinx-build -W docs build/docs``, which needs no network."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,12 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
 ]
+if "READTHEDOCS" in os.environ:  # elsewhere the build needs no network
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+    }
 html_theme = "furo"
 html_title = f"bapnal {release}"
 html_static_path = ["static"]

@@ -125,10 +125,64 @@ def drawn(path: Path) -> None:
     plt.close(figure)
 
 
+def short_run(path: Path) -> None:
+    """Run the quickstart's three stages for a few seconds, and draw what they make."""
+    import copy
+    from tempfile import TemporaryDirectory
+
+    import torch
+
+    import quickstart
+    import shapes
+    import stages
+    from devkit import BoxDataset
+
+    with TemporaryDirectory() as folder:
+        root, labels = Path(folder) / "devkit", Path(folder) / "labels"
+        shapes.write_shapes(root, 83, 3, seed=0)
+        plan = quickstart.plan_shapes(root, 80, "torch", "cpu")
+        kit, classes = plan.devkit, len(plan.devkit.classes) + 1
+        torch.manual_seed(0)
+        network = plan.features()
+        boxed = BoxDataset(kit, plan.train, plan.augment, keep=True)
+        weight = stages.train_classifier(
+            network, boxed, classes, plan.first, grid_size=plan.grid_size
+        )
+        whole = BoxDataset(kit, plan.train)
+        stages.write_labels(network, weight, plan.generator, whole, labels, batch_size=20)
+        segmenter = stages.SegmentationNetwork(copy.deepcopy(network), classes)
+        maps = [labels / "crf", labels / "ret"]
+        labelled = BoxDataset(kit, plan.train, plan.augment, label_maps=maps, keep=True)
+        stages.train_segmentation(segmenter, labelled, plan.third)
+        samples = list(BoxDataset(kit, plan.val))
+    figure, rows = plt.subplots(len(samples), 5, figsize=(10, 6.2), layout="constrained")
+    titles = ("boxes", "u_0", "Y_crf", "Y_crf where Y_ret agrees", "segmentation network")
+    for axes, sample in zip(rows, samples, strict=True):
+        image = sample.image[None]
+        with torch.inference_mode():
+            y = plan.generator(image, network(image), weight, [sample.boxes], [sample.labels])
+        agreed = y.crf[0].float().masked_fill(~y.reliable[0], torch.nan)
+        axes[0].imshow(sample.image.permute(1, 2, 0).numpy())
+        for x1, y1, x2, y2 in sample.boxes.tolist():
+            frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="yellow", lw=1.5)
+            axes[0].add_patch(frame)
+        axes[1].imshow(y.background_unary[0].numpy(), cmap="magma", vmin=0, vmax=1)
+        for axis, shown in zip(
+            axes[2:], (y.crf[0], agreed, stages.predict(segmenter, image)[0]), strict=True
+        ):
+            axis.imshow(shown.numpy(), cmap="tab10", vmin=0, vmax=9)
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title if sample is samples[0] else "", fontsize=9)
+            axis.axis("off")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 PICTURES: dict[str, Callable[[Path], None]] = {
     "flow.svg": flow,
     "drawn.png": drawn,
     "photos.jpg": photos,
+    "short_run.png": short_run,
 }
 
 
