@@ -55,7 +55,7 @@ from devkit import (
     write_label_map,
 )
 from networks import TimmFeatures
-from record import about, whole, write_json
+from record import about, claim, whole, write_json
 from report import class_colours, label_map
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -889,20 +889,6 @@ def read_boxes(
     return source
 
 
-def _claim(out: Path, settings: dict[str, object]) -> None:
-    """Note the settings in a new folder, or check that they are those noted."""
-    path = out / "settings.json"
-    if not path.is_file():
-        write_json(path, settings)
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(settings))
-    if there != now:
-        keys = [key for key in {**there, **now} if there.get(key) != now.get(key)]
-        facts = ", ".join(f"{key}={there.get(key)!r} there, {now.get(key)!r} now" for key in keys)
-        raise ValueError(f"{out} belongs to another run ({facts}): choose another out")
-
-
 def main(
     format: str,
     images: Path,
@@ -978,7 +964,7 @@ def main(
         generate = PseudoLabelGenerator(
             CRFS[crf](), background_threshold=None, attention_minmax=True, unary_softmax=3.0
         )
-    _claim(out, settings)
+    claim(out / "settings.json", settings)
     _write_classes(out, source)
     weight, broken, done = None, {}, []
     columns = (

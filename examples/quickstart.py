@@ -10,7 +10,6 @@ output folder: after an interruption the same command goes on from there.
 from __future__ import annotations
 
 import io
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ import stages
 from bapnal import DenseCRF, PseudoLabelGenerator
 from devkit import Augmentation, BoxDataset, Devkit, Segmentation, collate
 from networks import SmallFeatures, TimmFeatures
-from record import whole, write_json
+from record import claim, whole, write_json
 
 LABEL_ROWS = (
     ("Boxes", "Box filled with its class", None, "box"),
@@ -367,20 +366,6 @@ def draw_examples(
     return examples
 
 
-def claim(output: Path, settings: dict[str, object]) -> None:
-    """Note the settings in the output folder, or check that they are those noted there."""
-    path = output / "settings.json"
-    plain = json.loads(json.dumps(settings, default=str))
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in plain if there.get(key) != plain[key]]
-        if differing:
-            facts = ", ".join(f"{k}={there.get(k)!r} there, {plain[k]!r} now" for k in differing)
-            raise ValueError(f"{path} belongs to another run ({facts}): choose another --output")
-        return
-    write_json(path, plain)
-
-
 def main(
     output: Path = Path("quickstart-output"),
     root: Path | None = None,
@@ -423,7 +408,8 @@ def main(
     if min(seeds, steps) < 1:
         raise ValueError(f"seeds and steps must be >= 1, got {seeds} and {steps}")
     started = time.monotonic()
-    claim(output, settings := {k: v for k, v in locals().items() if k in SETTINGS})
+    settings = {k: v for k, v in locals().items() if k in SETTINGS}
+    claim(output / "settings.json", settings, option="--output")
     console = Console()
     with progress_bars(console) as bars:
         if root is None:

@@ -120,3 +120,41 @@ def write_json(path: Path, content: object) -> None:
     """Write a file whole, or not at all."""
     with whole(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def require_same_run(
+    path: Path, there: dict[str, object], now: dict[str, object], option: str = "out"
+) -> None:
+    """Raise ValueError if a file notes other settings than these.
+
+    Args:
+        path: The file.
+        there: Settings that it notes; those that it does not know are not compared.
+        now: Those of this run.
+        option: How the user names the folder.
+    """
+    differing = [key for key in now if key in there and there[key] != now[key]]
+    if differing:
+        facts = ", ".join(f"{key}={there[key]!r} there, {now[key]!r} now" for key in differing)
+        raise ValueError(f"{path} belongs to another run ({facts}): choose another {option}")
+
+
+def claim(
+    path: Path, settings: dict[str, object], option: str = "out", *, write: bool = True
+) -> None:
+    """Note settings in a file of the folder that is written to, or check those noted there.
+
+    Args:
+        path: The file.
+        settings: All that the run's files depend on.
+        option: How the user names the folder.
+        write: Whether to write the file where it is missing; one process of several does.
+
+    Raises:
+        ValueError: If the folder belongs to a run with other settings.
+    """
+    now = json.loads(json.dumps(settings, default=str))  # as it comes back from the file
+    if path.is_file():
+        require_same_run(path, json.loads(path.read_text(encoding="utf-8")), now, option)
+    elif write:
+        write_json(path, now)

@@ -11,7 +11,6 @@ own, but neither colour nor texture alone tells it from the background.
 from __future__ import annotations
 
 import colorsys
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from devkit import voc_palette
-from record import whole
+from record import claim, whole
 
 CLASSES = ("arrow", "crescent", "key", "ladder", "ring", "star")
 FINE = 4  # outlines are drawn at this multiple of the resolution and averaged
@@ -304,7 +303,7 @@ def write_shapes(
     if size < 48:
         raise ValueError(f"size must be >= 48, got {size}")
     settings = {"pictures": pictures, "validation": validation, "size": size, "seed": seed}
-    _claim(root / "shapes.json", settings)
+    claim(root / "shapes.json", settings, option="root")
     names = [f"{seed:04d}_{index:06d}" for index in range(pictures)]
     for index, name in enumerate(names):
         # The annotation comes last: where it is, the others are.
@@ -316,16 +315,6 @@ def write_shapes(
         text = "".join(f"{name}\n" for name in members)
         _write(root / "ImageSets/Segmentation" / f"{split}.txt", text.encode())
     return root
-
-
-def _claim(path: Path, settings: dict[str, int]) -> None:
-    """Note the settings in an empty folder, or check that they are those noted."""
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        if there != settings:
-            raise ValueError(f"{path} must say {settings}, got {there}: choose another folder")
-    else:
-        _write(path, json.dumps(settings).encode())
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -278,7 +278,8 @@ def main(settings: Settings) -> dict:
 def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> tuple[list[Done], float]:
     """Label this process's share of the pictures; return what became of them, and the time."""
     label = make_labeller(settings, fabric)
-    _claim(settings.out / "settings.json", settings, write=fabric.is_global_zero)
+    path = settings.out / "settings.json"
+    record.claim(path, _identity(settings), write=fabric.is_global_zero)
     dataset = BoxDataset(
         Devkit(settings.root, settings.classes),
         names,
@@ -624,21 +625,14 @@ def _finished(settings: Settings, name: str) -> bool:
     return True
 
 
-def _claim(path: Path, settings: Settings, *, write: bool) -> None:
-    """Note the settings in the output folder, or check that they are those noted there."""
-    now = plain(settings)
+def _identity(settings: Settings) -> dict[str, object]:
+    """What the labels depend on."""
+    found = plain(settings)
     if settings.classifier is not None:  # the same name may hold another one
-        now["classifier_sha256"] = hashlib.sha256(settings.classifier.read_bytes()).hexdigest()
-    for key in ("machines", "out", "search"):  # the labels do not depend on them
-        now.pop(key)
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in now if there.get(key) != now[key]]
-        if differing:
-            facts = ", ".join(f"{k}={there.get(k)!r} there, {now[k]!r} now" for k in differing)
-            raise ValueError(f"{path} belongs to other labels ({facts}): choose another out")
-    elif write:
-        record.write_json(path, now)
+        found["classifier_sha256"] = hashlib.sha256(settings.classifier.read_bytes()).hexdigest()
+    for key in ("machines", "out", "search"):
+        found.pop(key)
+    return found
 
 
 def _gather(fabric: Fabric, mine: tuple[list[Done], float]) -> list[tuple[list[Done], float]]:

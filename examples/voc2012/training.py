@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all examples share
 from devkit import Batch, Sample, collate
-from record import whole, write_json
+from record import require_same_run, whole, write_json
 
 Settings = TypeVar("Settings")
 Loss = Callable[[nn.Module, Batch, int], Tensor]
@@ -447,15 +447,8 @@ def _read_checkpoint(path: Path, plan: dict[str, int]) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} must be a checkpoint: {error}; remove it to start anew"
         ) from error
-    _same_run(path, there, plan)
+    require_same_run(path, there, plan)
     return state
-
-
-def _same_run(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    differing = [key for key in now if key in there and there[key] != now[key]]
-    if differing:
-        facts = ", ".join(f"{key}={there[key]!r} there, {now[key]!r} now" for key in differing)
-        raise ValueError(f"{path} belongs to another run ({facts}): choose another out")
 
 
 def write_whole(fabric: Fabric, path: Path, content: dict[str, Any]) -> None:
@@ -498,11 +491,11 @@ def finished(settings: Any) -> dict[str, Any] | None:
     path = settings.out / "result.json"
     if path.is_file():
         stored = json.loads(path.read_text(encoding="utf-8"))
-        _same_run(path, stored["settings"], _identity(settings))
+        require_same_run(path, stored["settings"], _identity(settings))
         return stored
     path = settings.out / "settings.json"
     if path.is_file():
-        _same_run(path, json.loads(path.read_text(encoding="utf-8")), _identity(settings))
+        require_same_run(path, json.loads(path.read_text(encoding="utf-8")), _identity(settings))
     return None
 
 
