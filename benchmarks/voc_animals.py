@@ -46,8 +46,11 @@ AGNOSTIC = GeneratorSettings(
     background_threshold=None, attention_minmax=True, unary_softmax=3.0, cam_normalization="box"
 )
 WITHOUT_U0 = GeneratorSettings(background="cam", cam_normalization="box", unary_softmax=1.0)
+# How N is compared: u_0 is the attention, on which alone N bears when labels are generated.
+BY_ATTENTION = GeneratorSettings(background_threshold=None, unary_softmax=4.0)
 FOLDERS = (
-    *("classifier", "search", "labels_train_aug", "labels_val", "labels_unseen", "segmentation"),
+    *("classifier", "search", "labels_train_aug", "labels_val", "labels_unseen", "labels_grids"),
+    "segmentation",
 )
 Job = tuple[str, Callable[[], Any]]
 
@@ -61,7 +64,7 @@ class Settings:
         work: Where weights and label maps are kept.
         out: Where result files go.
         parts: Which parts, in their order: classifiers, searches, labels, rivals, facts, unseen,
-            segmentation.
+            grids, segmentation, loose.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.
         workers: Processes that read pictures.
@@ -71,7 +74,8 @@ class Settings:
     work: Path = Path("runs/voc_animals")
     out: Path = Path("benchmarks/results/voc_animals")
     parts: tuple[str, ...] = (
-        *("classifiers", "searches", "labels", "rivals", "facts", "unseen", "segmentation"),
+        *("classifiers", "searches", "labels", "rivals", "facts", "unseen", "grids"),
+        *("segmentation", "loose"),
     )
     only: tuple[str, ...] = ()
     seeds: int = 3
@@ -218,6 +222,24 @@ def unseen(s: Settings) -> Iterator[Job]:
         yield from _labels(s, f"unseen_{name}", settings, UNSEEN_CLASSES)
 
 
+def grids(s: Settings) -> Iterator[Job]:
+    """N of the grid in training and in generating (supplement, Table 1)."""
+    lite0 = train_classifier.PRESETS["lite0"][1]
+    for training in (1, 2, 3, 4):
+        own = "bap_0" if training == 4 else f"bap_0_n{training}"
+        if training != 4:
+            yield _classifier(s, own, replace(lite0, grid_size=training))
+        for generating in (1, 2, 3, 4):
+            settings = generate_labels.Settings(
+                root=s.root,
+                out=s.work / f"labels_grids/{training}_{generating}",
+                split="val",
+                classifier=s.work / "classifier" / own / "classifier.pt",
+                generator=replace(BY_ATTENTION, grid_size=generating),
+            )
+            yield from _labels(s, f"grids_{training}_{generating}", settings)
+
+
 def segmentation(s: Settings) -> Iterator[Job]:
     """Stage 3 on the labels of the first BAP classifier."""
     yield from _trained(s, "crf_0", loss="crf")
@@ -263,6 +285,21 @@ def segmentation(s: Settings) -> Iterator[Job]:
         yield from _trained(s, f"nal_dot_{seed}", loss="nal", classifier="dot", seed=seed)
 
 
+def loose(s: Settings) -> Iterator[Job]:
+    """Stage 3 on labels that are much worse: boxes loosened by a quarter of their sides."""
+    labels = generate_labels.Settings(
+        root=s.root,
+        out=s.work / "labels_train_aug/loose",
+        classifier=s.work / "classifier/bap_0/classifier.pt",
+        generator=WITHOUT_U0,
+        margin=0.25,
+    )
+    yield from _labels(s, "train_aug_loose", labels)
+    for seed in range(s.seeds):
+        for loss in ("crf", "nal", "ignore", "ret"):
+            yield from _trained(s, f"loose_{loss}_{seed}", loss=loss, labels=labels.out, seed=seed)
+
+
 def stage1_weights(s: Settings, path: Path) -> None:
     """Write the backbone of the first BAP classifier as weights to start stage 3 from."""
     if path.is_file():
@@ -276,11 +313,11 @@ def stage1_weights(s: Settings, path: Path) -> None:
 
 
 def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
+    options = {"labels": s.work / "labels_train_aug/bap_0", **options}
     settings = replace(
         train_segmentation.PRESETS["paper"][1],
         root=s.root,
         out=s.work / "segmentation" / name,
-        labels=s.work / "labels_train_aug/bap_0",
         network="tf_efficientnet_lite0",
         stride=16,
         head="linear",
@@ -311,7 +348,10 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
 
 PARTS = {
     part.__name__: part
-    for part in (classifiers, searches, labels, rivals, facts, unseen, segmentation)
+    for part in (
+        *(classifiers, searches, labels, rivals, facts, unseen, grids),
+        *(segmentation, loose),
+    )
 }
 
 
