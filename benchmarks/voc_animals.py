@@ -104,18 +104,26 @@ def _classifier(s: Settings, name: str, settings: train_classifier.Settings) -> 
 
 
 def searches(s: Settings) -> Iterator[Job]:
-    """The generator's settings, for each classifier on 100 training pictures."""
-    for name in _classifiers(s):
-        settings = replace(
+    """The generator's settings on 100 training pictures: once, then with N and the CRF too."""
+    for pool in ("bap", "gap"):
+        coarse = replace(
             search.PRESETS["standard"][1],
             root=s.root,
-            out=s.work / "search" / name,
-            classifier=s.work / "classifier" / name / "classifier.pt",
+            out=s.work / "search" / f"{pool}_0",
+            classifier=s.work / "classifier" / f"{pool}_0" / "classifier.pt",
             thresholds=(None, 0.7, 0.99),
             grid_sizes=(1,),
             score_classes=ANIMALS,
         )
-        yield f"search_{name}", lambda settings=settings: search.main(settings)
+        fine = replace(
+            coarse,
+            out=s.work / "search" / f"{pool}_0_fine",
+            grid_sizes=(1, 2, 3, 4),
+            crf_search=True,
+        )
+        for settings in (coarse, fine):
+            name = f"search_{settings.out.name}"
+            yield name, lambda settings=settings: search.main(settings)
 
 
 def _classifiers(s: Settings) -> Iterator[str]:
@@ -123,25 +131,28 @@ def _classifiers(s: Settings) -> Iterator[str]:
 
 
 def labels(s: Settings) -> Iterator[Job]:
-    """Y_crf and Y_ret: of all training pictures for stage 3, and of val for each classifier."""
-    yield from _network_labels(s, "train_aug", "bap_0", searched=True)
-    for name in _classifiers(s):
-        yield from _network_labels(s, "val", name, searched=True)
-    for name in ("bap_0", "gap_0"):
-        yield from _network_labels(s, "val", name, searched=False)
+    """Y_crf and Y_ret: of all training pictures for stage 3, and of val for each classifier.
+
+    Settings that were searched for with the first seed serve the others.
+    """
+    yield from _network_labels(s, "train_aug", "bap_0", "")
+    for kind in ("", "_fine", "_without_u0"):
+        for name in _classifiers(s):
+            if kind or name.endswith("_0"):
+                yield from _network_labels(s, "val", name, kind)
 
 
-def _network_labels(s: Settings, split: str, name: str, *, searched: bool) -> Iterator[Job]:
-    own = name if searched else f"{name}_without_u0"
+def _network_labels(s: Settings, split: str, name: str, kind: str) -> Iterator[Job]:
+    searched = kind != "_without_u0"
     settings = generate_labels.Settings(
         root=s.root,
-        out=s.work / f"labels_{split}" / own,
+        out=s.work / f"labels_{split}" / f"{name}{kind}",
         split=split,
         classifier=s.work / "classifier" / name / "classifier.pt",
-        search=s.work / "search" / name / "result.json" if searched else None,
+        search=s.work / "search" / f"{name[:3]}_0{kind}/result.json" if searched else None,
         generator=GeneratorSettings() if searched else WITHOUT_U0,
     )
-    yield from _labels(s, f"{split}_{own}", settings)
+    yield from _labels(s, f"{split}_{name}{kind}", settings)
 
 
 def _labels(
@@ -283,6 +294,8 @@ def segmentation(s: Settings) -> Iterator[Job]:
     for seed in range(1, s.seeds):
         yield from _trained(s, f"ceiling_{seed}", loss="crf", true_masks=every, seed=seed)
         yield from _trained(s, f"nal_dot_{seed}", loss="nal", classifier="dot", seed=seed)
+    shown = {"confidence_of": tuple(names[::250]), "confidence_every": 1}
+    yield next(_trained(s, "nal_confidence", loss="nal", **shown))  # for Figure 5 alone
 
 
 def loose(s: Settings) -> Iterator[Job]:
