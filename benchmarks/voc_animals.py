@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -189,10 +189,10 @@ def facts(s: Settings) -> Iterator[Job]:
         classifier = s.work / "classifier" / name / "classifier.pt"
         common = {"classifier": classifier, "root": s.root, "split": "val"}
         runs = {
-            "cams": evaluate.Cams(
+            f"cams_{name}": evaluate.Cams(
                 out=s.out / f"evaluate_cams_{name}.json", score_classes=ANIMALS[1:], **common
             ),
-            "boxes": evaluate.Boxes(
+            f"boxes_{name}": evaluate.Boxes(
                 out=s.out / f"evaluate_boxes_{name}.json", score_classes=ANIMALS[1:], **common
             ),
         }
@@ -201,7 +201,7 @@ def facts(s: Settings) -> Iterator[Job]:
                 out=s.out / "evaluate_runtime.json", generator=WITHOUT_U0, **common
             )
         for what, settings in runs.items():
-            yield f"evaluate_{what}_{name}", lambda settings=settings: evaluate.main(settings)
+            yield f"evaluate_{what}", lambda settings=settings: evaluate.main(settings)
     for name in ("bap_0", "gap_0", "wssl", "grabcut"):
         settings = evaluate.Filling(
             folder=s.work / "labels_val" / name,
@@ -382,19 +382,21 @@ def main(settings: Settings) -> None:
                 continue
             rich.print(f"[bold]{name}")
             job()
-            collect(settings)
-    collect(settings)
+            collect(settings, [written])
+    collect(settings, settings.out.glob("*.json"))
 
 
-def collect(settings: Settings) -> None:
-    """Copy the result files of finished runs beside those of the evaluations; name no machine."""
+def collect(settings: Settings, written: Iterable[Path]) -> None:
+    """Copy result files of finished runs beside those of evaluations; name no machine in them."""
+    new = [path for path in written if path.is_file()]
     for folder in FOLDERS:
         for path in sorted((settings.work / folder).glob("*/result.json")):
             copy = settings.out / f"{folder}_{path.parent.name}.json"
             if not copy.is_file():
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
-    for path in settings.out.glob("*.json"):
+                new.append(copy)
+    for path in new:
         text = path.read_text(encoding="utf-8")
         portable = text.replace(str(settings.root), str(Path(*settings.root.parts[-3:])))
         portable = portable.replace(str(settings.work), "runs/voc_animals")

@@ -478,16 +478,16 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
             break
     else:
         return None
-    epochs: dict[str, dict[int, Path]] = {}
+    moments: dict[str, dict[int, Path]] = {}
     for file in kept.glob("*.png"):
-        name, _, epoch = file.stem.rpartition("_")
-        if epoch.isdigit():
-            epochs.setdefault(name, {})[int(epoch)] = file
+        name, _, steps = file.stem.rpartition("_")
+        if steps.isdigit():
+            moments.setdefault(name, {})[int(steps)] = file
     labels = archive.made("labels", run.settings["labels"])
     folder = archive.folder(labels) if labels else Path(run.settings["labels"])
     maps = [folder / run.settings[x] for x in ("first", "second")]
     classes = tuple(run.settings.get("classes") or VOC_CLASSES)
-    source = Source(Devkit(run.settings["root"], classes), sorted(epochs)[:examples])
+    source = Source(Devkit(run.settings["root"], classes), sorted(moments)[:examples])
     shown = []
     for name in source.names:
         image, first = source.picture(name)
@@ -498,9 +498,9 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
             Panel("where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, VOID))),
             *source.truth(name, image),
         ]
-        for epoch in sorted(epochs[name])[:5]:
-            sigma = read_label_map(epochs[name][epoch]).float() / 255
-            panels.append(Panel(f"σ, epoch {epoch}", grey_map(sigma)))
+        for steps in sorted(moments[name])[:5]:
+            sigma = read_label_map(moments[name][steps]).float() / 255
+            panels.append(Panel(f"σ, step {steps}", grey_map(sigma)))
         shown.append(panels)
     grid(path, shown, source.legend())
     settings = run.settings

@@ -1,0 +1,88 @@
+"""The driver of the experiments on real pictures: its jobs, their order and what it copies.
+
+The scripts that it runs are tested elsewhere; here they only note what they were asked for.
+"""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import voc_animals
+
+SCRIPTS = ("train_classifier", "search", "generate_labels", "train_segmentation", "evaluate")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Settings that the scripts were called with, in order; each leaves a result file."""
+    found = []
+
+    def note(settings):
+        found.append(settings)
+        path = settings.out if settings.out.suffix == ".json" else settings.out / "result.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plain = {entry.name: str(getattr(settings, entry.name)) for entry in fields(settings)}
+        path.write_text(json.dumps({"kind": "note", "settings": plain}), encoding="utf-8")
+
+    for name in SCRIPTS:
+        monkeypatch.setattr(getattr(voc_animals, name), "main", note)
+    monkeypatch.setattr(voc_animals, "stage1_weights", lambda *_: None)
+    return found
+
+
+@pytest.fixture
+def settings(tmp_path):
+    root = tmp_path / "data/voc-animals/VOCdevkit/VOC2012"
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    names = [f"2007_{i:06d}" for i in range(25)]
+    (lists / "train_aug.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    return voc_animals.Settings(root=root, work=tmp_path / "work", out=tmp_path / "out")
+
+
+def test_each_job_finds_what_earlier_ones_wrote(asked, settings):
+    voc_animals.main(settings)
+    written = set()
+    for one in asked:
+        for name in ("classifier", "search", "labels", "folder", "segmenter"):
+            path = getattr(one, name, None)
+            if isinstance(path, Path):
+                assert path in written or path.parent in written, one
+        assert one.out not in written, one.out
+        written.add(one.out)
+    assert len(asked) > 100
+
+
+def test_what_is_finished_is_not_run_again(asked, settings):
+    voc_animals.main(settings)
+    first = len(asked)
+    (settings.out / "evaluate_labels_val_box.json").unlink()
+    voc_animals.main(settings)
+    assert [one.out.name for one in asked[first:]] == ["evaluate_labels_val_box.json"]
+
+
+def test_jobs_can_be_named(asked, settings):
+    more = {"root": settings.root, "work": settings.work, "out": settings.out}
+    voc_animals.main(
+        voc_animals.Settings(parts=("rivals",), only=("wssl", "box"), **more),
+    )
+    assert [one.out.name for one in asked] == [
+        *("box", "evaluate_labels_val_box.json"),
+        *("wssl", "evaluate_labels_val_wssl.json"),
+    ]
+    with pytest.raises(ValueError, match=r"parts must be among classifiers, .*, got rival"):
+        voc_animals.main(voc_animals.Settings(parts=("rival",), **more))
+
+
+def test_results_name_no_machine(asked, settings):
+    voc_animals.main(settings)
+    copies = {path.name for path in settings.out.glob("*.json")}
+    assert {"classifier_bap_0.json", "search_gap_0_fine.json", "labels_val_box.json"} <= copies
+    for path in settings.out.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert str(settings.root.parents[3]) not in text.replace(str(settings.out), ""), path
+    plain = json.loads((settings.out / "labels_val_box.json").read_text(encoding="utf-8"))
+    assert plain["settings"]["root"] == str(Path("voc-animals/VOCdevkit/VOC2012"))
+    assert plain["settings"]["out"] == str(Path("runs/voc_animals/labels_val/box"))
