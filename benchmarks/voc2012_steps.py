@@ -6,7 +6,8 @@ A step is forward, loss, backward and SGD: stage 1 on VGG-16 with background-awa
 crops of 321 x 321), DeepLab-V1 (20) and DeepLab-V2 (10) with the noise-aware loss. Pictures, boxes,
 labels and weights are random, which changes neither number; reading pictures is not part of it.
 Each recipe runs in a process of its own, so that its peak memory is its own: on a GPU the median of
-three steps after a warm-up, on a CPU a single step, of two crops unless ``--full``. Results go to ``benchmarks/results/voc2012_steps.json``.
+three steps after a warm-up, on a CPU a single step, of two crops unless ``--full``. Results go
+to ``benchmarks/results/voc2012_steps.json``.
 """
 
 from __future__ import annotations
