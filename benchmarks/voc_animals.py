@@ -64,7 +64,7 @@ class Settings:
         work: Where weights and label maps are kept.
         out: Where result files go.
         parts: Which parts, in their order: classifiers, searches, labels, rivals, facts, unseen,
-            grids, segmentation, loose.
+            strides, grids, segmentation, loose.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.
         workers: Processes that read pictures.
@@ -74,8 +74,8 @@ class Settings:
     work: Path = Path("runs/voc_animals")
     out: Path = Path("benchmarks/results/voc_animals")
     parts: tuple[str, ...] = (
-        *("classifiers", "searches", "labels", "rivals", "facts", "unseen", "grids"),
-        *("segmentation", "loose"),
+        *("classifiers", "searches", "labels", "rivals", "facts", "unseen", "strides"),
+        *("grids", "segmentation", "loose"),
     )
     only: tuple[str, ...] = ()
     seeds: int = 3
@@ -233,6 +233,15 @@ def unseen(s: Settings) -> Iterator[Job]:
         yield from _labels(s, f"unseen_{name}", settings, UNSEEN_CLASSES)
 
 
+def strides(s: Settings) -> Iterator[Job]:
+    """Stages 1 and 2 on features of twice the resolution."""
+    lite0 = train_classifier.PRESETS["lite0"][1]
+    for pool in ("bap", "gap"):
+        name = f"{pool}_0_stride8"
+        yield _classifier(s, name, replace(lite0, pool=pool, stride=8))
+        yield from _network_labels(s, "val", name, "_without_u0")
+
+
 def grids(s: Settings) -> Iterator[Job]:
     """N of the grid in training and in generating (supplement, Table 1)."""
     lite0 = train_classifier.PRESETS["lite0"][1]
@@ -362,8 +371,8 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
 PARTS = {
     part.__name__: part
     for part in (
-        *(classifiers, searches, labels, rivals, facts, unseen, grids),
-        *(segmentation, loose),
+        *(classifiers, searches, labels, rivals, facts, unseen, strides),
+        *(grids, segmentation, loose),
     )
 }
 
