@@ -138,7 +138,7 @@ def labels(s: Settings) -> Iterator[Job]:
     yield from _network_labels(s, "train_aug", "bap_0", "")
     for kind in ("", "_fine", "_without_u0"):
         for name in _classifiers(s):
-            if kind or name.endswith("_0"):
+            if kind != "_fine" or name.endswith("_0"):
                 yield from _network_labels(s, "val", name, kind)
 
 
