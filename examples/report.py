@@ -85,7 +85,8 @@ def class_colours() -> np.ndarray:
     colours[0] = 0
     for label in range(1, 255):
         hue = (0.02 + 0.381966 * (label - 1)) % 1  # the golden angle keeps neighbours apart
-        rgb = colorsys.hsv_to_rgb(hue, 0.6 + 0.2 * (label % 2), 1.0 - 0.15 * (label // 8 % 2))
+        bright, dark, pale = (0.6 + 0.2 * (label % 2), 1.0), (0.75, 0.65), (0.35, 1.0)
+        rgb = colorsys.hsv_to_rgb(hue, *(bright, dark, pale)[label // 8 % 3])
         colours[label] = [round(255 * value) for value in rgb]
     return colours
 

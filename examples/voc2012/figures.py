@@ -1,6 +1,6 @@
 """Draw the paper's figures from our results.
 
-Plots are SVG. Figures that show pictures of the data set are PNG of at most 150 kB; they need the
+Plots are SVG. Figures that show pictures of the data set are PNG of at most 400 kB; they need the
 devkit, and the folders that the results name, on this machine.
 """
 
@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +30,12 @@ from devkit import VOC_CLASSES, VOID, Annotation, Devkit, read_label_map
 from paper import FIGURES, PaperFigure
 from record import whole
 from report import class_colours, grey_map, label_map
-from results import Archive, Measurement, Run, group, label_name
+from results import METHODS, Archive, Facts, Measurement, Run, group, label_name
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)), "-")
-LARGEST = 150_000  # bytes of a figure with photographs
+LARGEST = 400_000  # bytes of a figure with photographs
 
 
 class Drawn(NamedTuple):
@@ -287,7 +288,7 @@ def _render(examples: Sequence[Sequence[Panel]], width: int, legend: Mapping[int
     figure.savefig(buffer, format="png", dpi=dots)
     buffer.seek(0)
     with Image.open(buffer) as picture:
-        flat = picture.convert("RGB").quantize(96, dither=Image.Dither.NONE)
+        flat = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     flat.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
@@ -363,17 +364,16 @@ def _source(
 
 def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
     """Show labels beside the rivals' and the truth."""
-    found: dict[tuple[str, str], dict[str, Run]] = {}
+    found: dict[tuple[str, str], list[Run]] = {}
     for run in archive.runs:
-        if run.content["kind"] == "labels":
-            facts = archive.facts_of(run)
-            if any((archive.folder(run) / kind).is_dir() for kind in ("crf", "labels")):
-                title = label_name(facts)
-                place = (run.settings["root"], run.settings["split"])
-                found.setdefault(place, {}).setdefault(title, run)
+        maps = [archive.folder(run) / kind for kind in ("crf", "labels")]
+        if run.content["kind"] == "labels" and any(path.is_dir() for path in maps):
+            place = (run.settings["root"], run.settings["split"])
+            found.setdefault(place, []).append(run)
     if not found:
         return None
-    (_, split), runs = max(found.items(), key=lambda item: len(item[1]))
+    (_, split), several = max(found.items(), key=lambda item: len(_one_of_each(item[1], archive)))
+    runs = _one_of_each(several, archive)
     runs = {title: run for title, run in runs.items() if title != "Box" or len(runs) == 1}
     folders = {}
     for title, run in runs.items():
@@ -381,6 +381,7 @@ def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
         folders[title] = kinds[0] if kinds[0].is_dir() else kinds[1]
     some = next(iter(runs.values()))
     source = _source(some.settings, split, examples, list(folders.values()))
+    last = next(reversed(folders))
     shown = []
     for name in source.names:
         image, first = source.picture(name)
@@ -389,12 +390,34 @@ def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
             labels = read_label_map(folder / f"{name}.png")
             panels.append(Panel(title, label_map(image, labels)))
             second = folder.parent / "ret" / f"{name}.png"
-            if folder.name == "crf" and second.is_file():
+            if title == last and second.is_file():
                 both = labels.masked_fill(labels != read_label_map(second), VOID)
-                panels.append(Panel(f"{title} where Y_ret agrees", label_map(image, both)))
+                panels.append(Panel("where Y_ret agrees", label_map(image, both)))
         shown.append(panels + source.truth(name, image))
     grid(path, shown, source.legend())
     return f"{split}; white: Y_crf and Y_ret differ."
+
+
+def _one_of_each(runs: Sequence[Run], archive: Archive) -> dict[str, Run]:
+    """Labels of each method, BAP's last; of GAP's and BAP's the two that differ in least."""
+    found: dict[str, list[tuple[Facts, Run]]] = {}
+    for run in runs:
+        facts = archive.facts_of(run)
+        method = facts["labels.method"]
+        pool = str(facts.pop("stage1.pool", "network")).upper()
+        title = pool if method == "network" else METHODS[method]
+        found.setdefault(title, []).append((facts, run))
+    chosen = {title: entries[0][1] for title, entries in found.items()}
+    pairs = product(found.get("GAP", ()), found.get("BAP", ()))
+    alike = min(pairs, key=lambda pair: _differing(pair[0][0], pair[1][0]), default=None)
+    if alike is not None:
+        chosen |= {"GAP": alike[0][1], "BAP": alike[1][1]}
+    order = [*METHODS.values(), "NETWORK", "GAP", "BAP"]
+    return dict(sorted(chosen.items(), key=lambda item: order.index(item[0])))
+
+
+def _differing(one: Facts, other: Facts) -> int:
+    return sum(one.get(name) != other.get(name) for name in {*one, *other})
 
 
 def unaries(archive: Archive, path: Path, examples: int) -> str | None:
