@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import voc_animals
+import voc_animals_confidence
 
 SCRIPTS = ("train_classifier", "search", "generate_labels", "train_segmentation", "evaluate")
 
@@ -86,3 +88,24 @@ def test_results_name_no_machine(asked, settings):
     plain = json.loads((settings.out / "labels_val_box.json").read_text(encoding="utf-8"))
     assert plain["settings"]["root"] == str(Path("voc-animals/VOCdevkit/VOC2012"))
     assert plain["settings"]["out"] == str(Path("runs/voc_animals/labels_val/box"))
+
+
+def test_area_under_roc_counts_pairs():
+    generator = torch.Generator().manual_seed(0)
+    right, wrong = (torch.randint(5, (n,), generator=generator) for n in (40, 30))
+    pairs = right[:, None] - wrong
+    expected = float((pairs > 0).double().mean() + (pairs == 0).double().mean() / 2)
+    counts = (torch.bincount(x, minlength=5).double() for x in (right, wrong))
+    assert voc_animals_confidence.area_under_roc(*counts) == pytest.approx(expected)
+
+
+def test_gradient_of_the_unreliable_part_is_what_lambda_adds():
+    generator = torch.Generator().manual_seed(0)
+    cosine = 2 * torch.rand(1, 3, 8, 8, generator=generator) - 1
+    first = torch.randint(3, (1, 8, 8), generator=generator)
+    same = voc_animals_confidence.gradients(cosine, first, first, 7.0)
+    assert torch.equal(same[0], same[1])  # where nothing differs, lambda has nothing to weigh
+    second = first.roll(1, 2)
+    one, whole, detached = voc_animals_confidence.gradients(cosine, first, second, 7.0)
+    assert (whole - one).norm() > 0 < (whole - detached).norm()
+    assert not one[:, :, (first != second)[0]].any()
