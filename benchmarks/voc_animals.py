@@ -31,7 +31,7 @@ import search
 import train_classifier
 import train_segmentation
 from devkit import default_root
-from generate_labels import GeneratorSettings
+from generate_labels import CrfSettings, GeneratorSettings
 from networks import load_by_position, packaged_weights
 from record import whole, write_json
 from train_classifier import load_classifier
@@ -48,6 +48,8 @@ AGNOSTIC = GeneratorSettings(
 WITHOUT_U0 = GeneratorSettings(background="cam", cam_normalization="box", unary_softmax=1.0)
 # How N is compared: u_0 is the attention, on which alone N bears when labels are generated.
 BY_ATTENTION = GeneratorSettings(background_threshold=None, unary_softmax=4.0)
+MARGIN = 0.25  # of their sides, by which boxes are loosened
+HALF = CrfSettings(half_resolution=True)
 FOLDERS = (
     *("classifier", "search", "labels_train_aug", "labels_val", "labels_unseen", "labels_grids"),
     "segmentation",
@@ -64,7 +66,7 @@ class Settings:
         work: Where weights and label maps are kept.
         out: Where result files go.
         parts: Which parts, in their order: classifiers, searches, labels, rivals, facts, unseen,
-            strides, grids, segmentation, loose.
+            conditions, grids, segmentation, loose.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.
         workers: Processes that read pictures.
@@ -74,7 +76,7 @@ class Settings:
     work: Path = Path("runs/voc_animals")
     out: Path = Path("benchmarks/results/voc_animals")
     parts: tuple[str, ...] = (
-        *("classifiers", "searches", "labels", "rivals", "facts", "unseen", "strides"),
+        *("classifiers", "searches", "labels", "rivals", "facts", "unseen", "conditions"),
         *("grids", "segmentation", "loose"),
     )
     only: tuple[str, ...] = ()
@@ -142,7 +144,9 @@ def labels(s: Settings) -> Iterator[Job]:
                 yield from _network_labels(s, "val", name, kind)
 
 
-def _network_labels(s: Settings, split: str, name: str, kind: str) -> Iterator[Job]:
+def _network_labels(
+    s: Settings, split: str, name: str, kind: str, margin: float = 0.0
+) -> Iterator[Job]:
     searched = kind != "_without_u0"
     settings = generate_labels.Settings(
         root=s.root,
@@ -233,13 +237,17 @@ def unseen(s: Settings) -> Iterator[Job]:
         yield from _labels(s, f"unseen_{name}", settings, UNSEEN_CLASSES)
 
 
-def strides(s: Settings) -> Iterator[Job]:
-    """Stages 1 and 2 on features of twice the resolution."""
+def conditions(s: Settings) -> Iterator[Job]:
+    """Stages 1 and 2 on features of twice the resolution, and with boxes that are too large."""
     lite0 = train_classifier.PRESETS["lite0"][1]
     for pool in ("bap", "gap"):
         name = f"{pool}_0_stride8"
         yield _classifier(s, name, replace(lite0, pool=pool, stride=8))
         yield from _network_labels(s, "val", name, "_without_u0")
+    for pool in ("bap", "gap"):
+        name = f"{pool}_0_margin"
+        yield _classifier(s, name, replace(lite0, pool=pool, margin=MARGIN))
+        yield from _network_labels(s, "val", name, "_without_u0", MARGIN)
 
 
 def grids(s: Settings) -> Iterator[Job]:
@@ -256,6 +264,7 @@ def grids(s: Settings) -> Iterator[Job]:
                 split="val",
                 classifier=s.work / "classifier" / own / "classifier.pt",
                 generator=replace(BY_ATTENTION, grid_size=generating),
+                crf=HALF,
             )
             yield from _labels(s, f"grids_{training}_{generating}", settings)
 
@@ -314,7 +323,8 @@ def loose(s: Settings) -> Iterator[Job]:
         out=s.work / "labels_train_aug/loose",
         classifier=s.work / "classifier/bap_0/classifier.pt",
         generator=WITHOUT_U0,
-        margin=0.25,
+        crf=HALF,
+        margin=MARGIN,
     )
     yield from _labels(s, "train_aug_loose", labels)
     for seed in range(s.seeds):
@@ -371,7 +381,7 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
 PARTS = {
     part.__name__: part
     for part in (
-        *(classifiers, searches, labels, rivals, facts, unseen, strides),
+        *(classifiers, searches, labels, rivals, facts, unseen, conditions),
         *(grids, segmentation, loose),
     )
 }
