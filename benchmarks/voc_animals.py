@@ -155,6 +155,7 @@ def _network_labels(
         classifier=s.work / "classifier" / name / "classifier.pt",
         search=s.work / "search" / f"{name[:3]}_0{kind}/result.json" if searched else None,
         generator=GeneratorSettings() if searched else WITHOUT_U0,
+        margin=margin,
     )
     yield from _labels(s, f"{split}_{name}{kind}", settings)
 

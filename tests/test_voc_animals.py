@@ -4,7 +4,7 @@ The scripts that it runs are tested elsewhere; here they only note what they wer
 """
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +55,14 @@ def test_each_job_finds_what_earlier_ones_wrote(asked, settings):
         assert one.out not in written, one.out
         written.add(one.out)
     assert len(asked) > 100
+
+
+def test_labels_are_made_from_the_boxes_that_stage_1_saw(asked, settings):
+    voc_animals.main(replace(settings, parts=("classifiers", "labels", "conditions")))
+    trained = {one.out.name: one.margin for one in asked if hasattr(one, "pool")}
+    labelled = {one.classifier.parent.name: one.margin for one in asked if hasattr(one, "crf")}
+    assert labelled == {name: trained[name] for name in labelled}
+    assert set(labelled.values()) == {0.0, voc_animals.MARGIN}
 
 
 def test_what_is_finished_is_not_run_again(asked, settings):
