@@ -212,8 +212,37 @@ def _value(value: object) -> str:
 
 def _settings(facts: Facts, names: Iterable[str]) -> str:
     """``epochs 4, crop 321``; what does not apply is left out."""
-    said = [f"{_named(x)} {_value(facts[x])}" for x in names if x in facts]
-    return ", ".join(said) or "–"
+    told = [x for x in names if x in facts]
+    searched = dict.fromkeys(
+        "CRF" if x.startswith("labels.crf.") else _named(x)
+        for x in told
+        if facts[x] == "searched" and not _repeats(x, told)
+    )
+    said = [f"searched: {', '.join(searched)}"] if searched else []
+    said += [
+        f"{_named(x)} {_value(facts[x])}"
+        for x in told
+        if facts[x] != "searched" and not _repeats(x, told)
+    ]
+    return "; ".join(said) or "–"
+
+
+def _repeats(name: str, told: Sequence[str]) -> bool:
+    """Whether a fact says what another one says too."""
+    return name == "labels.generator.background" and "u_0" in told
+
+
+def _unlike_most(several: Sequence[Facts], names: Sequence[str]) -> tuple[list[str], str]:
+    """For each set of facts what is unlike in most of them; and what most have, for below."""
+    usual: Facts = {}
+    for name in names:
+        values = [facts[name] for facts in several if name in facts]
+        usual[name] = max(values, key=values.count)
+    unlike = [
+        _settings(facts, [x for x in names if x in facts and facts[x] != usual[x]])
+        for facts in several
+    ]
+    return unlike, f"Where a line says nothing else: {_settings(usual, names)}." if usual else ""
 
 
 # The paper's tables
@@ -273,7 +302,7 @@ def paper_table(one: PaperTable, archive: Archive) -> str:
             line += _cells(one, x, i)
         lines.append(line)
     notes = [one.note] if one.note else []
-    notes += [_condition(one, x, tags[id(x)]) for x in shown]
+    notes += [_condition(one, x, tags[id(x)], shown) for x in shown]
     if hidden:
         notes.append(
             f"{hidden} more settings have numbers for rows of this table: see our own tables."
@@ -381,16 +410,29 @@ def _columns(one: PaperTable, archive: Archive) -> tuple[list[Shown], int]:
         # DeepLab-V2 has tables of its own, which nothing else enters.
         second = [x.get("stage3.network") == "deeplab_v2" for x in (one.setting, facts)]
         if faithful or second[0] == second[1]:
-            named_by = (("", "data"), ("labels by ", "stage1.backbone"), ("", "stage3.network"))
+            named_by = (("", "data"), ("labels by ", "stage1.backbone"))
+            named_by += (("segmentation by ", "stage3.network"),)
             name = ", ".join(f"{by}{facts[x]}" for by, x in named_by if facts.get(x))
             found.setdefault((not faithful, name), []).append(Shown(name, mine, facts, faithful))
     shown, hidden = [], 0
     for key in sorted(found):
-        ranked = sorted(found[key], key=lambda x: -len(x.cells))
-        keep = [x for x in ranked[:MOST] if 2 * len(x.cells) >= len(ranked[0].cells)]
-        shown += keep
-        hidden += len(ranked) - len(keep)
+        chosen = _most_cells(found[key])
+        shown += chosen
+        hidden += len(found[key]) - len(chosen)
     return shown, hidden
+
+
+def _most_cells(several: Sequence[Shown]) -> list[Shown]:
+    """The fullest recipes of a table; those first that have numbers where others have none."""
+    left, chosen, filled = list(several), [], set()
+    while left and len(chosen) < MOST:
+        size = [(len(set(x.cells) - filled), sum(map(len, x.cells.values()))) for x in left]
+        best = max(range(len(left)), key=size.__getitem__)
+        if chosen and not size[best][0] and 2 * len(left[best].cells) < len(chosen[0].cells):
+            break
+        filled |= set(left[best].cells)
+        chosen.append(left.pop(best))
+    return chosen
 
 
 def _agree(facts: Facts, others: Facts) -> bool:
@@ -398,8 +440,8 @@ def _agree(facts: Facts, others: Facts) -> bool:
     return all(others[name] == value for name, value in facts.items() if name in others)
 
 
-def _condition(one: PaperTable, shown: Shown, tag: str) -> str:
-    """Say what columns of ours stand on."""
+def _condition(one: PaperTable, shown: Shown, tag: str, beside: Sequence[Shown]) -> str:
+    """Say what columns of ours stand on, and what tells them from others beside them."""
     sizes = {(m.facts["split"], m.pictures) for several in shown.cells.values() for m in several}
     pictures = ", ".join(
         f"{count or 'an unknown number of'} of {x}" for x, count in sorted(sizes, key=str)
@@ -419,7 +461,10 @@ def _condition(one: PaperTable, shown: Shown, tag: str) -> str:
     ]
     title = "ours" if shown.faithful else "elsewhere"
     text = f"**{title}{tag}**: {shown.name}; pictures: {pictures}{classes}."
-    return f"{text} Other than in the paper: {', '.join(unlike)}." if unlike else text
+    text += f" Other than in the paper: {', '.join(unlike)}." if unlike else ""
+    apart = varying([x.facts for x in beside if x.name == shown.name])
+    apart = [x for x in apart if x in shown.facts and x not in wanted and x != "scored"]
+    return f"{text} Here: {_settings(shown.facts, apart)}." if apart else text
 
 
 # Our own tables
@@ -500,20 +545,20 @@ def rows_table(
         return None
     names = [name(facts) for facts, _ in groups]
     told = [x for x in varying([facts for facts, _ in groups]) if x not in TOLD]
+    settings, usual = _unlike_most([facts for facts, _ in groups], told)
     lines = []
-    for called, (facts, ms) in zip(names, groups, strict=True):
+    for called, unlike, (_, ms) in zip(names, settings, groups, strict=True):
         cells = [
             _alternatives([m for m in ms if fits(m.facts, h.rule)], h.score, h.decimals)
             for h in headings
         ]
         place = next((i for i, x in enumerate(order) if called.startswith(x)), len(order))
         runs = ", ".join(str(x) for x in sorted({m.run.number for m in ms}))
-        lines.append((place, called, _settings(facts, told), [called, *cells, runs]))
+        lines.append((place, called, unlike.strip("–"), unlike, [called, *cells, runs]))
     lines.sort(key=lambda x: x[:3])
-    settings = any(x[2] != "–" for x in lines)
-    head = ["", *(h.name for h in headings), *(["settings"] if settings else []), "runs"]
-    rows = [[*x[3][:-1], *([x[2]] if settings else []), x[3][-1]] for x in lines]
-    return "\n\n".join(x for x in (f"### {title}", table(head, rows), note) if x)
+    head = ["", *(h.name for h in headings), *(["settings"] if told else []), "runs"]
+    rows = [[*x[4][:-1], *([x[3]] if told else []), x[4][-1]] for x in lines]
+    return "\n\n".join(x for x in (f"### {title}", table(head, rows), usual, note) if x)
 
 
 # Settings of evaluate.py that some modes of a segmentation network have and others have not.
@@ -582,16 +627,16 @@ def pairs(title: str, several: Sequence[Measurement], score: str, note: str) -> 
     if not both:
         return None
     told = [x for x in varying([facts for facts, _ in both]) if x not in TOLD - {"u_0"}]
-    for facts, (gap, bap) in both:
+    unlike, usual = _unlike_most([facts for facts, _ in both], told)
+    for settings, (_, (gap, bap)) in zip(unlike, both, strict=True):
         by_seed = {m.seeds: m.scores[score] for m in gap}
         gains = [m.scores[score] - by_seed[m.seeds] for m in bap if m.seeds in by_seed]
         runs = ", ".join(str(x) for x in sorted({m.run.number for m in gap + bap}))
-        settings = _settings(facts, told)
         sides = [_alternatives(x, score, 1) for x in (gap, bap)]
         found.append([settings, *sides, number(gains), runs])
-    found.sort()
+    found.sort(key=lambda x: x[0].strip("–"))
     head = ["settings", "GAP", "BAP", "BAP - GAP, seed by seed", "runs"]
-    return "\n\n".join(x for x in (f"### {title}", table(head, found), note) if x)
+    return "\n\n".join(x for x in (f"### {title}", table(head, found), usual, note) if x)
 
 
 def own_tables(archive: Archive) -> list[str]:
