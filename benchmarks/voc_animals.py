@@ -239,16 +239,22 @@ def unseen(s: Settings) -> Iterator[Job]:
 
 
 def conditions(s: Settings) -> Iterator[Job]:
-    """Stages 1 and 2 on features of twice the resolution, and with boxes that are too large."""
+    """Stages 1 and 2 on features of twice the resolution, trained longer, and with loose boxes."""
     lite0 = train_classifier.PRESETS["lite0"][1]
+    for seed in range(s.seeds):
+        for pool in ("bap", "gap"):
+            changed = replace(lite0, pool=pool, seed=seed, stride=8)
+            yield from _condition(s, f"{pool}_{seed}_stride8", changed)
     for pool in ("bap", "gap"):
-        name = f"{pool}_0_stride8"
-        yield _classifier(s, name, replace(lite0, pool=pool, stride=8))
-        yield from _network_labels(s, "val", name, "_without_u0")
+        yield from _condition(s, f"{pool}_0_margin", replace(lite0, pool=pool, margin=MARGIN))
     for pool in ("bap", "gap"):
-        name = f"{pool}_0_margin"
-        yield _classifier(s, name, replace(lite0, pool=pool, margin=MARGIN))
-        yield from _network_labels(s, "val", name, "_without_u0", MARGIN)
+        longer = replace(lite0, pool=pool, epochs=2 * lite0.epochs)
+        yield from _condition(s, f"{pool}_0_longer", longer)
+
+
+def _condition(s: Settings, name: str, settings: train_classifier.Settings) -> Iterator[Job]:
+    yield _classifier(s, name, settings)
+    yield from _network_labels(s, "val", name, "_without_u0", settings.margin)
 
 
 def grids(s: Settings) -> Iterator[Job]:
