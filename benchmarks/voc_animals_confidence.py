@@ -59,10 +59,10 @@ def gradients(similarity: Tensor, first: Tensor, second: Tensor, gamma: float) -
     return found
 
 
-def look(folder: Path, devkit: Devkit, labels: Path, names: list[str]) -> dict[str, float]:
+def look(folder: Path, devkit: Devkit, names: list[str]) -> dict[str, float]:
     """Measure one network on its training pictures."""
     network, _, settings = load_segmenter(folder / "segmenter.pt")
-    gamma = settings["gamma"]
+    gamma, labels = settings["gamma"], Path(settings["labels"])
     data = LabelledPictures(devkit, names, [labels / settings[x] for x in ("first", "second")])
     pixels = reliable = reliable_right = crf_right = ret_right = 0
     histograms = torch.zeros(2, BINS, dtype=torch.float64)
@@ -106,7 +106,6 @@ def look(folder: Path, devkit: Devkit, labels: Path, names: list[str]) -> dict[s
 
 def main(
     segmenters: tuple[Path, ...],
-    labels: Path,
     root: Path | None = None,
     out: Path = Path("benchmarks/results/voc_animals_confidence.json"),
     split: str = "train_aug",
@@ -115,18 +114,18 @@ def main(
     """Measure some networks.
 
     Args:
-        segmenters: Folders of ``train_segmentation.py``.
-        labels: Folder of the label maps that they were trained on.
+        segmenters: Folders of ``train_segmentation.py``; the labels that they were trained on are
+            read from where they were.
         root: A folder in devkit layout.
-        out: Where results go; rows of other networks stay.
+        out: Where results go.
         split: What they were trained on.
         every: Take every so many of its pictures.
     """
     devkit = Devkit(root or default_root())
     names = devkit.names(split)[::every]
     with Meter() as meter:
-        rows = {folder.name: look(folder, devkit, labels, names) for folder in segmenters}
-    settings = {"labels": labels.name, "split": split, "pictures": len(names)}
+        rows = {folder.name: look(folder, devkit, names) for folder in segmenters}
+    settings = {"split": split, "pictures": len(names)}
     write_json(out, result("confidence", settings, rows, meter))
     rich.print(rows)
 
