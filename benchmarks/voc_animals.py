@@ -223,6 +223,7 @@ def unseen(s: Settings) -> Iterator[Job]:
     runs = {
         "weights": ("network", "bap_0"),
         "without": ("agnostic", "without"),
+        "mixed": ("network", "without"),  # by weights where all classes of a picture have some
         "seen": ("agnostic", "bap_0"),
         "imagenet": ("agnostic", None),
     }
@@ -233,7 +234,7 @@ def unseen(s: Settings) -> Iterator[Job]:
             split="val",
             method=method,
             classifier=s.work / "classifier" / own / "classifier.pt" if own else None,
-            generator=WITHOUT_U0 if method == "network" else AGNOSTIC,
+            generator=WITHOUT_U0 if name == "weights" else AGNOSTIC,
         )
         yield from _labels(s, f"unseen_{name}", settings, UNSEEN_CLASSES)
 
