@@ -244,10 +244,9 @@ def conditions(s: Settings) -> Iterator[Job]:
     lite0 = train_classifier.PRESETS["lite0"][1]
     for seed in range(s.seeds):
         for pool in ("bap", "gap"):
-            changed = replace(lite0, pool=pool, seed=seed, stride=8)
-            yield from _condition(s, f"{pool}_{seed}_stride8", changed)
-    for pool in ("bap", "gap"):
-        yield from _condition(s, f"{pool}_0_margin", replace(lite0, pool=pool, margin=MARGIN))
+            usual = replace(lite0, pool=pool, seed=seed)
+            yield from _condition(s, f"{pool}_{seed}_stride8", replace(usual, stride=8))
+            yield from _condition(s, f"{pool}_{seed}_margin", replace(usual, margin=MARGIN))
     for pool in ("bap", "gap"):
         longer = replace(lite0, pool=pool, epochs=2 * lite0.epochs)
         yield from _condition(s, f"{pool}_0_longer", longer)
