@@ -200,7 +200,7 @@ def test_two_real_processes(settings, tmp_path):
     command = [
         *(sys.executable, str(SCRIPT), "paper", "--method", "wssl", "--root", str(settings.root)),
         *("--split", "val", "--out", str(settings.out), "--crf.iterations", "2"),
-        *("--machines.accelerator", "cpu", "--machines.devices", "2"),
+        *("--accelerator", "cpu", "--devices", "2"),
         *("--classes", *settings.classes),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
@@ -507,7 +507,7 @@ def test_command_line(settings, monkeypatch, capsys):
     """The options of a command, and one line with exit code 1 where it cannot be done."""
     command = ["generate_labels.py", "released", "--root", str(settings.root), "--crf.none"]
     command += ["--generator.background-threshold", "None", "--classes", *settings.classes]
-    monkeypatch.setattr(sys, "argv", [*command, "--machines.accelerator", "cpu"])
+    monkeypatch.setattr(sys, "argv", [*command, "--accelerator", "cpu"])
     _, released = generate_labels.PRESETS["released"]
     given = cli(generate_labels.__doc__, generate_labels.PRESETS)
     assert given == replace(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from generate_labels import CrfSettings, GeneratorSettings, make_generator, read
 from generate_labels import Settings as LabelSettings
 from networks import SmallFeatures
 from train_classifier import Classifier
-from training import Machines, run
+from training import Machines, cli, run
 
 CPU = Machines(accelerator="cpu")
 NO_CRF = CrfSettings(none=True)
@@ -231,6 +232,11 @@ def test_an_error_is_one_line(planted, tmp_path, capsys, options, message):
     assert line.count("\n") == 1
     assert re.search(message, line)
     assert not (tmp_path / "out").exists()
+
+
+def test_machines_are_options_like_all_others(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["search.py", "paper", "--accelerator", "cpu"])
+    assert cli(search.__doc__, search.PRESETS) == replace(search.PRESETS["paper"][1], machines=CPU)
 
 
 def test_presets_are_valid():

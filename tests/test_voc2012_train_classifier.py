@@ -377,7 +377,7 @@ def test_what_is_wrong_with_the_data_is_one_line(settings, few, capsys):
         ({"backbone": "resnet9000"}, "timm must have the network by name, got 'resnet9000'"),
         ({"frozen": 9, "backbone": "test_efficientnet", "weights": "random"}, "frozen must be 0.."),
         ({"weights": "no/such.pt"}, "weights must be None or 'random' for small"),
-        ({"machines": Machines(devices=0)}, "machines.devices must be at least 1, got 0"),
+        ({"machines": Machines(devices=0)}, "devices must be at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range_are_one_line(settings, capsys, options, message):
@@ -411,8 +411,8 @@ def test_half_precision_trains_too(pretrained, precision):
 def test_the_script_trains_and_says_what_is_wrong(settings, capsys, monkeypatch):
     command = [str(SCRIPT), "paper", "--root", str(settings.root), "--out", str(settings.out)]
     command += ["--split", "train", "--classes", *shapes.CLASSES, "--backbone", "small"]
-    command += ["--crop", "48", "--iterations", "1", "--machines.accelerator", "cpu"]
-    command += ["--logging.no-tensorboard"]
+    command += ["--crop", "48", "--iterations", "1", "--accelerator", "cpu"]
+    command += ["--no-tensorboard"]
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert load_classifier(settings.out / "classifier.pt").settings["iterations"] == 1
@@ -435,8 +435,8 @@ def test_the_help_names_every_option(capsys, monkeypatch):
     for field in dataclasses.fields(Settings):
         if field.name not in ("machines", "logging"):
             assert "--" + field.name.replace("_", "-") in text
-    assert "--machines.devices" in text
-    assert "--logging.wandb" in text
+    assert "--devices" in text
+    assert "--wandb" in text
 
 
 def test_the_root_comes_from_the_environment(monkeypatch):

@@ -114,6 +114,7 @@ def test_the_presets_hold_the_numbers_of_the_paper():
 
 def test_the_command_line_begins_with_a_preset(monkeypatch):
     words = "paper-v2 --loss ret --classifier dot --true-masks list.txt --confidence-of a b"
+    words += " --devices 2 --log-interval 5"
     monkeypatch.setattr(sys, "argv", ["train_segmentation.py", *words.split()])
     assert cli("", PRESETS) == change(
         PRESETS["paper-v2"][1],
@@ -121,6 +122,8 @@ def test_the_command_line_begins_with_a_preset(monkeypatch):
         classifier="dot",
         true_masks=Path("list.txt"),
         confidence_of=("a", "b"),
+        machines=Machines(devices=2),
+        logging=Logging(interval=5),
     )
 
 

@@ -22,7 +22,15 @@ from torch.utils.data import Dataset
 import training
 from bapnal._math import divide_sums
 from devkit import Sample
-from training import Batches, Logging, Machines, fit, launch
+from training import (
+    Batches,
+    Logging,
+    LoggingOption,
+    Machines,
+    MachinesOption,
+    fit,
+    launch,
+)
 
 SILENT = Logging(tensorboard=False, interval=2)
 ROOT = Path(__file__).resolve().parent.parent
@@ -306,7 +314,7 @@ def test_channels_last_changes_the_layout_alone(tmp_path):
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"checkpoint_interval": 0}, "checkpoint_interval must be at least 1, got 0"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
-        ({"logging": Logging(interval=0)}, r"logging\.interval must be at least 1, got 0"),
+        ({"logging": Logging(interval=0)}, r"log_interval must be at least 1, got 0"),
         ({"dataset": Noise(0)}, "a picture for each of 1 devices, got 0 pictures in batches of 4"),
     ],
 )
@@ -319,10 +327,10 @@ def test_arguments_out_of_range_are_named_before_anything_is_written(tmp_path, o
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": 0}, r"machines\.devices must be at least 1, got 0"),
-        ({"num_nodes": 0}, r"machines\.num_nodes must be at least 1, got 0"),
-        ({"workers": -2}, r"machines\.workers must be at least 0, got -2"),
-        ({"precision": "12"}, r"machines must fit what there is, .*'12'"),
+        ({"devices": 0}, r"devices must be at least 1, got 0"),
+        ({"num_nodes": 0}, r"num_nodes must be at least 1, got 0"),
+        ({"workers": -2}, r"workers must be at least 0, got -2"),
+        ({"precision": "12"}, r"machines must fit what there is, .*precision='12'"),
         ({"accelerator": "abacus"}, "machines must fit what there is, .*abacus"),
     ],
 )
@@ -475,7 +483,8 @@ class Options:
     out: Path
     rate: float = 0.1
     scale: tuple[float, float] = (0.5, 1.5)
-    machines: Machines = dataclasses.field(default_factory=Machines)
+    machines: MachinesOption = dataclasses.field(default_factory=Machines)
+    logging: LoggingOption = dataclasses.field(default_factory=Logging)
 
 
 def test_a_folder_is_for_one_run(tmp_path):
@@ -495,10 +504,12 @@ def test_a_folder_is_for_one_run(tmp_path):
 
 def test_the_command_line_begins_with_a_preset(monkeypatch):
     presets = {"a": ("first", Options(Path("x"))), "b": ("second", Options(Path("y"), rate=3.0))}
-    command = ["script", "b", "--scale", "1", "2", "--machines.devices", "auto"]
+    command = ["script", "b", "--scale", "1", "2", "--devices", "auto", "--num-nodes", "2"]
+    command += ["--wandb", "--no-tensorboard", "--log-interval", "7"]
     monkeypatch.setattr(sys, "argv", command)
     found = training.cli("What it does.", presets)
-    assert found == Options(Path("y"), 3.0, (1.0, 2.0), Machines(devices="auto"))
+    machines, logging = Machines(devices="auto", num_nodes=2), Logging(False, True, 7)
+    assert found == Options(Path("y"), 3.0, (1.0, 2.0), machines, logging)
 
 
 SCRIPT = """

@@ -56,7 +56,7 @@ from devkit import (
 )
 from networks import TimmFeatures
 from train_classifier import load_classifier
-from training import Machines, Together, cli, launch, plain, run
+from training import Machines, MachinesOption, Together, cli, launch, plain, run
 
 Method = Literal["network", "agnostic", "box", "grabcut", "wssl", "mcg", "sdi", "masks"]
 TWO_MAPS = ("network", "agnostic")  # the methods that give Y_crf and Y_ret
@@ -178,7 +178,7 @@ class Settings:
     difficult: bool = True
     margin: float = 0.0
     seed: int = 0
-    machines: Machines = field(default_factory=Machines)
+    machines: MachinesOption = field(default_factory=Machines)
 
 
 PRESETS = {

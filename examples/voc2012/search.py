@@ -52,7 +52,7 @@ from devkit import (
 from generate_labels import CrfSettings, GeneratorSettings, make_generator, untrained_features
 from record import Meter, result, write_json
 from train_classifier import load_classifier
-from training import Machines, claim, cli, finished, launch, plain, run, total
+from training import Machines, MachinesOption, claim, cli, finished, launch, plain, run, total
 
 T = TypeVar("T")
 COARSE = 4  # pixels a side that one stands for where unaries are compared
@@ -123,7 +123,7 @@ class Settings:
     crf: CrfSettings = field(default_factory=CrfSettings)
     difficult: bool = True
     margin: float = 0.0
-    machines: Machines = field(default_factory=Machines)
+    machines: MachinesOption = field(default_factory=Machines)
 
 
 PRESETS = {

@@ -26,7 +26,9 @@ from record import Meter, result, write_json
 from training import (
     CHECKPOINT,
     Logging,
+    LoggingOption,
     Machines,
+    MachinesOption,
     above,
     at_least,
     claim,
@@ -116,8 +118,8 @@ class Settings:
     channels_last: bool = True
     checkpoint_interval: int = 250
     seed: int = 0
-    machines: Machines = field(default_factory=Machines)
-    logging: Logging = field(default_factory=Logging)
+    machines: MachinesOption = field(default_factory=Machines)
+    logging: LoggingOption = field(default_factory=Logging)
 
 
 PAPER = Settings()

@@ -58,7 +58,9 @@ from devkit import (
 from training import (
     CHECKPOINT,
     Logging,
+    LoggingOption,
     Machines,
+    MachinesOption,
     above,
     at_least,
     claim,
@@ -157,8 +159,8 @@ class Settings:
     channels_last: bool = False
     checkpoint_interval: int = 500
     seed: int = 0
-    machines: Machines = field(default_factory=Machines)
-    logging: Logging = field(default_factory=Logging)
+    machines: MachinesOption = field(default_factory=Machines)
+    logging: LoggingOption = field(default_factory=Logging)
 
 
 # Epochs and batch sizes are the paper's. Of rates it only says that they follow the poly schedule

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -84,7 +84,12 @@ class Logging:
 
     tensorboard: bool = True
     wandb: bool = False
-    interval: int = 50
+    interval: Annotated[int, tyro.conf.arg(name="log-interval")] = 50
+
+
+# What they hold are options of the script itself: --devices, not --machines.devices.
+MachinesOption = Annotated[Machines, tyro.conf.arg(name="")]
+LoggingOption = Annotated[Logging, tyro.conf.arg(name="")]
 
 
 class Trained(NamedTuple):
@@ -105,10 +110,10 @@ def launch(machines: Machines) -> Fabric:
     Raises:
         ValueError: If there are no such machines.
     """
-    at_least("machines.num_nodes", machines.num_nodes, 1)
-    at_least("machines.workers", machines.workers, 0)
+    at_least("num_nodes", machines.num_nodes, 1)
+    at_least("workers", machines.workers, 0)
     if isinstance(machines.devices, int):
-        at_least("machines.devices", machines.devices, 1)
+        at_least("devices", machines.devices, 1)
     try:
         fabric = Fabric(
             accelerator=machines.accelerator,
@@ -117,7 +122,8 @@ def launch(machines: Machines) -> Fabric:
             precision=machines.precision,  # type: ignore[arg-type]
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
-        raise ValueError(f"machines must fit what there is, got {machines}: {error}") from error
+        given = ", ".join(f"{key}={value!r}" for key, value in plain(machines).items())
+        raise ValueError(f"machines must fit what there is, got {given}: {error}") from error
     fabric.launch()
     return fabric
 
@@ -408,7 +414,7 @@ def _check(
         at_least(name, plan[name], least)
     at_least("checkpoint_interval", checkpoint_interval, 1)
     at_least("workers", workers, 0)
-    at_least("logging.interval", logging.interval, 1)
+    at_least("log_interval", logging.interval, 1)
     if min(plan["batch_size"], plan["pictures"]) < ranks:
         raise ValueError(
             f"batches must hold a picture for each of {ranks} devices, got "
@@ -601,7 +607,7 @@ def _wandb(folder: Path) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("logging.wandb needs the package wandb: pip install wandb") from error
+        raise ValueError("--wandb needs the package wandb: pip install wandb") from error
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     return wandb.init(project="bapnal", name=folder.name, dir=str(folder / "logs"))
 
