@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 
 import search
 import shapes
@@ -111,6 +112,35 @@ def test_an_interrupted_search_goes_on(planted, tmp_path, monkeypatch):
     assert not (tmp_path / "out/result.json").exists()
     assert search.main(settings(planted, tmp_path / "out", **options))["scores"] == whole["scores"]
     assert len(calls) == 1 + len(whole["scores"]["rows"])
+
+
+def search_as_rank(fabric, given, names):
+    """Search in one of several processes, with other pictures in each; note how that ended."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "launch", lambda machines: fabric)
+        try:
+            search.main(replace(given, pictures=names[fabric.global_rank]))
+            ending = "finished"
+        except (OSError, SystemExit) as error:
+            ending = repr(error)
+    (given.root / f"rank{fabric.global_rank}").write_text(ending)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("broken", ["pictures", "rows.json"])
+def test_what_one_process_cannot_read_or_write_ends_all(planted, tmp_path, broken):
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot be forked")
+    listed = tmp_path / "list.txt"
+    listed.write_text("\n".join(Devkit(planted).names("train")[:2]))
+    names = (listed, tmp_path / "none" if broken == "pictures" else listed)
+    (tmp_path / "out/.rows.json.part").mkdir(parents=True)  # in the way of what is written first
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+    fabric.launch(search_as_rank, settings(planted, tmp_path / "out", crf=NO_CRF), names)
+    zero, one = ((planted / f"rank{rank}").read_text() for rank in range(2))
+    expected = "none does not exist" if broken == "pictures" else r"rows.json could not be written"
+    assert re.search(expected, zero)
+    assert one == "SystemExit(1)"
 
 
 def test_a_finished_search_is_not_repeated(planted, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from PIL import Image
 from torch.nn import functional as F
 
@@ -272,6 +274,33 @@ def test_another_folder_may_give_the_second_map(settings, labels, tmp_path):
     assert data.folders == [labels / "crf", tmp_path / "masks"]
 
 
+def train_as_rank(fabric, settings):
+    """Train in one of several processes, and note how that ended."""
+    settings.out.parent.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_segmentation, "launch", lambda machines: fabric)
+        try:
+            main(settings)
+            ending = "finished"
+        except (OSError, SystemExit) as error:
+            ending = repr(error)
+    (settings.labels.parent / f"rank{fabric.global_rank}").write_text(ending)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_confidence_map_that_rank_zero_cannot_write_ends_all_ranks(settings, own_labels):
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that uses CUDA cannot be forked")
+    settings = change(settings, labels=own_labels, confidence_of=names_of(settings)[:1])
+    settings.out.mkdir()
+    (settings.out / "confidence").touch()
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
+    fabric.launch(train_as_rank, settings)
+    zero, one = ((own_labels.parent / f"rank{rank}").read_text() for rank in range(2))
+    assert re.search(r"^OSError\('.*confidence/.*_000000\.png could not be written", zero)
+    assert one == "SystemExit(1)"
+
+
 # ---------------------------------------------------------------- confidence maps, logs, networks
 
 
@@ -307,7 +336,7 @@ def test_the_figure_of_the_paper_gets_its_epochs():
     _, paper = PRESETS["paper"]
     fabric = type("Rank", (), {"is_global_zero": True})
     data = LabelledPictures(None, range(10_582), [Path("crf")])
-    keeper = ConfidenceKeeper(paper, fabric, None, data, 45 * 529)
+    keeper = ConfidenceKeeper(paper, fabric, None, data, 45 * 529, None)
     assert sorted(step / 529 for step in keeper.moments) == [0, 11, 22, 33, 45]
 
 

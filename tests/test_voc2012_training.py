@@ -363,6 +363,27 @@ def test_scalars_and_pictures_are_logged_and_only_once(tmp_path):
     assert drawn == [4, 9, 11]
 
 
+def test_a_disk_that_is_full_of_logs_names_them(tmp_path, monkeypatch, capsys):
+    from tensorboard.summary.writer import record_writer
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    write = record_writer.RecordWriter.write
+    # At once, and when all that is left is written at the end.
+    for name, kept in (("write", 0), ("write", 5), ("flush", 0)):
+        left = iter(range(kept))
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                record_writer.RecordWriter,
+                name,
+                lambda *args, left=left: write(*args) if next(left, None) is not None else full(),
+            )
+            with pytest.raises(OSError, match=r"logs could not be written: No space left on dev"):
+                train(tmp_path / f"{name}{kept}", steps=4, logging=Logging(interval=2))
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_wandb_is_named_where_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="needs the package wandb: pip install wandb"):
@@ -446,13 +467,13 @@ def global_squares(network, batch, step):
 
 @pytest.fixture
 def two_ranks(tmp_path):
-    """Run ``train_as_rank`` in two processes and return how each ended."""
+    """Run ``train_as_rank``, or what else is given, in two processes; return how each ended."""
     if torch.cuda.is_initialized():
         pytest.skip("a process that uses CUDA cannot be forked")
 
-    def run(dataset):
+    def run(dataset, function=train_as_rank):
         fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
-        fabric.launch(train_as_rank, tmp_path, dataset, without_norm())
+        fabric.launch(function, tmp_path, dataset, without_norm())
         return [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
 
     return run
@@ -478,6 +499,56 @@ def test_what_one_rank_runs_into_ends_all_of_them(two_ranks, broken):
     assert endings == [f"FileNotFoundError('{name} does not exist')", "SystemExit(1)"]
 
 
+def fail_as_rank(fabric, folder, dataset, model):
+    """Run into several things, most of which only rank zero does, and note how each ended."""
+    together = training.Together(fabric)
+
+    def alone(rank):
+        with together.alike():
+            if fabric.global_rank == rank:
+                raise ImportError(f"rank {rank} lacks a package")
+        return "went on"
+
+    def logged(**options):
+        common = {"model": model, "fabric": fabric, "loss": global_squares, "steps": 2}
+        train(folder / "file/run", **{**common, "logging": Logging(), **options})
+
+    (folder / "file").touch()
+    sys.modules["wandb"] = None
+    attempts = (
+        lambda: alone(0),
+        lambda: alone(1),
+        lambda: alone(2),
+        lambda: training.claim(Options(folder / "file/run"), together),
+        lambda: logged(logging=Logging(tensorboard=False, wandb=True)),
+        lambda: logged(),
+        lambda: logged(batch_size=1),
+    )
+    endings = []
+    for attempt in attempts:
+        try:
+            endings.append(attempt())
+        except (Exception, SystemExit) as error:
+            endings.append(repr(error).replace(str(folder), ""))
+    (folder / f"rank{fabric.global_rank}").write_text(json.dumps(endings))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_only_rank_zero_does_ends_all_ranks(two_ranks):
+    zero, one = map(json.loads, two_ranks(None, fail_as_rank))
+    assert zero == [
+        "ImportError('rank 0 lacks a package')",
+        "ImportError('rank 1 lacks a package')",
+        "went on",
+        "OSError('/file/run/settings.json could not be written: Not a directory')",
+        "ValueError('--wandb needs the package wandb: pip install wandb')",
+        "OSError('/file/run/logs could not be written: Not a directory')",
+        "ValueError('batches must hold a picture for each of 2 devices, got 10 pictures in "
+        "batches of 1')",
+    ]
+    assert one == ["went on" if end == "went on" else "SystemExit(1)" for end in zero]
+
+
 @dataclass(frozen=True)
 class Options:
     out: Path
@@ -490,7 +561,7 @@ class Options:
 def test_a_folder_is_for_one_run(tmp_path):
     options = Options(tmp_path / "run")
     assert training.finished(options) is None
-    training.claim(options)
+    training.claim(options, training.Together(launch(Machines("cpu"))))
     elsewhere = dataclasses.replace(options, machines=Machines(devices=8))
     assert training.finished(elsewhere) is None
     with pytest.raises(ValueError, match=r"settings\.json belongs to .* \(rate=0\.1 there, 0\.2 n"):

@@ -250,18 +250,13 @@ def main(settings: Settings) -> dict:
     if settings.search is not None:
         settings = read_search(settings.search, settings)
     names = _check(settings)
-    fabric = launch(settings.machines)
     path = settings.out / "result.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    together, failure = Together(fabric), None
-    done, seconds = [], 0.0
+    fabric = launch(settings.machines)
     with record.Meter() as meter:
-        try:
-            done, seconds = _label_share(settings, fabric, names)
-        except (OSError, ValueError) as error:
-            failure = error
-        together.fail(failure)
-        parts = _gather(fabric, (done, seconds))
+        with Together(fabric).alike():
+            mine = _label_share(settings, fabric, names)
+        parts = _gather(fabric, mine)
     every = [one for some, _ in parts for one in some]
     errors = {one.name: one.error for one in sorted(every, key=lambda one: one.name) if one.error}
     scores = {"pictures": len(names) - len(errors), "skipped": list(errors), "errors": errors}

@@ -52,7 +52,18 @@ from devkit import (
 from generate_labels import CrfSettings, GeneratorSettings, make_generator, untrained_features
 from record import Meter, result, write_json
 from train_classifier import load_classifier
-from training import Machines, MachinesOption, claim, cli, finished, launch, plain, run, total
+from training import (
+    Machines,
+    MachinesOption,
+    Together,
+    claim,
+    cli,
+    finished,
+    launch,
+    plain,
+    run,
+    total,
+)
 
 T = TypeVar("T")
 COARSE = 4  # pixels a side that one stands for where unaries are compared
@@ -172,11 +183,12 @@ def main(settings: Settings) -> dict:
     if stored is not None:
         return stored
     fabric = launch(settings.machines)
+    together = Together(fabric)
     with Meter() as meter:
-        bench = read_bench(settings, fabric)
-        if fabric.is_global_zero:
-            claim(settings)
-        rows = Rows(settings.out / "rows.json", bench)
+        with together.alike():
+            bench = read_bench(settings, fabric)
+        claim(settings, together)
+        rows = Rows(settings.out / "rows.json", bench, together)
         best = search(settings, bench, rows)
     scores = {"best": best, "rows": rows.rows, "pictures": bench.names}
     found = result("search", plain(settings), scores, meter)
@@ -350,18 +362,20 @@ class Rows:
     Args:
         path: The file; what is there is not measured again.
         bench: What is measured on.
+        together: Ends all processes where one cannot read or write the file.
 
     Attributes:
         rows: Dictionaries with ``stage``, ``generator``, ``crf`` and what was measured.
     """
 
-    def __init__(self, path: Path, bench: Bench) -> None:
+    def __init__(self, path: Path, bench: Bench, together: Together) -> None:
         self.path = path
         self.bench = bench
+        self.together = together
         self.rows: list[dict] = []
-        if path.is_file():
-            self.rows = json.loads(path.read_text(encoding="utf-8"))
-        bench.fabric.barrier()  # all have read before the first of them writes
+        with together.alike():  # all have read before the first of them writes
+            if path.is_file():
+                self.rows = json.loads(path.read_text(encoding="utf-8"))
 
     def measure(
         self, stage: str, generator: GeneratorSettings, crf: CrfSettings, **options: object
@@ -372,8 +386,9 @@ class Rows:
             if all(row[name] == value for name, value in key.items()):
                 return row["miou"]
         self.rows.append({**key, **measure(self.bench, generator, crf, **options)})
-        if self.bench.fabric.is_global_zero:
-            write_json(self.path, self.rows)
+        with self.together.alike():
+            if self.together.rank == 0:
+                write_json(self.path, self.rows)
         return self.rows[-1]["miou"]
 
 

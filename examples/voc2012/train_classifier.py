@@ -29,6 +29,7 @@ from training import (
     LoggingOption,
     Machines,
     MachinesOption,
+    Together,
     above,
     at_least,
     claim,
@@ -317,8 +318,7 @@ def main(settings: Settings) -> dict[str, Any]:
     # Before other processes start, which then find the weights that this may have to fetch.
     features = build_features(settings.backbone, settings.weights, settings.stride, settings.frozen)
     fabric = launch(settings.machines)
-    if fabric.is_global_zero:
-        claim(settings)
+    claim(settings, Together(fabric))
     network = BoxClassifier(features, len(settings.classes) + 1)
     optimizer = torch.optim.SGD(
         parameter_groups(network, settings),

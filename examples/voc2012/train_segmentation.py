@@ -61,6 +61,7 @@ from training import (
     LoggingOption,
     Machines,
     MachinesOption,
+    Together,
     above,
     at_least,
     claim,
@@ -374,18 +375,18 @@ def main(settings: Settings) -> dict:
         rich.print(f"{settings.out} is finished, loss {stored['scores']['loss']:.4f}")
         return stored
     dataset = training_pictures(settings)
-    fabric = launch(settings.machines)
     torch.manual_seed(settings.seed)
-    with fabric.rank_zero_first(local=True):  # which may have to fetch weights
-        network = _network(settings, len(settings.classes) + 1, settings.weights)
+    # Before other processes start, which then find the weights that this may have to fetch.
+    network = _network(settings, len(settings.classes) + 1, settings.weights)
     if settings.train_batch_norm:
         _train_batch_norm(network.features)
-    if fabric.is_global_zero:
-        claim(settings)
+    fabric = launch(settings.machines)
+    together = Together(fabric)
+    claim(settings, together)
     epoch = steps_per_epoch(len(dataset), settings.batch_size)
     steps = settings.iterations or settings.epochs * epoch
     objective = Objective(settings, steps)
-    keep = ConfidenceKeeper(settings, fabric, network, dataset, steps)
+    keep = ConfidenceKeeper(settings, fabric, network, dataset, steps, together)
 
     def loss(wrapped: nn.Module, batch: Batch, step: int) -> Tensor:
         keep(step)
@@ -519,6 +520,7 @@ class ConfidenceKeeper:
         network: The bare network.
         dataset: What is trained on.
         steps: Of the whole training.
+        together: Ends all ranks where rank zero cannot write.
     """
 
     def __init__(
@@ -528,21 +530,26 @@ class ConfidenceKeeper:
         network: nn.Module,
         dataset: LabelledPictures,
         steps: int,
+        together: Together,
     ) -> None:
         self.settings = settings
         self.fabric = fabric
         self.network = network
+        self.together = together
         names = settings.confidence_of if fabric.is_global_zero else ()
         self.pictures = LabelledPictures(dataset.devkit, names, dataset.folders[:1], dataset.true)
         span = settings.confidence_every * steps_per_epoch(len(dataset), settings.batch_size)
         # Not twice where the last full span ends shortly before the end.
         self.moments = {*range(0, max(1, steps - span // 2), span), steps}
 
-    @torch.no_grad()
     def __call__(self, step: int) -> None:
         """Write the maps if they are wanted after this many steps."""
-        if step not in self.moments or len(self.pictures) == 0:
-            return
+        if step in self.moments and self.settings.confidence_of:
+            with self.together.alike():
+                self._write(step)
+
+    @torch.no_grad()
+    def _write(self, step: int) -> None:
         mode = self.network.training
         self.network.eval()
         for sample in (self.pictures[i] for i in range(len(self.pictures))):

@@ -14,9 +14,10 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar
@@ -47,6 +48,7 @@ Loss = Callable[[nn.Module, Batch, int], Tensor]
 Pictures = Callable[[nn.Module, Batch, int], dict[str, Tensor]]
 
 CHECKPOINT = "last.ckpt"
+EXPECTED = (ImportError, OSError, ValueError)  # errors that the user can do something about
 # What a rerun may change and still be the same run.
 PLACES = ("out", "machines", "logging", "checkpoint_interval")
 ORDER, VARIATION, INSIDE = range(3)  # what random numbers are drawn for
@@ -277,6 +279,19 @@ class Together:
         if error is not None:
             raise error
 
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Run a block that may fail on some of the ranks only, as one that writes on rank zero.
+
+        Every rank has to enter it, and none may wait for another inside. It ends by :meth:`fail`.
+        """
+        failure = None
+        try:
+            yield
+        except EXPECTED as error:
+            failure = error
+        self.fail(failure)
+
 
 def fit(
     fabric: Fabric,
@@ -337,13 +352,15 @@ def fit(
         "steps": steps,
         "pictures": _length(dataset),
     }
-    _check(plan, checkpoint_interval, workers, logging, fabric.world_size)
     together = Together(fabric)
+    with together.alike():
+        _check(plan, checkpoint_interval, workers, logging, fabric.world_size)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = _synchronised(network, fabric).to(memory_format=layout)
     wrapped, stepper = fabric.setup(network, optimizer)
     path = folder / CHECKPOINT
-    state = _read_checkpoint(path, plan)
+    with together.alike():
+        state = _read_checkpoint(path, plan)
     mean = torch.zeros((), device=fabric.device)
     first, earlier = 0, 0.0
     if state is not None:
@@ -358,14 +375,11 @@ def fit(
     )
     network.train()
     begin = time.perf_counter()
-    with _Log(folder, logging, first, fabric.is_global_zero) as log, _bar(fabric) as bar:
+    with _silent_writer(), _Log(folder, logging, first, together) as log, _bar(fabric) as bar:
         task = bar.add_task(folder.name, total=steps, completed=first, loss="")
         for step in range(first, steps):
-            try:
-                batch, broken = next(batches), None
-            except (OSError, ValueError) as error:
-                batch, broken = None, error
-            together.fail(broken)
+            with together.alike():
+                batch = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * rate(step)
             torch.manual_seed(draw(seed, INSIDE, step, fabric.global_rank))
@@ -392,8 +406,11 @@ def fit(
                 log.scalars(done, {"loss": found, **numbers()}, optimizer, batch_size)
             bar.update(task, completed=done)
             if keep:
-                if pictures is not None and fabric.is_global_zero:
-                    log.pictures(done, _drawn(fabric, network, pictures, batch, step))
+                if pictures is not None:
+                    drawn = {}
+                    if fabric.is_global_zero:
+                        drawn = _drawn(fabric, network, pictures, batch, step)
+                    log.pictures(done, drawn)
                 content = {
                     "network": network.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -467,17 +484,13 @@ def write_whole(fabric: Fabric, path: Path, content: dict[str, Any]) -> None:
 
 
 def _write(together: Together, path: Path, content: dict[str, Any]) -> None:
-    failure = None
-    if together.rank == 0:
-        # In memory first: on a full disk torch's own writer aborts instead of saying so.
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        try:
+    with together.alike():
+        if together.rank == 0:
+            # In memory first: on a full disk torch's own writer aborts instead of saying so.
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
             with whole(path) as unfinished:
                 unfinished.write_bytes(buffer.getbuffer())
-        except OSError as error:
-            failure = error
-    together.fail(failure)
 
 
 def finished(settings: Any) -> dict[str, Any] | None:
@@ -505,10 +518,16 @@ def finished(settings: Any) -> dict[str, Any] | None:
     return None
 
 
-def claim(settings: Any) -> None:
-    """Note in ``settings.out`` whose it is, for :func:`finished`."""
-    if not (settings.out / "settings.json").is_file():
-        write_json(settings.out / "settings.json", _identity(settings))
+def claim(settings: Any, together: Together) -> None:
+    """Note in ``settings.out`` whose it is, for :func:`finished`.
+
+    Raises:
+        OSError: If nothing can be written there.
+    """
+    path = settings.out / "settings.json"
+    with together.alike():
+        if together.rank == 0 and not path.is_file():
+            write_json(path, _identity(settings))
 
 
 def _identity(settings: Any) -> dict[str, Any]:
@@ -553,18 +572,20 @@ def _drawn(
 
 
 class _Log(AbstractContextManager["_Log"]):
-    """Scalars and pictures for TensorBoard and Weights & Biases; nothing on ranks other than 0."""
+    """Scalars and pictures for TensorBoard and Weights & Biases, written by rank zero."""
 
-    def __init__(self, folder: Path, logging: Logging, step: int, active: bool) -> None:
+    def __init__(self, folder: Path, logging: Logging, step: int, together: Together) -> None:
         self.board = self.run = None
         self.step, self.time = step, time.perf_counter()
-        if active and logging.wandb:
-            self.run = _wandb(folder)
-        if active and logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self.folder, self.together = folder / "logs", together
+        with self._writing():
+            if together.rank == 0 and logging.wandb:
+                self.run = _wandb(self.folder, folder.name)
+            if together.rank == 0 and logging.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            # What an interrupted run wrote after its last checkpoint is written anew.
-            self.board = SummaryWriter(str(folder / "logs"), purge_step=step + 1)
+                # What an interrupted run wrote after its last checkpoint is written anew.
+                self.board = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def scalars(
         self,
@@ -580,36 +601,72 @@ class _Log(AbstractContextManager["_Log"]):
         entries = {**numbers, "pictures per second": speed}
         for i, group in enumerate(optimizer.param_groups):
             entries[f"rate/{group.get('name', i)}"] = group["lr"]
-        for name, value in entries.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
-        if self.run is not None:
-            self.run.log(entries, step=step)
+        with self._writing():
+            for name, value in entries.items() if self.board else ():
+                self.board.add_scalar(name, value, step)
+            if self.run is not None:
+                self.run.log(entries, step=step)
 
     def pictures(self, step: int, drawn: dict[str, Tensor]) -> None:
         """Log pictures, ``(3, H, W)``, uint8 or in [0, 1]."""
-        for name, picture in drawn.items() if self.board else ():
-            self.board.add_image(name, picture.cpu(), step)
-        if self.run is not None:
-            import wandb
+        with self._writing():
+            for name, picture in drawn.items() if self.board else ():
+                self.board.add_image(name, picture.cpu(), step)
+            if self.run is not None:
+                import wandb
 
-            images = {name: wandb.Image(picture.cpu()) for name, picture in drawn.items()}
-            self.run.log(images, step=step)
+                images = {name: wandb.Image(picture.cpu()) for name, picture in drawn.items()}
+                self.run.log(images, step=step)
 
-    def __exit__(self, *_: object) -> None:
-        """Write what is left."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write what is left; if something else went wrong, that is what the user has to know."""
+        if kind is not None:
+            with suppress(OSError):
+                self._close()
+            return
+        with self._writing():
+            self._close()
+
+    def _close(self) -> None:
         if self.board is not None:
             self.board.close()
         if self.run is not None:
             self.run.finish()
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """End all ranks where rank zero cannot write, and say where that was."""
+        with self.together.alike():
+            try:
+                yield
+            except OSError as error:
+                reason = error.strerror or error
+                raise OSError(f"{self.folder} could not be written: {reason}") from error
 
-def _wandb(folder: Path) -> Any:
+
+@contextmanager
+def _silent_writer() -> Iterator[None]:
+    """Keep TensorBoard's thread from printing the error that it also hands to the next entry."""
+    hook = threading.excepthook
+
+    def print_others(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            hook(args)
+
+    threading.excepthook = print_others
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
+
+
+def _wandb(folder: Path, name: str) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ValueError("--wandb needs the package wandb: pip install wandb") from error
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    return wandb.init(project="bapnal", name=folder.name, dir=str(folder / "logs"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return wandb.init(project="bapnal", name=name, dir=str(folder))
 
 
 def run(main: Callable[..., object], *args: object) -> None:
@@ -618,7 +675,7 @@ def run(main: Callable[..., object], *args: object) -> None:
         main(*args)
     except KeyboardInterrupt:
         _end("interrupted", 130)
-    except (ImportError, OSError, ValueError) as error:
+    except EXPECTED as error:
         _end(" ".join(str(error).split()) or type(error).__name__, 1)
 
 
