@@ -61,8 +61,8 @@ class Runs:
         out = self.folder / name
         if classifier is not None:
             changes["classifier"] = classifier.out / "classifier.pt"
-        settings = generate_labels.Settings(root=self.root, out=out, split="train_aug")
-        settings = replace(settings, **changes)
+        paper_s = generate_labels.PRESETS["paper"][1]
+        settings = replace(paper_s, root=self.root, out=out, split="train_aug", **changes)
         write(out / "result.json", "labels", settings, {"pictures": 3, "skipped": []})
         found = {kind: self.miou(value) for kind, value in scores.items()}
         if "both" in found:
@@ -77,7 +77,8 @@ class Runs:
         out = self.folder / name
         if labels is not None:
             changes["labels"] = labels.out
-        settings = replace(train_segmentation.Settings(), root=self.root, out=out, **changes)
+        paper_s = train_segmentation.PRESETS["paper"][1]
+        settings = replace(paper_s, root=self.root, out=out, **changes)
         scores = {"loss": 1.0, "pictures": counts[0], "true_masks": counts[1]}
         write(out / "result.json", "segmentation", settings, scores)
         evaluation = evaluate.Segmentation(out / "segmenter.pt", out / "val.json", self.root)
@@ -197,8 +198,8 @@ def test_another_backbone_never_stands_in_our_column(tmp_path):
     assert said.startswith(
         "voc-animals, labels by tf_efficientnet_lite0; pictures: 200 of val; classes"
     )
-    assert "epochs 4 (paper: 15)" in said
-    assert "stride 16 (paper: 8)" in said
+    assert "epochs 4 (there 15)" in said
+    assert "stride 16 (there 8)" in said
 
 
 def test_all_of_voc_with_fewer_classes_or_pictures_is_not_the_papers(tmp_path):
@@ -227,7 +228,7 @@ def test_other_settings_are_not_merged_with_seeds(tmp_path):
     assert head[3:] == ["ours A: train", "ours A: val", "ours B: train", "ours B: val"]
     assert cell(text, "Table 1", "BAP: Y_crf", "ours A: val") == "79.0 (1 seed)"
     assert cell(text, "Table 1", "BAP: Y_crf", "ours B: val") == "78.0 (1 seed)"
-    assert "Other than in the paper: boxes loosened in training by 0.1 (paper: 0)." in text
+    assert "Other than in the preset `paper`: boxes loosened in training by 0.1 (there 0)." in text
     lines = section(text, "Labels (VOC 2012)")
     settings = [line[lines[0].index("settings")] for line in lines[2:]]
     assert settings == ["–", "boxes loosened in training by 0.1"]
@@ -313,7 +314,7 @@ def test_deeplab_on_all_of_voc_is_ours(tmp_path):
     assert cell(text, "Table 4", "NAL", "ours: test").startswith("not run: needs the test server")
     assert cell(text, "Table 5", "NAL", "ours A: val, one scale + CRF") == "74.0 (1 seed)"
     assert cell(text, "Table 5", "NAL", "elsewhere B: val, one scale + CRF") == "70.0 (1 seed)"
-    assert "first weights of stage 3 imagenet (paper: coco)" in text
+    assert "first weights of stage 3 imagenet (there coco)" in text
     title = "Supplement, Table 6"
     lines = [x for x in section(text, title) if x[0] == "NAL"]
     ours = [line[4:] for line in lines]
@@ -680,17 +681,30 @@ def test_photographs_stay_small(tmp_path):
     assert (tmp_path / "noise.png").stat().st_size <= figures.LARGEST
 
 
-def test_the_recipe_of_the_paper_is_the_preset():
-    for stage, script in (("stage1", train_classifier), ("stage3", train_segmentation)):
-        preset = asdict(script.PRESETS["paper"][1])
-        wanted = {k: v for k, v in paper.RECIPE.items() if k.startswith(stage)}
-        assert {k: preset[k.partition(".")[2]] for k in wanted} == wanted
-    generator = generate_labels.PRESETS["paper"][1].generator
-    assert generator.background_threshold == 0.99
-    assert generator.grid_size == 1
-    for name, (epochs, batch) in paper.EPOCHS.items():
-        preset = next(x for _, x in train_segmentation.PRESETS.values() if x.network == name)
-        assert (preset.epochs, preset.batch_size) == (epochs, batch)
+def test_every_setting_that_is_not_the_papers_stands_below_our_columns(tmp_path):
+    runs = voc(tmp_path / "runs")
+    runs.first = train_classifier.PRESETS["released"][1]
+    generator = generate_labels.GeneratorSettings(cam_normalization="box", align_corners=True)
+    crf = generate_labels.CrfSettings(none=True)
+    classifier = runs.classifier("bap", difficult=False, jitter=0.0)
+    runs.labels("labels", {"crf": 79.0}, classifier, generator=generator, crf=crf)
+    text = show(tmp_path / "runs", tmp_path / "page")
+    assert cell(text, "Table 1", "BAP: Y_crf", "ours: val") == "79.0 (1 seed)"
+    below = text[text.index("### Table 1") : text.index("### Table 3")]
+    for said in (
+        *("sampling roi_align (there cells)", "min background 0.125 (there 0)"),
+        *("bias factor 2 (there 1)", "drop at 5000 (there none)", "difficult no (there yes)"),
+        *("jitter 0 (there 0.3)", "cam normalization box (there class)", "crf none yes (there no)"),
+    ):
+        assert said in below, said
+    assert "scale" not in below
+
+
+def test_a_run_of_the_preset_differs_in_nothing(tmp_path):
+    runs = voc(tmp_path / "runs")
+    made = runs.labels("labels", {"crf": 79.0}, runs.classifier("bap"))
+    runs.segmentation("nal", {"single": 60.0}, made)
+    assert "Other than" not in show(tmp_path / "runs", tmp_path / "page")
 
 
 def test_as_a_command(tmp_path, capsys, monkeypatch):

@@ -20,27 +20,6 @@ DATA = "VOC 2012 with its masks"
 VGG = "ImageNet weights of VGG-16"
 RESNET = "ImageNet or MS-COCO weights of ResNet-101"
 GPU = "a GPU"
-# What the paper says of its training, by fact.
-RECIPE: Rule = {
-    "stage1.epochs": 15,
-    "stage1.iterations": None,
-    "stage1.batch_size": 20,
-    "stage1.crop": 321,
-    "stage1.rate": 1e-4,
-    "stage1.head_rate": 1e-3,
-    "stage1.momentum": 0.9,
-    "stage1.weight_decay": 5e-4,
-    "stage1.stride": 8,
-    "stage1.frozen": 0,
-    "stage1.output_size": 1,
-    "stage1.min_background": 0.0,
-    "stage1.margin": 0.0,
-    "labels.margin": 0.0,
-    "labels.generator.background_threshold": 0.99,
-    "labels.generator.grid_size": 1,
-    "stage3.iterations": None,
-}
-EPOCHS = {"deeplab_v1": (45, 20), "deeplab_v2": (20, 10)}  # and the batch size, of stage 3
 SERVER = "the test server (evaluate.py segmentation --archive writes what it accepts)"
 NOT_OURS = "other authors' method, not part of these scripts"
 

@@ -236,7 +236,7 @@ class Archive:
     def _add_classifier(
         self, facts: Facts, seeds: list, sources: list[Run], settings: Mapping[str, Any]
     ) -> None:
-        facts |= _flat("stage1", settings)
+        facts |= flat("stage1", settings)
         facts["stage1.initial"] = _initial(settings)
         facts["stage1.leave_out"] = ", ".join(settings.get("leave_out") or ())
         if settings.get("pool") == "gap":
@@ -249,14 +249,14 @@ class Archive:
         self, facts: Facts, seeds: list, sources: list[Run], settings: Mapping[str, Any]
     ) -> None:
         method = settings.get("method")
-        flat = _flat("labels", settings)
+        own = flat("labels", settings)
         by_network = method in ("network", "agnostic")
-        for name in list(flat):
+        for name in list(own):
             part = name.split(".")[1]
             if part == "crf" and not by_network:
-                value = flat.pop(name)
+                value = own.pop(name)
                 if method == "wssl":  # a CRF of its own, which says nothing of the method's
-                    flat[f"wssl.{name}"] = value
+                    own[f"wssl.{name}"] = value
             elif (
                 (part == "generator" and not by_network)
                 or (part in ("rounds", "seed") and method not in ("grabcut", "sdi"))
@@ -266,8 +266,8 @@ class Archive:
                     and (method != "agnostic" or settings.get("classifier"))
                 )
             ):
-                flat.pop(name)
-        facts |= flat
+                own.pop(name)
+        facts |= own
         run = self.made("labels", settings.get("out"))
         sources += [run] if run else []
         if method == "network":
@@ -308,7 +308,7 @@ class Archive:
     def _add_segmentation(
         self, facts: Facts, seeds: list, sources: list[Run], settings: Mapping[str, Any]
     ) -> None:
-        facts |= _flat("stage3", settings)
+        facts |= flat("stage3", settings)
         facts["stage3.initial"] = _initial(settings)
         run = self.made("segmentation", settings.get("out"))
         sources += [run] if run else []
@@ -343,14 +343,14 @@ def _initial(settings: Mapping[str, Any]) -> str:
     return next((name for name in ("coco", "random") if name in weights), "imagenet")
 
 
-def _flat(prefix: str, settings: Mapping[str, Any]) -> Facts:
+def flat(prefix: str, settings: Mapping[str, Any]) -> Facts:
     """Settings by dotted names, without those that say where things are."""
     found: Facts = {}
     for name, value in settings.items():
         if name in PLACES and (prefix, name) != ("stage3", "classifier"):
             continue
         if isinstance(value, dict):
-            found |= _flat(f"{prefix}.{name}", value)
+            found |= flat(f"{prefix}.{name}", value)
         else:
             plain = PurePath(value).name if name == "weights" and value else value
             found[f"{prefix}.{name}"] = tuple(plain) if isinstance(plain, list) else plain
@@ -398,7 +398,7 @@ def _numbers(
     if what == "boxes" and settings.get("background"):
         more["evaluation.grid_size"] = settings.get("grid_size")
     if what == "runtime":
-        more |= _flat("labels", {k: settings.get(k, {}) for k in ("generator", "crf")})
+        more |= flat("labels", {k: settings.get(k, {}) for k in ("generator", "crf")})
         about = content.get("about", {})
         more["machine"] = f"{about.get('machine')}, {about.get('threads')} threads"
     return [(more, _floats(scores))]

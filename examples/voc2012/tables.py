@@ -23,13 +23,16 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all examples share
 
 import figures
+import generate_labels
 import paper
+import train_classifier
+import train_segmentation
 from own_tables import own_tables
 from page import slug, table, to_html
 from paper import PaperTable, Row
 from record import whole
-from results import MAPS, Archive, Facts, Measurement, Run, fits, group, read_results, varying
-from training import run
+from results import MAPS, Archive, Facts, Measurement, Run, fits, flat, group, read_results, varying
+from training import plain, run
 from wording import alternatives, number, setting_name, settings_text, value_text
 
 
@@ -156,9 +159,10 @@ class Shown(NamedTuple):
 
 
 # Facts that never tell two recipes apart: what the rows are about, or where numbers come from.
+U_0 = "labels.generator.background"
 ABOUT = frozenset(
     (
-        *("what", "split", "test", "labels.map", "u_0", "labels.generator.background"),
+        *("what", "split", "test", "labels.map", "u_0", U_0),
         *("stage3.true_masks", "labels.method", "whole VOC 2012", "stage1.min_background"),
         *("evaluation.scales", "evaluation.crf", "evaluation.iterations"),
         "evaluation.half_resolution",
@@ -262,8 +266,7 @@ def _columns(one: PaperTable, archive: Archive) -> tuple[list[Shown], int]:
             cells[i, j] = [
                 m for m in archive.measurements if fits(m.facts, rule) and score in m.scores
             ]
-    rules = [one.rule, *(x.rule for x in one.ours), *(x.rule or {} for x in one.rows)]
-    named = ({name for rule in rules for name in rule} | ABOUT) - set(one.setting)
+    named = (_rule_names(one) | ABOUT) - set(one.setting)
     if "stage3.initial" in named:  # which says what matters of the file
         named.add("stage3.weights")
     every = list({id(m): m for several in cells.values() for m in several}.values())
@@ -313,6 +316,12 @@ def _most_cells(several: Sequence[Shown]) -> list[Shown]:
     return chosen
 
 
+def _rule_names(one: PaperTable) -> set[str]:
+    """Names of the facts that tell the rows and columns of a table apart."""
+    rules = [one.rule, *(x.rule for x in one.ours), *(x.rule or {} for x in one.rows)]
+    return {name for rule in rules for name in rule}
+
+
 def _agree(facts: Facts, others: Facts) -> bool:
     """Whether two have the same values wherever both have one."""
     return all(others[name] == value for name, value in facts.items() if name in others)
@@ -320,29 +329,53 @@ def _agree(facts: Facts, others: Facts) -> bool:
 
 def _condition(one: PaperTable, shown: Shown, tag: str, beside: Sequence[Shown]) -> str:
     """Say what columns of ours stand on, and what tells them from others beside them."""
-    sizes = {(m.facts["split"], m.pictures) for several in shown.cells.values() for m in several}
+    every = [m for several in shown.cells.values() for m in several]
     pictures = ", ".join(
-        f"{count or 'an unknown number of'} of {x}" for x, count in sorted(sizes, key=str)
+        f"{count or 'an unknown number of'} of {x}"
+        for x, count in sorted({(m.facts["split"], m.pictures) for m in every}, key=str)
     )
     scored = shown.facts.get("scored")
     classes = f"; classes scored: {value_text(scored)}" if scored else ""
-    network = shown.facts.get("stage3.network")
-    wanted = dict(paper.RECIPE)
-    if network in paper.EPOCHS:
-        epochs, batch = paper.EPOCHS[network]
-        wanted |= {"stage3.epochs": epochs, "stage3.batch_size": batch}
+    wanted = recipe(str(shown.facts.get("stage3.network")))
     wanted |= {x: value for x, value in one.setting.items() if x.endswith(".initial")}
-    unlike = [
-        f"{setting_name(x)} {value_text(shown.facts[x])} (paper: {value_text(value)})"
-        for x, value in wanted.items()
-        if x in shown.facts and not fits(shown.facts, {x: value})
-    ]
+    rows = _rule_names(one)
+    about = ABOUT - {"stage1.min_background", *(() if "u_0" in rows else (U_0,))}
+    unlike, searched = [], []
+    for name, value in wanted.items():
+        found = {repr(m.facts[name]): m.facts[name] for m in every if name in m.facts}
+        same = all(x == value or fits({name: x}, {name: value}) for x in found.values())
+        if name in rows | about or same:
+            continue
+        if set(found) == {repr("searched")}:
+            searched.append(name)
+            continue
+        texts = " or ".join(value_text(x) for x in found.values())
+        unlike.append(f"{setting_name(name)} {texts} (there {value_text(value)})")
+    if searched:
+        unlike.append(settings_text(dict.fromkeys(searched, "searched"), searched))
     title = "ours" if shown.faithful else "elsewhere"
     text = f"**{title}{tag}**: {shown.name}; pictures: {pictures}{classes}."
-    text += f" Other than in the paper: {', '.join(unlike)}." if unlike else ""
+    text += f" Other than in the preset `paper`: {', '.join(unlike)}." if unlike else ""
     apart = varying([x.facts for x in beside if x.name == shown.name])
     apart = [x for x in apart if x in shown.facts and x not in wanted and x != "scored"]
     return f"{text} Here: {settings_text(shown.facts, apart)}." if apart else text
+
+
+def recipe(network: str) -> Facts:
+    """Return the settings of the preset ``paper`` of all stages, as facts.
+
+    Args:
+        network: Of stage 3.
+    """
+    preset = "paper-v2" if network == "deeplab_v2" else "paper"
+    found = {
+        **flat("stage1", plain(train_classifier.PRESETS["paper"][1])),
+        **flat("labels", plain(generate_labels.PRESETS["paper"][1])),
+        **flat("stage3", plain(train_segmentation.PRESETS[preset][1])),
+    }
+    # The columns' names tell which networks these are.
+    named = ("stage1.backbone", "stage1.weights", "stage3.network", "stage3.weights")
+    return {name: value for name, value in found.items() if name not in named}
 
 
 # Appendix
