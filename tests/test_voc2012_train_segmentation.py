@@ -268,10 +268,24 @@ def test_only_the_maps_of_the_loss_are_read(settings, own_labels, loss, maps):
     assert data[0].maps.shape == (len(maps), 32, 32)
 
 
-def test_another_folder_may_give_the_second_map(settings, labels, tmp_path):
-    shutil.copytree(labels / "ret", tmp_path / "masks")
-    data = training_pictures(change(settings, second=str(tmp_path / "masks")))
-    assert data.folders == [labels / "crf", tmp_path / "masks"]
+def test_another_folder_may_give_the_second_map(settings, labels, tmp_path, monkeypatch):
+    shutil.copytree(labels / "ret", tmp_path / "sam/labels")
+    for second in ("ret", "sam"):
+        (tmp_path / second).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    absolute = str(tmp_path / "sam/labels")
+    for second, expected in {
+        "ret": labels / "ret",  # rather than the folder of that name here
+        "sam/labels": Path("sam/labels"),
+        absolute: Path(absolute),
+    }.items():
+        data = training_pictures(change(settings, second=second))
+        assert data.folders == [labels / "crf", expected]
+    with pytest.raises(FileNotFoundError, match=rf"^{labels}/no/map or no/map must be a folder wi"):
+        training_pictures(change(settings, second="no/map"))
+    (tmp_path / "sam/result.json").write_text('{"settings": {"classes": ["cat"]}}')
+    with pytest.raises(ValueError, match=r"classes must be those of sam/result\.json, cat, got ar"):
+        training_pictures(change(settings, second="sam/labels"))
 
 
 def train_as_rank(fabric, settings):
@@ -451,8 +465,14 @@ MISTAKES = [
     ({"root": Path("no/devkit")}, "no/devkit must hold a folder JPEGImages, has none"),
     ({"split": "most"}, "most.txt does not exist; splits there: train, val"),
     ({"confidence_of": ("0000_000099",)}, "confidence_of must name pictures of train, got"),
-    ({"labels": Path("none")}, "none/crf does not exist, and loss 'nal' needs it"),
-    ({"labels": Path("none"), "loss": "ret"}, "none/ret does not exist, and loss 'ret' needs it"),
+    (
+        {"labels": Path("none")},
+        "none/crf or crf must be a folder with the label maps that loss 'nal' ",
+    ),
+    (
+        {"labels": Path("none"), "loss": "ret"},
+        "none/ret or ret must be a folder with the label maps that loss 'ret' ",
+    ),
     ({"true_masks": Path("none.txt")}, "true_masks none.txt does not exist"),
 ]
 

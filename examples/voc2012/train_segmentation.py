@@ -88,8 +88,8 @@ class Settings:
             BAPNAL_VOC_ROOT, where set.
         out: Where to write.
         labels: Output of generate_labels.py.
-        first: Folder in ``labels`` with Y_crf, or a folder of its own.
-        second: Folder in ``labels`` with Y_ret, or a folder of its own.
+        first: Folder in ``labels`` with Y_crf, or the path of one elsewhere.
+        second: Folder in ``labels`` with Y_ret, or the path of one elsewhere.
         true_masks: List of pictures whose true mask stands for both label maps.
         split: Which pictures: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
@@ -579,14 +579,16 @@ def training_pictures(settings: Settings) -> LabelledPictures:
     for name in s.confidence_of:
         if name not in names:
             raise ValueError(f"confidence_of must name pictures of {s.split}, got {name!r}")
-    chosen = {"crf": (s.first,), "ret": (s.second,)}.get(s.loss, (s.first, s.second))
-    folders = [s.labels / folder for folder in chosen]
+    folders = _folders(s)
     labelled = [name for name in names if name not in true]
-    if labelled:
-        _same_classes(s)
     for folder in folders if labelled else ():
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist, and loss {s.loss!r} needs it")
+            places = dict.fromkeys((str(s.labels / folder), str(folder)))
+            raise FileNotFoundError(
+                f"{' or '.join(places)} must be a folder with the label maps that loss "
+                f"{s.loss!r} needs"
+            )
+        _same_classes(s, folder)
         there = {path.name for path in folder.iterdir()}
         missing = [name for name in labelled if f"{name}.png" not in there]
         if missing:
@@ -601,9 +603,16 @@ def training_pictures(settings: Settings) -> LabelledPictures:
     return dataset
 
 
-def _same_classes(settings: Settings) -> None:
-    """Check that the label maps were made with these classes, where they say."""
-    path = settings.labels / "result.json"
+def _folders(settings: Settings) -> list[Path]:
+    """Return where the label maps are that the loss reads."""
+    s = settings
+    chosen = {"crf": (s.first,), "ret": (s.second,)}.get(s.loss, (s.first, s.second))
+    return [s.labels / x if (s.labels / x).is_dir() else Path(x) for x in chosen]
+
+
+def _same_classes(settings: Settings, folder: Path) -> None:
+    """Check that label maps were made with these classes, where the file beside them says."""
+    path = folder.parent / "result.json"
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("classes")
         if there is not None and there != list(settings.classes):
