@@ -184,8 +184,22 @@ class Devkit:
         folders = ("SegmentationClassAug", "SegmentationClass")
         return any((self.root / folder / f"{name}.png").is_file() for folder in folders)
 
-    def mask(self, name: str) -> Tensor:
-        """Return the true class of every pixel, for evaluation; ``(H, W)`` long, 255 void."""
+    def size(self, name: str) -> tuple[int, int]:
+        """Return height and width of a picture, from the head of its file."""
+        path = self.image_path(name)
+        try:
+            with Image.open(path) as picture:
+                return picture.height, picture.width
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} must be a picture: {error}") from error
+
+    def mask(self, name: str, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the true class of every pixel, for evaluation; ``(H, W)`` long, 255 void.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is none, or not of ``size``, where that is given.
+        """
         path = self.mask_path(name)
         picture = _open(path)
         if picture.mode not in ("P", "L"):
@@ -196,6 +210,11 @@ class Devkit:
         wrong = mask[(mask > len(self.classes)) & (mask != VOID)]
         if wrong.numel():
             raise ValueError(f"{path} must hold 0..{len(self.classes)} or 255, got {int(wrong[0])}")
+        if size is not None and tuple(mask.shape) != size:
+            raise ValueError(
+                f"{path} must have the size of its picture, {size[1]} x {size[0]}, "
+                f"got {mask.shape[1]} x {mask.shape[0]}"
+            )
         return mask
 
 
@@ -398,7 +417,7 @@ class BoxDataset(Dataset[Sample]):
         boxes = loosen(annotation.boxes[chosen], self.margin, size)
         maps = [read_label_map(folder / f"{name}.png") for folder in self.label_maps]
         if self.masks:
-            maps.append(self.devkit.mask(name))
+            maps.append(self.devkit.mask(name, size))
         for found in maps:
             if found.shape != size:
                 raise ValueError(

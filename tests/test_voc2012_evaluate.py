@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as transforms
 import evaluate
 import train_classifier
 import train_segmentation
-from bapnal import CosineClassifier, DenseCRF
+from bapnal import CosineClassifier, DenseCRF, PseudoLabelGenerator
 from deeplab import build_segmenter
 from devkit import VOC_CLASSES, Devkit, read_label_map, voc_palette, write_label_map
 from generate_labels import CrfSettings
@@ -372,6 +372,49 @@ def test_filling_rates(colours):
     assert red["truth"] == [round(8 / 13, 5), 0.0]
     assert scores["mean"]["truth"] == pytest.approx((8 / 13 + 0.5) / 3, abs=1e-4)
     assert scores["difference"] == pytest.approx((3 / 13 + 0.5) / 3, abs=1e-4)
+
+
+def test_maps_are_upsampled_as_in_the_preset_of_the_backbone(colours, monkeypatch):
+    asked = []
+
+    def generator(*args, align_corners, **options):
+        asked.append(align_corners)
+        return PseudoLabelGenerator(*args, align_corners=align_corners, **options)
+
+    monkeypatch.setattr(evaluate, "PseudoLabelGenerator", generator)
+    for backbone in ("resnet18", "vgg16"):
+        loaded = evaluate.load_classifier(None)._replace(settings={"backbone": backbone})
+        monkeypatch.setattr(evaluate, "load_classifier", lambda _, loaded=loaded: loaded)
+        measured(evaluate.Cams, colours)
+    measured(evaluate.Cams, colours, align_corners=False)
+    assert asked == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", [evaluate.Labels, evaluate.Filling])
+def test_a_mask_of_another_size_is_named_not_the_labels(colours, kind):
+    write_label_map(colours / "labels/crf/a.png", torch.zeros(6, 8, dtype=torch.long))
+    write_label_map(colours / "devkit/SegmentationClassAug/a.png", torch.zeros(6, 9))
+    paths = (colours / "labels", colours / "x.json", colours / "devkit", "val")
+    said = r"Aug/a\.png must have the size of its picture, 8 x 6, got 9 x 6"
+    with pytest.raises(ValueError, match=said):
+        evaluate.main(kind(*paths, classes=CLASSES))
+    with pytest.raises(ValueError, match=said):
+        measured(evaluate.Cams, colours)
+
+
+def test_a_segmentation_is_not_scored_by_a_mask_of_another_size(pictures):
+    write_label_map(pictures / "devkit/SegmentationClassAug/a.png", torch.zeros(20, 20))
+    with pytest.raises(ValueError, match=r"Aug/a\.png must have the size of its picture, 24 x 20"):
+        evaluate.main(segmentation(pictures))
+
+
+def test_filling_rates_of_a_box_outside_the_picture_are_refused(colours):
+    write_label_map(colours / "labels/crf/a.png", torch.zeros(6, 8, dtype=torch.long))
+    path = colours / "devkit/Annotations/a.xml"
+    path.write_text(path.read_text().replace("<xmax>5<", "<xmax>50<"))
+    paths = (colours / "labels", colours / "x.json", colours / "devkit", "val")
+    with pytest.raises(ValueError, match=r"a\.xml: box 0 must lie in the picture of 8 x 6"):
+        evaluate.main(evaluate.Filling(*paths, classes=CLASSES))
 
 
 def test_a_box_that_is_half_filled():

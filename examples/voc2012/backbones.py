@@ -25,6 +25,9 @@ TORCHVISION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CAFFE = ((122.675 / 255, 116.669 / 255, 104.008 / 255), (1 / 255, 1 / 255, 1 / 255))
 VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
+# Backbones whose maps are upsampled with their corners aligned, as the released code does.
+ALIGNED = frozenset(("vgg16",))
+
 
 class Vgg16Features(nn.Module):
     """VGG-16 at stride 8 with two more convolutions in place of its fully connected layers.

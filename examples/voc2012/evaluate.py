@@ -40,6 +40,7 @@ from bapnal import CosineClassifier, DenseCRF, PseudoLabelGenerator, background_
 from bapnal.boxes import box_cells
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all examples share
+from backbones import ALIGNED
 from devkit import (
     VOC_CLASSES,
     VOID,
@@ -140,6 +141,7 @@ class Cams:
         threshold: Above which a pixel is activated, as a share of the maximum. The paper does not
             say which it takes, so numbers compare between classifiers, not with the paper's.
         cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box.
+        align_corners: How maps are upsampled; by default as in the preset of the backbone.
         score_classes: Which classes to average over, of 1..L; none for all.
         machines: Where it runs.
     """
@@ -150,6 +152,7 @@ class Cams:
     split: str = "train"
     threshold: float = 0.5
     cam_normalization: Literal["class", "box"] = "class"
+    align_corners: bool | None = None
     score_classes: tuple[int, ...] = ()
     machines: Machines = field(default_factory=Machines)
 
@@ -279,7 +282,7 @@ def evaluate_labels(settings: Labels) -> dict:
     measured = [name for name in names if name not in left_out]
     with Meter() as meter:
         for name in _bar(measured, "labels"):
-            truth = devkit.mask(name)
+            truth = devkit.mask(name, devkit.size(name))
             maps = {
                 kind: _labels_of(settings.folder / kind, name, truth, len(devkit.classes))
                 for kind in kinds
@@ -362,8 +365,9 @@ def evaluate_segmentation(settings: Segmentation) -> dict:
     tallies = {mode: _Tally(classes, chosen) for mode in settings.modes}
     with Meter() as meter:
         for name in _shared_out(names, fabric, "segmentation"):
-            found = predict(devkit.image(name)[None].to(fabric.device))
-            truth = devkit.mask(name) if scored else None
+            image = devkit.image(name)
+            truth = devkit.mask(name, (image.shape[1], image.shape[2])) if scored else None
+            found = predict(image[None].to(fabric.device))
             for mode, labels in found.items():
                 if scored:
                     tallies[mode].score.update(labels, truth)
@@ -481,15 +485,20 @@ def evaluate_cams(settings: Cams) -> dict:
     fabric = launch(settings.machines)
     features = classifier.features.to(fabric.device).eval()
     weight = classifier.weight.to(fabric.device)
-    generate = PseudoLabelGenerator(crf=None, cam_normalization=settings.cam_normalization)
+    aligned = settings.align_corners
+    if aligned is None:
+        aligned = classifier.settings.get("backbone") in ALIGNED
+    generate = PseudoLabelGenerator(
+        crf=None, cam_normalization=settings.cam_normalization, align_corners=aligned
+    )
     counts = torch.zeros(3, len(devkit.classes) + 1, dtype=torch.long)
     with Meter() as meter:
         for name in _shared_out(names, fabric, "cams"):
             image, annotation = devkit.picture(name)
+            truth = devkit.mask(name, (image.shape[1], image.shape[2]))
             image = image[None].to(fabric.device)
             boxes, labels = [annotation.boxes.to(fabric.device)], [annotation.labels]
             y = generate(image, features(image), weight, boxes, [labels[0].to(fabric.device)])
-            truth = devkit.mask(name)
             for label, u_c in zip(y.classes[0].tolist(), y.foreground_unary[0].cpu(), strict=True):
                 counts[:, label] += activated(u_c, truth, label, settings.threshold)
         hits, positives, true = total(fabric, counts).double()
@@ -575,7 +584,9 @@ def evaluate_filling(settings: Filling) -> dict:
     rates = {i: ([], []) for i in chosen}
     with Meter() as meter:
         for name in _bar([x for x in names if x not in left_out], "filling"):
-            annotation, truth = devkit.annotation(name), devkit.mask(name)
+            size = devkit.size(name)
+            annotation = devkit.inside(name, devkit.annotation(name), size)
+            truth = devkit.mask(name, size)
             labels = _labels_of(settings.folder / kind, name, truth, len(devkit.classes))
             for box, label in zip(annotation.boxes, annotation.labels.tolist(), strict=True):
                 own = (

@@ -456,6 +456,7 @@ def unaries(archive: Archive, path: Path, examples: int) -> str | None:
 @torch.inference_mode()
 def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
     """Show the activation maps of a classifier of each pooling, trained alike otherwise."""
+    from backbones import ALIGNED
     from train_classifier import load_classifier
 
     alike: dict[str, dict[str, Run]] = {}
@@ -474,7 +475,8 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
     classifiers = {
         x: load_classifier(archive.folder(both[x]) / "classifier.pt") for x in ("gap", "bap")
     }
-    generate = PseudoLabelGenerator(crf=None)
+    aligned = both["bap"].settings["backbone"] in ALIGNED
+    generate = PseudoLabelGenerator(crf=None, align_corners=aligned)
     source = _source(both["bap"].settings, both["bap"].settings["split"], examples, [])
     shown = []
     for name in source.names:
@@ -486,7 +488,9 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
                 *(image[None], one.features(image[None]), one.weight),
                 *([annotation.boxes], [annotation.labels]),
             )
-            panels.append(Panel(f"{pool.upper()}: u_c", grey_map(y.foreground_unary[0].amax(0))))
+            u_c = y.foreground_unary[0]
+            strongest = u_c.amax(0) if len(u_c) else torch.zeros(image.shape[1:])
+            panels.append(Panel(f"{pool.upper()}: u_c", grey_map(strongest)))
         shown.append(panels + source.truth(name, image))
     grid(path, shown, source.legend())
     split, backbone = (both["bap"].settings[x] for x in ("split", "backbone"))
@@ -555,7 +559,7 @@ def predictions(archive: Archive, path: Path, examples: int) -> str | None:
     split = "val" if (splits / "val.txt").is_file() else some["split"]
     source = _source(some, split, examples, [])
     networks = {
-        title: load_segmenter(archive.folder(runs[title]) / "segmenter.pt")[0]
+        title: load_segmenter(archive.folder(runs[title]) / "segmenter.pt")
         for title in names.values()
         if title in runs
     }
@@ -563,8 +567,11 @@ def predictions(archive: Archive, path: Path, examples: int) -> str | None:
     for name in source.names:
         image = source.devkit.image(name)
         panels = [Panel("picture", image)]
-        for title, one in networks.items():
-            logits = F.interpolate(one(image[None])[0], image.shape[1:], mode="bilinear")
+        for title, (one, _, trained) in networks.items():
+            aligned = bool(trained.get("align_corners", False))
+            logits = F.interpolate(
+                one(image[None])[0], image.shape[1:], mode="bilinear", align_corners=aligned
+            )
             panels.append(Panel(title, label_map(image, logits[0].argmax(0))))
         shown.append(panels + source.truth(name, image))
     grid(path, shown, source.legend())
