@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 import bapnal
+
+Content = TypeVar("Content", dict, list)
 
 
 def about() -> dict[str, object]:
@@ -122,10 +127,75 @@ def write_json(path: Path, content: object) -> None:
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path, form: type[Content], *entries: str) -> Content:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        form: What it holds.
+        *entries: Keys that it must have.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file: {error}") from error
+    if not isinstance(content, form):
+        raise ValueError(f"{path} must hold a {form.__name__}, got a {type(content).__name__}")
+    lacking = [entry for entry in entries if entry not in content]
+    if lacking:
+        raise ValueError(f"{path} must hold {', '.join(entries)}, lacks {', '.join(lacking)}")
+    return content
+
+
+def read_result(path: Path, kind: str) -> dict[str, Any]:
+    """Read what :func:`result` put together.
+
+    Args:
+        path: The file.
+        kind: What must have been run.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    found = read_json(path, dict, "kind", "settings", "scores")
+    if found["kind"] != kind:
+        raise ValueError(f"{path} must be of the kind {kind!r}, got {found['kind']!r}")
+    return found
+
+
+@contextmanager
+def expecting(path: Path, what: str) -> Iterator[None]:
+    """Name the file whatever a broken or a foreign one leads to.
+
+    Args:
+        path: The file that is read and used inside.
+        what: What it must be.
+
+    Raises:
+        ValueError: If anything goes wrong but the import of a package.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        short = textwrap.shorten(reason, 200, placeholder=" ...")
+        raise ValueError(f"{path} must be {what}: {short}") from error
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def require_same_run(
     path: Path, there: dict[str, object], now: dict[str, object], option: str = "out"
 ) -> None:
-    """Raise ValueError if a file notes other settings than these.
+    """Raise ValueError if a file notes other settings than these, or none of them.
 
     Args:
         path: The file.
@@ -137,6 +207,8 @@ def require_same_run(
     if differing:
         facts = ", ".join(f"{key}={there[key]!r} there, {now[key]!r} now" for key in differing)
         raise ValueError(f"{path} belongs to another run ({facts}): choose another {option}")
+    if there.keys().isdisjoint(now):
+        raise ValueError(f"{path} notes none of this run's settings: choose another {option}")
 
 
 def claim(
@@ -155,6 +227,6 @@ def claim(
     """
     now = json.loads(json.dumps(settings, default=str))  # as it comes back from the file
     if path.is_file():
-        require_same_run(path, json.loads(path.read_text(encoding="utf-8")), now, option)
+        require_same_run(path, read_json(path, dict), now, option)
     elif write:
         write_json(path, now)

@@ -480,6 +480,34 @@ def test_missing_inputs_are_refused(settings, tmp_path):
     refused(mine, missing, FileNotFoundError)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("result.json", '{"kind":', "must be a JSON file"),
+        (
+            "result.json",
+            '{"kind": "x"}',
+            "must hold kind, settings, scores, lacks settings, scores",
+        ),
+        ("settings.json", '{"kind":', "must be a JSON file"),
+        ("settings.json", '{"kind": "x"}', "notes none of this run's settings: choose another out"),
+    ],
+)
+def test_broken_and_foreign_files_in_out_are_named(settings, name, content, message):
+    settings.out.mkdir()
+    (settings.out / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} {message}"):
+        main(replace(settings, method="box"))
+
+
+@pytest.mark.parametrize("size", [0, 20, 40])
+def test_a_mask_that_is_cut_off_is_named(settings, tmp_path, size):
+    folder = masks(settings, tmp_path / "masks")
+    path = folder / f"{names(settings)[1]}.png"
+    path.write_bytes(path.read_bytes()[:size])
+    refused(replace(settings, method="masks", masks=folder), rf"{path.name} must be a picture: ")
+
+
 def test_bad_proposals_of_one_picture_skip_it(settings, tmp_path):
     folder = proposals(settings, tmp_path / "proposals")
     name = names(settings)[1]

@@ -56,6 +56,7 @@ def planted(drawn, classifier, tmp_path):
             features = classifier.features(image[None]).half().float()
         y = generate(image[None], features, classifier.weight, [boxes], [labels])
         write_label_map(tmp_path / "SegmentationClassAug" / f"{name}.png", y.crf[0])
+    (tmp_path / "classifier.pt").write_text("stands for the one above")
     return tmp_path
 
 
@@ -150,6 +151,26 @@ def test_a_finished_search_is_not_repeated(planted, tmp_path, monkeypatch):
     assert search.main(settings(planted, tmp_path / "out", **few)) == found
     with pytest.raises(ValueError, match=r"belongs to another run \(count=6 there, 5 now\)"):
         search.main(settings(planted, tmp_path / "out", **few, count=5))
+    (planted / "classifier.pt").write_text("another one")
+    with pytest.raises(ValueError, match=r"settings\.json belongs to .* \(classifier_sha256="):
+        search.main(settings(planted, tmp_path / "out", **few))
+    (planted / "classifier.pt").unlink()  # what is finished needs it no more
+    assert search.main(settings(planted, tmp_path / "out", **few)) == found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"stage":', "must be a JSON file"),
+        ('{"kind": "x"}', "must hold a list, got a dict"),
+        ('[{"stage": "crf"}]', "must hold the rows of a search; remove it"),
+    ],
+)
+def test_rows_that_are_none_are_named(planted, tmp_path, content, message):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/rows.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"rows\.json {message}"):
+        search.main(settings(planted, tmp_path / "out", crf=NO_CRF))
 
 
 def read(planted, tmp_path, **options):

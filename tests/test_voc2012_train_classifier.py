@@ -402,6 +402,28 @@ def test_a_file_that_is_no_classifier_is_named(tmp_path):
         load_classifier(tmp_path / "half.pt")
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("settings", "stride", None, "'stride' is missing"),
+        ("settings", "channels_last", None, "'channels_last' is missing"),
+        ("settings", "backbone", "resnet9000", "timm must have the network by name"),
+        ("features", "layers.0.0.weight", None, r"Error\(s\) in loading state_dict .*0\.weight"),
+        (None, "weight", torch.zeros(7, 3), r"weight must have shape \(7, 96\), got \(7, 3\)"),
+        (None, "classes", ["cat"], r"weight must have shape \(2, 96\), got \(7, 96\)"),
+    ],
+)
+def test_a_classifier_that_does_not_fit_is_named(finished, tmp_path, part, key, value, message):
+    content = torch.load(finished[0].out / "classifier.pt", weights_only=True)
+    changed = content[part] if part else content
+    changed.pop(key)
+    if value is not None:
+        changed[key] = value
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=rf"other\.pt must be a classifier\.pt of .*: {message}"):
+        load_classifier(tmp_path / "other.pt")
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed"])
 def test_half_precision_trains_too(pretrained, precision):
     found = main(change(pretrained, machines=dataclasses.replace(CPU, precision=precision)))

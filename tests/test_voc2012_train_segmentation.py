@@ -530,6 +530,48 @@ def test_a_mask_of_another_size_is_named(settings, root, tmp_path):
     assert not settings.out.exists()
 
 
+def test_other_label_maps_or_true_masks_in_the_same_place_are_another_run(
+    settings, own_labels, tmp_path
+):
+    first, second, *_ = names_of(settings)
+    true = write_list(tmp_path / "list.txt", [first])
+    settings = change(settings, labels=own_labels, true_masks=true, iterations=1)
+    found = main(settings)
+    assert main(settings) == found
+
+    def another(message):
+        with pytest.raises(
+            ValueError, match=rf"settings\.json belongs to another run \({message}="
+        ):
+            main(settings)
+
+    for folder in ("crf", "ret"):
+        path = own_labels / f"{folder}/{second}.png"
+        kept = path.read_bytes()
+        write_label_map(path, torch.zeros(SIDE, SIDE))
+        another("labels_sha256")
+        path.write_bytes(kept)
+    (own_labels / "settings.json").write_text('{"margin": 0.1}')
+    another("labels_sha256")
+    (own_labels / "settings.json").unlink()
+    write_list(true, [second])
+    another("true_masks_sha256")
+    write_list(true, [first])
+    write_label_map(own_labels / f"crf/{first}.png", torch.zeros(SIDE, SIDE))  # which is not read
+    assert main(settings) == found
+    shutil.rmtree(own_labels)  # what is finished needs them no more
+    assert main(settings) == found
+
+
+def test_a_run_of_before_there_were_fingerprints_is_taken_up(settings):
+    found = main(change(settings, iterations=1))
+    path = settings.out / "settings.json"
+    noted = json.loads(path.read_text())
+    assert len(noted.pop("labels_sha256")) == 64
+    path.write_text(json.dumps(noted))
+    assert main(change(settings, iterations=1)) == found
+
+
 def test_labels_of_other_classes_are_refused(settings, own_labels):
     settings = change(settings, labels=own_labels)
     made = {"settings": {"classes": ["cat", "dog"]}}
@@ -551,6 +593,22 @@ def test_no_segmenter_is_said_to_be_none(tmp_path):
     (tmp_path / "text.pt").write_text("no tensors")
     with pytest.raises(ValueError, match=r"text\.pt must be a segmenter\.pt of"):
         load_segmenter(tmp_path / "text.pt")
+
+
+def test_a_segmenter_that_does_not_fit_is_named(settings, tmp_path):
+    main(change(settings, iterations=1))
+    content = torch.load(settings.out / "segmenter.pt", weights_only=True)
+
+    def refused(message, **changed):
+        torch.save({**content, **changed}, tmp_path / "other.pt")
+        with pytest.raises(
+            ValueError, match=rf"other\.pt must be a segmenter\.pt of .*: {message}"
+        ):
+            load_segmenter(tmp_path / "other.pt")
+
+    refused(r"Error\(s\) in loading state_dict", classes=["cat"])
+    refused(r"Error\(s\) in loading state_dict", network={"weight": torch.zeros(3)})
+    refused("'stride' is missing", settings={"network": "small"})
 
 
 def test_an_error_is_one_line(monkeypatch, capsys, tmp_path):

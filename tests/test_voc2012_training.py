@@ -1,6 +1,7 @@
 """Training that can be taken up again: the batches, the checkpoints, the logs, the errors."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -560,17 +561,56 @@ class Options:
 
 def test_a_folder_is_for_one_run(tmp_path):
     options = Options(tmp_path / "run")
-    assert training.finished(options) is None
+    finished = functools.partial(training.finished, kind="search")
+    assert finished(options) is None
     training.claim(options, training.Together(launch(Machines("cpu"))))
     elsewhere = dataclasses.replace(options, machines=Machines(devices=8))
-    assert training.finished(elsewhere) is None
+    assert finished(elsewhere) is None
     with pytest.raises(ValueError, match=r"settings\.json belongs to .* \(rate=0\.1 there, 0\.2 n"):
-        training.finished(dataclasses.replace(options, rate=0.2))
-    stored = {"settings": training.plain(options), "scores": 1}
+        finished(dataclasses.replace(options, rate=0.2))
+    stored = {"kind": "search", "settings": training.plain(options), "scores": {}}
     (options.out / "result.json").write_text(json.dumps(stored))
-    assert training.finished(elsewhere) == stored
+    assert finished(elsewhere) == stored
     with pytest.raises(ValueError, match=r"result\.json belongs to another run \(scale="):
-        training.finished(dataclasses.replace(options, scale=(1.0, 1.0)))
+        finished(dataclasses.replace(options, scale=(1.0, 1.0)))
+    with pytest.raises(
+        ValueError, match=r"result\.json must be of the kind 'labels', got 'search'"
+    ):
+        finished(options, kind="labels")
+
+
+def test_a_folder_is_for_one_state_of_the_files_that_are_read(tmp_path):
+    options, together = Options(tmp_path / "run"), training.Together(launch(Machines("cpu")))
+    training.claim(options, together)
+    files = {"classifier_sha256": "a"}
+    assert training.finished(options, "search", files) is None  # the note of an earlier version
+    (options.out / "settings.json").unlink()
+    training.claim(options, together, files)
+    for inputs in (files, {}, None):
+        assert training.finished(options, "search", inputs) is None
+    stored = {"kind": "search", "settings": training.plain(options), "scores": {}}
+    (options.out / "result.json").write_text(json.dumps(stored))
+    assert training.finished(options, "search", files) == stored
+    with pytest.raises(ValueError, match=r"another run \(classifier_sha256='a' there, 'b' now\)"):
+        training.finished(options, "search", {"classifier_sha256": "b"})
+
+
+@pytest.mark.parametrize("name", ["result.json", "settings.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"kind":', "must be a JSON file: Expecting value: line 1"),
+        ("[1]", "must hold a dict, got a list"),
+        (
+            '{"kind": "x"}',
+            "must hold kind, settings, scores, lacks .*|notes none of this run's set",
+        ),
+    ],
+)
+def test_broken_and_foreign_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} ({message})"):
+        training.finished(Options(tmp_path), "search")
 
 
 def test_the_command_line_begins_with_a_preset(monkeypatch):

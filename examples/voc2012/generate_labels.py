@@ -20,7 +20,6 @@ cannot be read is reported and skipped. After an interruption the same command g
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import sys
 import time
@@ -32,7 +31,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -251,7 +250,7 @@ def main(settings: Settings) -> dict:
         settings = read_search(settings.search, settings)
     names = _check(settings)
     path = settings.out / "result.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    stored = record.read_result(path, "labels") if path.is_file() else None
     fabric = launch(settings.machines)
     with record.Meter() as meter:
         with Together(fabric).alike():
@@ -372,7 +371,7 @@ def _size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as picture:
             return picture.size
-    except UnidentifiedImageError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} must be a picture: {error}") from error
 
 
@@ -624,7 +623,7 @@ def _identity(settings: Settings) -> dict[str, object]:
     """What the labels depend on."""
     found = plain(settings)
     if settings.classifier is not None:  # the same name may hold another one
-        found["classifier_sha256"] = hashlib.sha256(settings.classifier.read_bytes()).hexdigest()
+        found["classifier_sha256"] = record.digest(settings.classifier)
     for key in ("machines", "out", "search"):
         found.pop(key)
     return found

@@ -22,7 +22,6 @@ on from there. ``OUT/result.json`` has all rows and the best settings.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -50,7 +49,7 @@ from devkit import (
     read_names,
 )
 from generate_labels import CrfSettings, GeneratorSettings, make_generator, untrained_features
-from record import Meter, result, write_json
+from record import Meter, digest, read_json, result, write_json
 from train_classifier import load_classifier
 from training import (
     Machines,
@@ -66,6 +65,7 @@ from training import (
 )
 
 T = TypeVar("T")
+ROW = {"stage", "generator", "crf", "miou"}  # what each row has
 COARSE = 4  # pixels a side that one stands for where unaries are compared
 Background = Literal["attention", "cam", "both"]
 # What is tried for each parameter of the CRF; weights first, as they matter most.
@@ -179,7 +179,9 @@ def main(settings: Settings) -> dict:
         ValueError: If a setting does not fit, or ``out`` holds a search with other settings.
     """
     _check(settings)
-    stored = finished(settings)
+    files = {"classifier": settings.classifier, "pictures": settings.pictures}
+    inputs = {f"{x}_sha256": digest(path) for x, path in files.items() if path and path.is_file()}
+    stored = finished(settings, "search", inputs)
     if stored is not None:
         return stored
     fabric = launch(settings.machines)
@@ -187,7 +189,7 @@ def main(settings: Settings) -> dict:
     with Meter() as meter:
         with together.alike():
             bench = read_bench(settings, fabric)
-        claim(settings, together)
+        claim(settings, together, inputs)
         rows = Rows(settings.out / "rows.json", bench, together)
         best = search(settings, bench, rows)
     scores = {"best": best, "rows": rows.rows, "pictures": bench.names}
@@ -375,7 +377,11 @@ class Rows:
         self.rows: list[dict] = []
         with together.alike():  # all have read before the first of them writes
             if path.is_file():
-                self.rows = json.loads(path.read_text(encoding="utf-8"))
+                self.rows = read_json(path, list)
+                if not all(isinstance(x, dict) and x.keys() >= ROW for x in self.rows):
+                    raise ValueError(
+                        f"{path} must hold the rows of a search; remove it to start anew"
+                    )
 
     def measure(
         self, stage: str, generator: GeneratorSettings, crf: CrfSettings, **options: object

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all exam
 from bapnal import BackgroundAwarePooling, box_classification_loss
 from deeplab import build_features
 from devkit import VOC_CLASSES, Augmentation, Batch, BoxDataset, Devkit, default_root
-from record import Meter, result, write_json
+from record import Meter, expecting, result, write_json
 from training import (
     CHECKPOINT,
     Logging,
@@ -308,7 +308,7 @@ def main(settings: Settings) -> dict[str, Any]:
     """
     check(settings)
     devkit = Devkit(settings.root, settings.classes)
-    stored = finished(settings)
+    stored = finished(settings, "classifier")
     if stored is not None:
         print(f"{settings.out} is finished, loss {stored['scores']['loss']:.4f}")
         return stored
@@ -392,18 +392,17 @@ def load_classifier(path: Path) -> Classifier:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
+    with expecting(path, "a classifier.pt of train_classifier.py"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         settings, state, weight = (content[key] for key in ("settings", "features", "weight"))
         classes = tuple(content["classes"])
-    except Exception as error:  # whatever unpickling runs into
-        raise ValueError(
-            f"{path} must be a classifier.pt of train_classifier.py: {error}"
-        ) from error
-    features = build_features(settings["backbone"], "random", settings["stride"])
-    features.load_state_dict(state)
-    if settings["channels_last"]:
-        features = features.to(memory_format=torch.channels_last)
+        features = build_features(settings["backbone"], "random", settings["stride"])
+        features.load_state_dict(state)
+        shape = (len(classes) + 1, features.channels)
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
+        if settings["channels_last"]:
+            features = features.to(memory_format=torch.channels_last)
     return Classifier(features.eval(), weight, classes, settings)
 
 

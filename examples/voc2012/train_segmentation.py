@@ -16,8 +16,10 @@ what was found.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -370,7 +372,8 @@ def main(settings: Settings) -> dict:
         ValueError: If a setting does not fit, or ``out`` belongs to a run with other settings.
     """
     check(settings)
-    stored = finished(settings)
+    inputs = _inputs(settings)
+    stored = finished(settings, "segmentation", inputs)
     if stored is not None:
         rich.print(f"{settings.out} is finished, loss {stored['scores']['loss']:.4f}")
         return stored
@@ -382,7 +385,7 @@ def main(settings: Settings) -> dict:
         _train_batch_norm(network.features)
     fabric = launch(settings.machines)
     together = Together(fabric)
-    claim(settings, together)
+    claim(settings, together, inputs)
     epoch = steps_per_epoch(len(dataset), settings.batch_size)
     steps = settings.iterations or settings.epochs * epoch
     objective = Objective(settings, steps)
@@ -447,18 +450,14 @@ def load_segmenter(path: Path) -> tuple[Segmenter, tuple[str, ...], dict[str, An
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
+    with record.expecting(path, "a segmenter.pt of train_segmentation.py"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state, settings, classes = saved["network"], saved["settings"], tuple(saved["classes"])
-    except Exception as error:  # whatever unpickling runs into
-        raise ValueError(f"{path} must be a segmenter.pt of train_segmentation.py: {error}") from (
-            error
-        )
-    known = {name: settings[name] for name in ("network", "stride", "head", "classifier")}
-    network = _network(Settings(**known), len(classes) + 1, "random")
-    network.load_state_dict(state)
-    if settings["channels_last"]:
-        network = network.to(memory_format=torch.channels_last)
+        known = {name: settings[name] for name in ("network", "stride", "head", "classifier")}
+        network = _network(Settings(**known), len(classes) + 1, "random")
+        network.load_state_dict(state)
+        if settings["channels_last"]:
+            network = network.to(memory_format=torch.channels_last)
     return network.eval(), classes, settings
 
 
@@ -610,11 +609,41 @@ def _folders(settings: Settings) -> list[Path]:
     return [s.labels / x if (s.labels / x).is_dir() else Path(x) for x in chosen]
 
 
+def _inputs(settings: Settings) -> dict[str, str]:
+    """Fingerprints of what is trained on: the same paths may hold something else one day.
+
+    Label maps count by their names, their sizes, and the settings noted beside them. Where they are
+    no longer there, as after a finished run, they have no fingerprint.
+    """
+    names = Devkit(settings.root, settings.classes).names(settings.split)
+    true = _true_masks(settings, names)
+    labelled = [f"{name}.png" for name in names if name not in true]
+    folders = _folders(settings)
+    found = {}
+    if true:
+        found["true_masks_sha256"] = _digest(sorted(true))
+    if labelled and all(folder.is_dir() for folder in folders):
+        facts: list[object] = []
+        for folder in folders:
+            with os.scandir(folder) as files:
+                sizes = {file.name: file.stat().st_size for file in files}
+            facts.append([(name, sizes.get(name)) for name in labelled])
+            noted = folder.parent / "settings.json"
+            facts.append(noted.read_text(encoding="utf-8") if noted.is_file() else None)
+        found["labels_sha256"] = _digest(facts)
+    return found
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
 def _same_classes(settings: Settings, folder: Path) -> None:
     """Check that label maps were made with these classes, where the file beside them says."""
     path = folder.parent / "result.json"
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8")).get("settings", {}).get("classes")
+        noted = record.read_json(path, dict).get("settings")
+        there = noted.get("classes") if isinstance(noted, dict) else None
         if there is not None and there != list(settings.classes):
             raise ValueError(
                 f"classes must be those of {path}, {', '.join(there)}, got "

@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # what all examples share
 from devkit import Batch, Sample, collate
-from record import require_same_run, whole, write_json
+from record import read_json, read_result, require_same_run, whole, write_json
 
 Settings = TypeVar("Settings")
 Loss = Callable[[nn.Module, Batch, int], Tensor]
@@ -493,33 +493,43 @@ def _write(together: Together, path: Path, content: dict[str, Any]) -> None:
                 unfinished.write_bytes(buffer.getbuffer())
 
 
-def finished(settings: Any) -> dict[str, Any] | None:
+def finished(
+    settings: Any, kind: str, inputs: dict[str, str] | None = None
+) -> dict[str, Any] | None:
     """Return the result of a finished run, and check that ``settings.out`` is for these settings.
 
     Where it runs, how it is logged and ``out`` itself do not count as settings.
 
     Args:
         settings: A dataclass with a path ``out``.
+        kind: What is run.
+        inputs: Fingerprints of files that the settings only name; one that an earlier version did
+            not note is not compared.
 
     Returns:
         What ``out/result.json`` holds; None if the run is still to be done.
 
     Raises:
-        ValueError: If ``out`` belongs to a run with other settings.
+        ValueError: If ``out`` belongs to a run with other settings or of other files.
     """
+    stored, now = None, _identity(settings)
     path = settings.out / "result.json"
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        require_same_run(path, stored["settings"], _identity(settings))
-        return stored
+        stored = read_result(path, kind)
+        require_same_run(path, stored["settings"], now)
     path = settings.out / "settings.json"
     if path.is_file():
-        require_same_run(path, json.loads(path.read_text(encoding="utf-8")), _identity(settings))
-    return None
+        require_same_run(path, read_json(path, dict), {**now, **(inputs or {})})
+    return stored
 
 
-def claim(settings: Any, together: Together) -> None:
+def claim(settings: Any, together: Together, inputs: dict[str, str] | None = None) -> None:
     """Note in ``settings.out`` whose it is, for :func:`finished`.
+
+    Args:
+        settings: A dataclass with a path ``out``.
+        together: Of all ranks; rank zero writes.
+        inputs: As for :func:`finished`.
 
     Raises:
         OSError: If nothing can be written there.
@@ -527,7 +537,7 @@ def claim(settings: Any, together: Together) -> None:
     path = settings.out / "settings.json"
     with together.alike():
         if together.rank == 0 and not path.is_file():
-            write_json(path, _identity(settings))
+            write_json(path, {**_identity(settings), **(inputs or {})})
 
 
 def _identity(settings: Any) -> dict[str, Any]:
