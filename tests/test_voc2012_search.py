@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 import search
 import shapes
 from devkit import Devkit, SegmentationScore, write_label_map
+from generate_labels import PRESETS as LABEL_PRESETS
 from generate_labels import CrfSettings, GeneratorSettings, make_generator, read_search
 from generate_labels import Settings as LabelSettings
 from networks import SmallFeatures
@@ -293,3 +294,16 @@ def test_machines_are_options_like_all_others(monkeypatch):
 def test_presets_are_valid():
     for _, preset in search.PRESETS.values():
         search._check(replace(preset, method="agnostic", backgrounds=("attention",)))
+
+
+@pytest.mark.parametrize("name", ["paper", "released"])
+def test_presets_search_around_those_of_the_labels(name):
+    """They vary the threshold and N; all else is as labels of that name are made."""
+    preset, expected = search.PRESETS[name][1], LABEL_PRESETS[name][1]
+    assert preset.crf_search
+    assert preset.crf == expected.crf
+    assert preset.softmax == (expected.generator.unary_softmax,)
+    given = {"grid_size": 1, "background_threshold": 0.99}
+    tried = search.unaries(preset)
+    assert {replace(one, **given) for one in tried} == {replace(expected.generator, **given)}
+    assert {one.background_threshold for one in tried} == set(search.Settings().thresholds)

@@ -48,6 +48,7 @@ from devkit import (
     default_root,
     read_names,
 )
+from generate_labels import PRESETS as LABEL_PRESETS
 from generate_labels import CrfSettings, GeneratorSettings, make_generator, untrained_features
 from record import Meter, digest, read_json, result, write_json
 from train_classifier import load_classifier
@@ -137,17 +138,24 @@ class Settings:
     machines: MachinesOption = field(default_factory=Machines)
 
 
+_PAPER = Settings(
+    backgrounds=("attention",),
+    minmax=(False,),
+    cam_normalizations=("class",),
+    softmax=(None,),
+    crf_search=True,
+    generator=LABEL_PRESETS["paper"][1].generator,
+)
 PRESETS = {
     "standard": ("everything but the CRF's parameters", Settings()),
-    "paper": (
-        "the threshold, N and the CRF of the paper's generator",
-        Settings(
-            backgrounds=("attention",),
-            minmax=(False,),
-            cam_normalizations=("class",),
-            softmax=(None,),
-            crf_search=True,
-            generator=GeneratorSettings(align_corners=True),
+    "paper": ("the threshold, N and the CRF of the paper's generator", _PAPER),
+    "released": (
+        "the same of the generator in the authors' released code",
+        replace(
+            _PAPER,
+            cam_normalizations=("box",),
+            softmax=(1.0,),
+            generator=LABEL_PRESETS["released"][1].generator,
         ),
     ),
 }
