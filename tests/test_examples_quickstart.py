@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 import networks
 import quickstart
@@ -257,6 +259,28 @@ def test_packaged_weights_fit_and_others_are_refused(tmp_path):
     torch.save({"x": torch.zeros(2, 3)}, tmp_path / "turned.pt")
     with pytest.raises(ValueError, match=r"x must fit weight, \(3, 2\), got \(2, 3\)"):
         networks.load_by_position(linear, tmp_path / "turned.pt")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_vit", "test_efficientnet"])
+def test_weights_of_any_timm_network_are_read_from_a_file(name, tmp_path):
+    torch.manual_seed(0)
+    whole = timm.create_model(name)
+    state, head = whole.state_dict(), whole.default_cfg["classifier"]
+    headless = {x: state[x] for x in sorted(state) if not x.startswith(head)}
+    torch.save(headless, tmp_path / "sorted.pt")
+    torch.save({f"other.{x}": value for x, value in state.items()}, tmp_path / "renamed.pt")
+    save_file(state, tmp_path / "model.safetensors")
+    for file in ("sorted.pt", "renamed.pt", "model.safetensors"):
+        network = networks.TimmFeatures(name, tmp_path / file, stages=(-1,))
+        for value in network.network.parameters():
+            assert any(torch.equal(value, x) for x in whole.parameters()), (file, value.shape)
+    first = min(x for x in headless if headless[x].ndim > 1)
+    torch.save({**headless, first: torch.zeros(1)}, tmp_path / "wrong.pt")
+    with pytest.raises(ValueError, match=rf"wrong\.pt: {first} must fit {first}, .*, got \(1,\)"):
+        networks.TimmFeatures(name, tmp_path / "wrong.pt", stages=(-1,))
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"broken\.safetensors must be a file of safetensors"):
+        networks.TimmFeatures(name, tmp_path / "broken.safetensors", stages=(-1,))
 
 
 def test_percent_with_half_the_range():
