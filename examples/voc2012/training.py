@@ -342,7 +342,7 @@ def fit(
         The loss at the end, and the time of earlier, interrupted runs.
 
     Raises:
-        OSError: If a checkpoint cannot be written; the one before is left as it was.
+        OSError: If a log or a checkpoint cannot be written; the one before is left as it was.
         ValueError: If an argument is out of range, a checkpoint belongs to another run, or the
             loss is not finite.
     """
