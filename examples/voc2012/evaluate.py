@@ -20,6 +20,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import product
@@ -55,7 +56,7 @@ from record import Meter, result, whole, write_json
 from rivals import box_crf, grab_cut, stack_masks
 from train_classifier import load_classifier
 from train_segmentation import load_segmenter
-from training import Machines, launch, plain, run, total
+from training import Machines, MachinesOption, Together, launch, plain, run, total
 
 MODES = ("single", "single+crf", "multi", "multi+crf")
 Mode = Literal["single", "single+crf", "multi", "multi+crf"]
@@ -122,7 +123,7 @@ class Segmentation:
     predictions: Path | None = None
     archive: Path | None = None
     competition: Literal["comp5", "comp6"] = "comp6"
-    machines: Machines = field(default_factory=Machines)
+    machines: MachinesOption = field(default_factory=Machines)
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Cams:
     cam_normalization: Literal["class", "box"] = "class"
     align_corners: bool | None = None
     score_classes: tuple[int, ...] = ()
-    machines: Machines = field(default_factory=Machines)
+    machines: MachinesOption = field(default_factory=Machines)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Boxes:
     background: bool = False
     grid_size: int = 4
     score_classes: tuple[int, ...] = ()
-    machines: Machines = field(default_factory=Machines)
+    machines: MachinesOption = field(default_factory=Machines)
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class Runtime:
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
     crf: CrfSettings = field(default_factory=CrfSettings)
     rivals: tuple[Literal["grabcut", "wssl"], ...] = ("grabcut", "wssl")
-    machines: Machines = field(default_factory=Machines)
+    machines: MachinesOption = field(default_factory=Machines)
 
 
 Settings = (
@@ -363,7 +364,8 @@ def evaluate_segmentation(settings: Segmentation) -> dict:
         fabric=fabric,
     )
     tallies = {mode: _Tally(classes, chosen) for mode in settings.modes}
-    with Meter() as meter:
+    together = Together(fabric)
+    with Meter() as meter, together.alike():
         for name in _shared_out(names, fabric, "segmentation"):
             image = devkit.image(name)
             truth = devkit.mask(name, (image.shape[1], image.shape[2])) if scored else None
@@ -373,13 +375,14 @@ def evaluate_segmentation(settings: Segmentation) -> dict:
                     tallies[mode].score.update(labels, truth)
                 if settings.predictions is not None:
                     write_label_map(settings.predictions / mode / f"{name}.png", labels)
-        scores = {mode: tally.compute(fabric) for mode, tally in tallies.items() if scored}
-    fabric.barrier()
-    if settings.archive is not None and fabric.is_global_zero:
-        folder = settings.predictions / settings.modes[-1]
-        write_archive(settings.archive, folder, names, f"{settings.competition}_{settings.split}")
+    scores = {mode: tally.compute(fabric) for mode, tally in tallies.items() if scored}
+    results = f"{settings.competition}_{settings.split}"
+    with together.alike():
+        if settings.archive is not None and together.rank == 0:
+            folder = settings.predictions / settings.modes[-1]
+            write_archive(settings.archive, folder, names, results)
     more = {"pictures": len(names), "crf": list(weights)}
-    return _write(settings, subject(settings.segmenter.parent), scores, meter, fabric, **more)
+    return _write(settings, subject(settings.segmenter.parent), scores, meter, together, **more)
 
 
 class Predictor:
@@ -492,7 +495,8 @@ def evaluate_cams(settings: Cams) -> dict:
         crf=None, cam_normalization=settings.cam_normalization, align_corners=aligned
     )
     counts = torch.zeros(3, len(devkit.classes) + 1, dtype=torch.long)
-    with Meter() as meter:
+    together = Together(fabric)
+    with Meter() as meter, together.alike():
         for name in _shared_out(names, fabric, "cams"):
             image, annotation = devkit.picture(name)
             truth = devkit.mask(name, (image.shape[1], image.shape[2]))
@@ -501,12 +505,12 @@ def evaluate_cams(settings: Cams) -> dict:
             y = generate(image, features(image), weight, boxes, [labels[0].to(fabric.device)])
             for label, u_c in zip(y.classes[0].tolist(), y.foreground_unary[0].cpu(), strict=True):
                 counts[:, label] += activated(u_c, truth, label, settings.threshold)
-        hits, positives, true = total(fabric, counts).double()
+    hits, positives, true = total(fabric, counts).double()
     scores = {
         "precision": _mean_and_each(hits / positives, devkit.classes, chosen),
         "recall": _mean_and_each(hits / true, devkit.classes, chosen),
     }
-    return _write(settings, subject(settings.classifier.parent), scores, meter, fabric)
+    return _write(settings, subject(settings.classifier.parent), scores, meter, together)
 
 
 def activated(u_c: Tensor, truth: Tensor, label: int, threshold: float) -> Tensor:
@@ -537,7 +541,8 @@ def evaluate_boxes(settings: Boxes) -> dict:
     features = classifier.features.to(fabric.device).eval()
     weight = classifier.weight.to(fabric.device)
     counts = torch.zeros(2, len(devkit.classes) + 1, dtype=torch.long)
-    with Meter() as meter:
+    together = Together(fabric)
+    with Meter() as meter, together.alike():
         for name in _shared_out(names, fabric, "boxes"):
             image, annotation = devkit.picture(name)
             boxes = [annotation.boxes.to(fabric.device)]
@@ -553,7 +558,7 @@ def evaluate_boxes(settings: Boxes) -> dict:
             right = annotation.labels[named == annotation.labels]
             for row, entries in zip(counts, (right, annotation.labels), strict=True):
                 row += entries.bincount(minlength=len(row))
-        counts = total(fabric, counts)
+    counts = total(fabric, counts)
     hits, all_boxes = counts[:, chosen].sum(1).tolist()
     if all_boxes == 0:
         raise ValueError(f"the split {settings.split} must hold boxes that count, has none")
@@ -563,7 +568,7 @@ def evaluate_boxes(settings: Boxes) -> dict:
         "per_class": dict(zip(devkit.classes, map(_percent, per_class), strict=True)),
         "boxes": all_boxes,
     }
-    return _write(settings, subject(settings.classifier.parent), scores, meter, fabric)
+    return _write(settings, subject(settings.classifier.parent), scores, meter, together)
 
 
 def evaluate_filling(settings: Filling) -> dict:
@@ -652,7 +657,7 @@ def evaluate_runtime(settings: Runtime) -> dict:
     names = devkit.names(settings.split)
     fabric = launch(settings.machines)
     if fabric.world_size > 1:
-        raise ValueError(f"machines must be one device, got {fabric.world_size}")
+        raise ValueError(f"devices must be 1, got {fabric.world_size}")
     device = fabric.device
     stopwatch = _Stopwatch(device)
     crf = make_crf(settings.crf)
@@ -688,7 +693,7 @@ def evaluate_runtime(settings: Runtime) -> dict:
         for part, column in columns.items()
     }
     scores["pictures"] = len(timed)
-    return _write(settings, subject(settings.classifier.parent), scores, meter, fabric)
+    return _write(settings, subject(settings.classifier.parent), scores, meter)
 
 
 class _Stopwatch:
@@ -771,7 +776,7 @@ def _write(
     made: dict,
     scores: dict,
     meter: Meter,
-    fabric: Fabric | None = None,
+    together: Together | None = None,
     **more: object,
 ) -> dict:
     """Put the result together, write it and print the numbers that stand for all others; once."""
@@ -785,8 +790,10 @@ def _write(
         subject={key: made.get(key) for key in ("kind", "settings")},
         **more,
     )
-    if fabric is None or fabric.is_global_zero:
-        write_json(settings.out, found)
+    with nullcontext() if together is None else together.alike():
+        if together is None or together.rank == 0:
+            write_json(settings.out, found)
+    if together is None or together.rank == 0:
         for name, value in found["scores"].items():
             if isinstance(value, dict):  # of a label map, a mode, or the mean over classes
                 value = value.get("miou", value.get("mean"))
