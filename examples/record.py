@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,13 @@ import torch
 import bapnal
 
 Content = TypeVar("Content", dict, list)
+
+
+# Packages that results depend on besides torch.
+PACKAGES = (
+    *("numpy", "torchvision", "timm", "lightning", "torchmetrics"),
+    *("opencv-python-headless", "pillow"),
+)
 
 
 def about() -> dict[str, object]:
@@ -37,8 +45,16 @@ def about() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "bapnal": bapnal.__version__,
+        "packages": {name: _version(name) for name in PACKAGES},
         "commit": commit.stdout.strip(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 class Meter:
