@@ -576,10 +576,12 @@ def test_markdown_cells_keep_their_text():
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A devkit of drawn pictures, and everything that figures are drawn from."""
+    """A devkit of drawn pictures, some without boxes, and everything that figures come from."""
     folder = tmp_path_factory.mktemp("drawn")
     root = shapes.write_shapes(folder / "shapes", 6, 2, 64, seed=3)
     devkit = Devkit(root, shapes.CLASSES)
+    for name in devkit.names("train")[::3]:
+        devkit.annotation_path(name).write_text("<annotation></annotation>")
     where = {"root": root, "classes": shapes.CLASSES, "split": "train"}
     runs = folder / "runs"
     for method in ("network", "wssl"):
