@@ -435,6 +435,7 @@ def collect(settings: Settings, written: Iterable[Path]) -> None:
         text = path.read_text(encoding="utf-8")
         portable = text.replace(str(settings.root), str(Path(*settings.root.parts[-3:])))
         portable = portable.replace(str(settings.work), "runs/voc_animals")
+        portable = portable.replace(str(settings.out), "benchmarks/results/voc_animals")
         if portable != text:
             write_json(path, json.loads(portable))
 

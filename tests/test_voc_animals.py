@@ -92,7 +92,7 @@ def test_results_name_no_machine(asked, settings):
     assert {"classifier_bap_0.json", "search_gap_0_fine.json", "labels_val_box.json"} <= copies
     for path in settings.out.glob("*.json"):
         text = path.read_text(encoding="utf-8")
-        assert str(settings.root.parents[3]) not in text.replace(str(settings.out), ""), path
+        assert str(settings.root.parents[3]) not in text, path
     plain = json.loads((settings.out / "labels_val_box.json").read_text(encoding="utf-8"))
     assert plain["settings"]["root"] == str(Path("voc-animals/VOCdevkit/VOC2012"))
     assert plain["settings"]["out"] == str(Path("runs/voc_animals/labels_val/box"))
