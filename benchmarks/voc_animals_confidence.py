@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the e
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/voc2012"))
 from devkit import VOID, Devkit, default_root
 from record import Meter, result, write_json
-from train_segmentation import LabelledPictures, load_segmenter
+from train_segmentation import LabelledPictures, label_folder, load_segmenter
 
 BINS = 1000
 SCALE = 20.0  # of the cosine classifier
@@ -63,7 +63,9 @@ def look(folder: Path, devkit: Devkit, names: list[str]) -> dict[str, float]:
     """Measure one network on its training pictures."""
     network, _, settings = load_segmenter(folder / "segmenter.pt")
     gamma, labels = settings["gamma"], Path(settings["labels"])
-    data = LabelledPictures(devkit, names, [labels / settings[x] for x in ("first", "second")])
+    data = LabelledPictures(
+        devkit, names, [label_folder(labels, settings[x]) for x in ("first", "second")]
+    )
     pixels = reliable = reliable_right = crf_right = ret_right = 0
     histograms = torch.zeros(2, BINS, dtype=torch.float64)
     norms = torch.zeros(3, dtype=torch.float64)

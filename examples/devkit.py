@@ -186,12 +186,8 @@ class Devkit:
 
     def size(self, name: str) -> tuple[int, int]:
         """Return height and width of a picture, from the head of its file."""
-        path = self.image_path(name)
-        try:
-            with Image.open(path) as picture:
-                return picture.height, picture.width
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} must be a picture: {error}") from error
+        (width, height), _ = picture_head(self.image_path(name))
+        return height, width
 
     def mask(self, name: str, size: tuple[int, int] | None = None) -> Tensor:
         """Return the true class of every pixel, for evaluation; ``(H, W)`` long, 255 void.
@@ -237,6 +233,19 @@ def read_names(path: Path) -> list[str]:
     if times > 1:
         raise ValueError(f"{path} must hold each name once, got {name!r} {times} times")
     return names
+
+
+def picture_head(path: Path) -> tuple[tuple[int, int], str]:
+    """Return width and height of a picture, and its mode, without decoding it.
+
+    Raises:
+        ValueError: If it is no picture.
+    """
+    try:
+        with Image.open(path) as picture:
+            return picture.size, picture.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} must be a picture: {error}") from error
 
 
 def _open(path: Path) -> Image.Image:
@@ -416,13 +425,13 @@ class BoxDataset(Dataset[Sample]):
         chosen = torch.ones_like(annotation.difficult) if self.difficult else ~annotation.difficult
         boxes = loosen(annotation.boxes[chosen], self.margin, size)
         maps = [read_label_map(folder / f"{name}.png") for folder in self.label_maps]
-        if self.masks:
-            maps.append(self.devkit.mask(name, size))
         for found in maps:
             if found.shape != size:
                 raise ValueError(
                     f"label maps of {name} must have size {size}, got {tuple(found.shape)}"
                 )
+        if self.masks:
+            maps.append(self.devkit.mask(name, size))
         stacked = torch.stack(maps) if maps else torch.zeros(0, *size, dtype=torch.long)
         valid = torch.ones(size, dtype=torch.bool)
         return Sample(name, image, boxes, annotation.labels[chosen], valid, stacked)

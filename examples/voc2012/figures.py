@@ -420,6 +420,11 @@ def _differing(one: Facts, other: Facts) -> int:
     return sum(one.get(name) != other.get(name) for name in {*one, *other})
 
 
+def _strongest(u_c: Tensor) -> Tensor:
+    """Draw the largest of several maps ``(K, H, W)``; of none, black."""
+    return grey_map(u_c.amax(0) if len(u_c) else u_c.new_zeros(u_c.shape[1:]))
+
+
 def unaries(archive: Archive, path: Path, examples: int) -> str | None:
     """Show u_c, u_0 and the labels that come of them."""
     for run in archive.runs:
@@ -436,12 +441,11 @@ def unaries(archive: Archive, path: Path, examples: int) -> str | None:
         with np.load(folder / "unaries" / f"{name}.npz") as arrays:
             u_0 = torch.from_numpy(arrays["background"]).float()
             u_c = torch.from_numpy(arrays["foreground"]).float()
-        strongest = u_c.amax(0) if len(u_c) else torch.zeros_like(u_0)
         crf, ret = (read_label_map(folder / kind / f"{name}.png") for kind in ("crf", "ret"))
         shown.append(
             [
                 first,
-                Panel("u_c, largest", grey_map(strongest)),
+                Panel("u_c, largest", _strongest(u_c)),
                 Panel("u_0", grey_map(u_0)),
                 Panel("Y_crf", label_map(image, crf)),
                 Panel("where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, VOID))),
@@ -488,9 +492,7 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
                 *(image[None], one.features(image[None]), one.weight),
                 *([annotation.boxes], [annotation.labels]),
             )
-            u_c = y.foreground_unary[0]
-            strongest = u_c.amax(0) if len(u_c) else torch.zeros(image.shape[1:])
-            panels.append(Panel(f"{pool.upper()}: u_c", grey_map(strongest)))
+            panels.append(Panel(f"{pool.upper()}: u_c", _strongest(y.foreground_unary[0])))
         shown.append(panels + source.truth(name, image))
     grid(path, shown, source.legend())
     split, backbone = (both["bap"].settings[x] for x in ("split", "backbone"))
@@ -499,6 +501,8 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
 
 def confidence(archive: Archive, path: Path, examples: int) -> str | None:
     """Show how the confidence in labels changes during training."""
+    from train_segmentation import label_folder
+
     for run in archive.runs:
         kept = archive.folder(run) / "confidence"
         if run.content["kind"] == "segmentation" and kept.is_dir() and any(kept.iterdir()):
@@ -512,7 +516,7 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
             moments.setdefault(name, {})[int(steps)] = file
     labels = archive.made("labels", run.settings["labels"])
     folder = archive.folder(labels) if labels else Path(run.settings["labels"])
-    maps = [folder / run.settings[x] for x in ("first", "second")]
+    maps = [label_folder(folder, run.settings[x]) for x in ("first", "second")]
     classes = tuple(run.settings.get("classes") or VOC_CLASSES)
     source = Source(Devkit(run.settings["root"], classes), sorted(moments)[:examples])
     shown = []

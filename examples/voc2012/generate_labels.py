@@ -51,6 +51,7 @@ from devkit import (
     Sample,
     default_root,
     fill_boxes,
+    picture_head,
     write_label_map,
 )
 from networks import TimmFeatures
@@ -351,28 +352,20 @@ def _check_masks(settings: Settings, folder: Path, devkit: Devkit, names: list[s
     for name in names:
         try:
             numbers = _numbers(settings, devkit, name)
-            size = _size(devkit.image_path(name))
+            size, _ = picture_head(devkit.image_path(name))
         except (ValueError, OSError):
             continue  # a broken picture is skipped in its turn
         try:
             for path in rivals.mask_files(folder, name, numbers):
-                if _size(path) != size:
+                found, _ = picture_head(path)
+                if found != size:
                     raise ValueError(
                         f"masks {path} must have the size of its picture, {size[0]} x {size[1]}, "
-                        f"got {_size(path)[0]} x {_size(path)[1]}"
+                        f"got {found[0]} x {found[1]}"
                     )
         except FileNotFoundError:
             lacking.append(name)
     _complain("masks", f"{folder} must hold NAME.png or NAME_0.png, ...,", lacking, names)
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture."""
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} must be a picture: {error}") from error
 
 
 Labels = dict[str, Tensor | dict[str, np.ndarray]]

@@ -54,6 +54,7 @@ from devkit import (
     Devkit,
     Sample,
     default_root,
+    picture_head,
     read_label_map,
     read_names,
 )
@@ -238,13 +239,13 @@ class LabelledPictures(Dataset[Sample]):
                 or holds no class indices.
         """
         for name in self.names:
-            want, _ = _head(self.devkit.image_path(name))
+            want, _ = picture_head(self.devkit.image_path(name))
             if name in self.true:
                 paths = [self.devkit.mask_path(name)]
             else:
                 paths = [folder / f"{name}.png" for folder in self.folders]
             for path in paths:
-                got, mode = _head(path)
+                got, mode = picture_head(path)
                 if mode not in ("P", "L"):
                     raise ValueError(f"{path} must hold class indices, got mode {mode}")
                 if got != want:
@@ -260,15 +261,6 @@ class LabelledPictures(Dataset[Sample]):
         if wrong.numel():
             raise ValueError(f"{path} must hold 0..{classes} or {VOID}, got {int(wrong[0])}")
         return labels
-
-
-def _head(path: Path) -> tuple[tuple[int, int], str]:
-    """Width and height of a picture, and its mode."""
-    try:
-        with Image.open(path) as picture:
-            return picture.size, picture.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} must be a picture: {error}") from error
 
 
 class Objective:
@@ -606,7 +598,13 @@ def _folders(settings: Settings) -> list[Path]:
     """Return where the label maps are that the loss reads."""
     s = settings
     chosen = {"crf": (s.first,), "ret": (s.second,)}.get(s.loss, (s.first, s.second))
-    return [s.labels / x if (s.labels / x).is_dir() else Path(x) for x in chosen]
+    return [label_folder(s.labels, x) for x in chosen]
+
+
+def label_folder(labels: Path, folder: str | Path) -> Path:
+    """Return the folder of that name in ``labels``, or else the path as it is given."""
+    inside = labels / folder
+    return inside if inside.is_dir() else Path(folder)
 
 
 def _inputs(settings: Settings) -> dict[str, str]:
