@@ -20,8 +20,6 @@ import torch
 import bapnal
 
 Content = TypeVar("Content", dict, list)
-
-
 # Packages that results depend on besides torch.
 PACKAGES = (
     *("numpy", "torchvision", "timm", "lightning", "torchmetrics"),

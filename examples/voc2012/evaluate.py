@@ -790,10 +790,11 @@ def _write(
         subject={key: made.get(key) for key in ("kind", "settings")},
         **more,
     )
+    first = together is None or together.rank == 0
     with nullcontext() if together is None else together.alike():
-        if together is None or together.rank == 0:
+        if first:
             write_json(settings.out, found)
-    if together is None or together.rank == 0:
+    if first:
         for name, value in found["scores"].items():
             if isinstance(value, dict):  # of a label map, a mode, or the mean over classes
                 value = value.get("miou", value.get("mean"))

@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 
 from page import table
 from results import METHODS, Archive, Facts, Measurement, Run, fits, group, label_name, varying
-from wording import alternatives, number, score_text, setting_name, settings_text, value_text
+from wording import (
+    NOTHING,
+    U_0,
+    alternatives,
+    number,
+    score_text,
+    setting_name,
+    settings_text,
+    value_text,
+)
 
 LOSSES = {
     "crf": "cross-entropy on Y_crf",
@@ -108,10 +117,10 @@ def rows_table(
         ]
         place = next((i for i, x in enumerate(order) if called.startswith(x)), len(order))
         runs = ", ".join(str(x) for x in sorted({m.run.number for m in ms}))
-        lines.append((place, called, unlike.strip("–"), unlike, [called, *cells, runs]))
-    lines.sort(key=lambda x: x[:3])
+        lines.append((place, called, unlike, [*cells, *([unlike] if told else []), runs]))
+    lines.sort(key=lambda x: (x[0], x[1], x[2] != NOTHING, x[2]))
     head = ["", *(h.name for h in headings), *(["settings"] if told else []), "runs"]
-    rows = [[*x[4][:-1], *([x[3]] if told else []), x[4][-1]] for x in lines]
+    rows = [[called, *rest] for _, called, _, rest in lines]
     return "\n\n".join(x for x in (f"### {title}", table(head, rows), usual, note) if x)
 
 
@@ -120,7 +129,7 @@ OF_TEST = frozenset(f"evaluation.{x}" for x in ("scales", "crf", "iterations", "
 # Facts that the name of a line tells already.
 TOLD = frozenset(
     (
-        *("labels.method", "labels.map", "u_0", "labels.generator.background", "stage1.pool"),
+        *("labels.method", "labels.map", "u_0", U_0, "stage1.pool"),
         *("stage1.leave_out", "stage1.min_background", "machine"),
         *("stage3.loss", "stage3.supervision", "stage3.true_masks", "stage3.classifier"),
         *("what", "whole VOC 2012"),
@@ -188,7 +197,7 @@ def pairs(title: str, several: Sequence[Measurement], score: str, note: str) -> 
         runs = ", ".join(str(x) for x in sorted({m.run.number for m in gap + bap}))
         sides = [alternatives(x, score, 1) for x in (gap, bap)]
         found.append([settings, *sides, number(gains), runs])
-    found.sort(key=lambda x: x[0].strip("–"))
+    found.sort(key=lambda x: (x[0] != NOTHING, x[0]))
     head = ["settings", "GAP", "BAP", "BAP - GAP, seed by seed", "runs"]
     return "\n\n".join(x for x in (f"### {title}", table(head, found), usual, note) if x)
 

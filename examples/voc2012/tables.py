@@ -33,7 +33,7 @@ from paper import PaperTable, Row
 from record import whole
 from results import MAPS, Archive, Facts, Measurement, Run, fits, flat, group, read_results, varying
 from training import plain, run
-from wording import alternatives, number, setting_name, settings_text, value_text
+from wording import U_0, alternatives, number, setting_name, settings_text, value_text
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,6 @@ class Shown(NamedTuple):
 
 
 # Facts that never tell two recipes apart: what the rows are about, or where numbers come from.
-U_0 = "labels.generator.background"
 ABOUT = frozenset(
     (
         *("what", "split", "test", "labels.map", "u_0", U_0),
@@ -389,14 +388,14 @@ def appendix(archive: Archive) -> list[str]:
         kinds.setdefault(f"evaluation: {what}" if what else one.content["kind"], []).append(one)
     found = []
     for kind, runs in kinds.items():
-        flat = {one.number: _all_settings(one) for one in runs}
-        vary = [x for x in varying(list(flat.values())) if x not in PLACES_TOO]
-        same = [x for x in flat[runs[0].number] if x not in vary and x not in PLACES_TOO]
+        settings = {one.number: _all_settings(one) for one in runs}
+        vary = [x for x in varying(list(settings.values())) if x not in PLACES_TOO]
+        same = [x for x in settings[runs[0].number] if x not in vary and x not in PLACES_TOO]
         rows = []
         for one in runs:
             about = one.content.get("about", {})
             memory = one.content.get("peak_memory_bytes") or {}
-            said = {x: flat[one.number][x] for x in vary if x in flat[one.number]}
+            said = {x: settings[one.number][x] for x in vary if x in settings[one.number]}
             rows.append(
                 [
                     str(one.number),
@@ -410,7 +409,7 @@ def appendix(archive: Archive) -> list[str]:
                 ]
             )
         head = ["run", "file", "found", "settings", "commit", "machine", "time", "memory, GiB"]
-        equal = ", ".join(f"{x} {value_text(flat[runs[0].number][x])}" for x in same)
+        equal = ", ".join(f"{x} {value_text(settings[runs[0].number][x])}" for x in same)
         note = f"The same in all: {equal}." if equal else ""
         found.append("\n\n".join(x for x in (f"### {kind}", table(head, rows), note) if x))
     return found or ["No result has been found."]

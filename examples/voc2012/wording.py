@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from results import Facts, Measurement, group, varying
 
+NOTHING = "–"  # where there is nothing to say
+U_0 = "labels.generator.background"
+
 
 def number(
     values: Sequence[float], seeds: bool = True, decimals: int = 1, what: str = "seed"
@@ -19,7 +22,7 @@ def number(
         what: What there is one of for each value.
     """
     if not values:
-        return "–"
+        return NOTHING
     text = f"{sum(values) / len(values):.{decimals}f}"
     if len(values) > 1:
         text += f" ± {(max(values) - min(values)) / 2:.{decimals}f}"
@@ -36,8 +39,8 @@ def alternatives(several: Sequence[Measurement], score: str, decimals: int) -> s
     """One number, or each with what is particular to it."""
     groups = [(f, ms) for f, ms in group(several) if any(score in m.scores for m in ms)]
     if not groups:
-        return "–"
-    names = [x for x in varying([f for f, _ in groups]) if x != "labels.generator.background"]
+        return NOTHING
+    names = [x for x in varying([f for f, _ in groups]) if x != U_0]
     texts = []
     for facts, ms in groups:
         text = score_text(ms, score, decimals)
@@ -48,7 +51,7 @@ def alternatives(several: Sequence[Measurement], score: str, decimals: int) -> s
 NAMES = {
     "stage1.grid_size": "N in training",
     "labels.generator.grid_size": "N in generating",
-    "labels.generator.background": "u_0",
+    U_0: "u_0",
     "u_0": "u_0",
     "stage1.initial": "first weights",
     "stage3.initial": "first weights of stage 3",
@@ -87,20 +90,13 @@ def value_text(value: object) -> str:
 def settings_text(facts: Facts, names: Iterable[str]) -> str:
     """``epochs 4, crop 321``; what does not apply is left out."""
     told = [x for x in names if x in facts]
+    if "u_0" in told:  # says the same
+        told = [x for x in told if x != U_0]
     searched = dict.fromkeys(
         "CRF" if x.startswith("labels.crf.") else setting_name(x)
         for x in told
-        if facts[x] == "searched" and not _repeats(x, told)
+        if facts[x] == "searched"
     )
     said = [f"searched: {', '.join(searched)}"] if searched else []
-    said += [
-        f"{setting_name(x)} {value_text(facts[x])}"
-        for x in told
-        if facts[x] != "searched" and not _repeats(x, told)
-    ]
-    return "; ".join(said) or "–"
-
-
-def _repeats(name: str, told: Sequence[str]) -> bool:
-    """Whether a fact says what another one says too."""
-    return name == "labels.generator.background" and "u_0" in told
+    said += [f"{setting_name(x)} {value_text(facts[x])}" for x in told if facts[x] != "searched"]
+    return "; ".join(said) or NOTHING
