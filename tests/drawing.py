@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scene:
-    """Pictures of one size with features, boxes, box labels and, perhaps, padding."""
+    """Images of one size with features, boxes, box labels and, perhaps, padding."""
 
     features: Tensor  # (B, D, h, w), float64
     boxes: list[Tensor]  # (K_i, 4) each, float64, in quarters of a pixel
@@ -29,8 +29,8 @@ class Scene:
     def map_size(self) -> tuple[int, int]:
         return tuple(self.features.shape[2:])
 
-    def picture(self, b: int) -> tuple[list, list, list | None]:
-        """Features [D][h][w], boxes [K][4] and validity [H][W] or None of one picture, as lists."""
+    def image(self, b: int) -> tuple[list, list, list | None]:
+        """Features [D][h][w], boxes [K][4] and validity [H][W] or None of one image, as lists."""
         valid = None if self.valid is None else self.valid[b].tolist()
         return self.features[b].tolist(), self.boxes[b].tolist(), valid
 
@@ -48,7 +48,7 @@ def seeded(seed: int) -> torch.Generator:
 def random_boxes(
     generator: torch.Generator, count: int, image_size: tuple[int, int], outside: float = 2.0
 ) -> Tensor:
-    """Boxes on quarters of a pixel, up to ``outside`` pixels beyond the picture, some empty."""
+    """Boxes on quarters of a pixel, up to ``outside`` pixels beyond the image, some empty."""
     height, width = image_size
     span = torch.tensor([width, height], dtype=torch.float64) + 2 * outside
     draw = torch.rand(2, count, 2, generator=generator, dtype=torch.float64)
@@ -79,7 +79,7 @@ def scenes(
     h, w = draw(sizes)
     image_size = draw(st.tuples(st.integers(1, max_image), st.integers(1, max_image)))
     counts = draw(st.lists(st.integers(0, max_boxes), min_size=batch, max_size=batch))
-    # A common offset makes some pictures alike all over, some opposite, as real features are.
+    # A common offset makes some images alike all over, some opposite, as real features are.
     features = torch.randn(batch, channels, h, w, generator=generator, dtype=torch.float64)
     features += draw(st.sampled_from([0.0, 1.0]))
     valid = None

@@ -1,6 +1,6 @@
 """The equations as loops over Python floats: slow, short, and independent of the package.
 
-Every function works on one picture, unless it says so. Tensors are nested lists, as
+Every function works on one image, unless it says so. Tensors are nested lists, as
 ``Tensor.tolist()`` makes them, with the shape beside each. Sizes are ``(height, width)``; boxes are
 ``[x1, y1, x2, y2]`` in pixels, half open.
 Positions are fractions, so that a cell centre on the border of a box is decided exactly.
@@ -255,7 +255,7 @@ def log_softmax(scores):  # [C] -> [C]
 
 
 def box_classification_loss(r, labels, q, q_valid, weight):
-    # all pictures together; r: [K][s * s][D], labels: [K], q: [B][n * n][D], weight: [L + 1][D]
+    # all images together; r: [K][s * s][D], labels: [K], q: [B][n * n][D], weight: [L + 1][D]
     terms = []
     for vectors, label in zip(r, labels, strict=True):
         for vector in vectors:

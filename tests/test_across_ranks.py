@@ -1,4 +1,4 @@
-"""Losses summed over the ranks of torch.distributed: two processes are one with all pictures."""
+"""Losses summed over the ranks of torch.distributed: two processes are one with all images."""
 
 import datetime
 from typing import NamedTuple
@@ -40,7 +40,7 @@ CASES = [
     *((loss, situation) for loss in PIXEL_LOSSES for situation in SITUATIONS),
     *(("boxes", situation) for situation in BOX_SITUATIONS),
 ]
-EVERYWHERE = slice(0, 4)  # of four pictures
+EVERYWHERE = slice(0, 4)  # of four images
 SHARES = (slice(0, 3), slice(3, 4))
 
 
@@ -67,12 +67,12 @@ class Network(nn.Module):
         return self.classifier.scale * similarity, similarity
 
 
-def pictures():
+def all_images():
     return torch.rand(4, 3, 6, 6, generator=seeded(2), dtype=torch.float64)
 
 
 def label_maps(situation):
-    """Two maps of four pictures; what the situation says is so in the last one."""
+    """Two maps of four images; what the situation says is so in the last one."""
     generator = seeded(3)
     y_crf = torch.randint(4, (4, 12, 12), generator=generator)
     other = torch.randint(4, (4, 12, 12), generator=generator)
@@ -90,7 +90,7 @@ def label_maps(situation):
 
 
 def boxes_of(situation):
-    """Boxes, labels and valid masks of four pictures of 24 x 24."""
+    """Boxes, labels and valid masks of four images of 24 x 24."""
     boxes = [
         torch.tensor([[0.0, 0.0, 12.0, 12.0], [4.0, 8.0, 24.0, 24.0]]),
         torch.tensor([[2.0, 2.0, 20.0, 10.0]]),
@@ -113,11 +113,11 @@ def boxes_of(situation):
 
 
 def outcome(case, share, wrap=lambda network: network, across_ranks=True):
-    """Loss and gradients of some of the pictures."""
+    """Loss and gradients of some of the images."""
     loss, situation = case
     network = Network()
     wrapped = wrap(network)
-    images = pictures()[share]
+    images = all_images()[share]
     if loss == "boxes":
         boxes, labels, valid = boxes_of(situation)
         boxes, labels, valid = boxes[share], labels[share], valid[share]
@@ -135,7 +135,7 @@ def outcome(case, share, wrap=lambda network: network, across_ranks=True):
 
 
 def one_of_two(rank, folder):
-    """Do every case with one's share of the pictures and write down what came out."""
+    """Do every case with one's share of the images and write down what came out."""
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meet",
@@ -162,7 +162,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES, ids=" | ".join)
-def test_two_ranks_are_one_device_with_all_pictures(ranks, case):
+def test_two_ranks_are_one_device_with_all_images(ranks, case):
     expected = outcome(case, EVERYWHERE)
     first, second = ranks[case, True]
     assert torch.equal(first.value, second.value)

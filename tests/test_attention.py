@@ -84,7 +84,7 @@ def test_gradcheck():
     )
 
 
-def test_one_worked_picture():
+def test_one_worked_image():
     """Two background cells with known directions: the mean of two cosines, one of them cut at 0."""
     features = torch.tensor([[[[1.0, 0.0, 3.0, -2.0]], [[0.0, 2.0, 4.0, 0.0]]]])
     background = torch.tensor([[[[1.0, 1.0, 0.0, 0.0]]]])
@@ -147,7 +147,7 @@ def test_scaling_one_position_in_a_box_leaves_attention(seed, map_size):
 
 @given(seed=seeds, map_size=sizes, n=grids)
 def test_duplicate_queries_change_nothing(seed, map_size, n):
-    """A picture tiled 2 x 2 under a grid twice as fine has every query four times."""
+    """An image tiled 2 x 2 under a grid twice as fine has every query four times."""
     features, background, _ = drawn(seed, map_size)
     once = background_attention(features, background, grid_size=n)
     tiled = background_attention(
@@ -198,7 +198,7 @@ def test_inside_features_do_not_reach_the_prototypes(seed, map_size, n):
 
 
 @given(seed=seeds, map_size=sizes, n=grids, share=shares)
-def test_flipping_the_picture_flips_attention(seed, map_size, n, share):
+def test_flipping_the_image_flips_attention(seed, map_size, n, share):
     """Where N divides the map, the grid is symmetric."""
     size = (map_size[0] * n, map_size[1] * n)
     features, background, _ = drawn(seed, size, share=share)
@@ -210,7 +210,7 @@ def test_flipping_the_picture_flips_attention(seed, map_size, n, share):
 
 
 @given(seed=seeds, map_size=sizes, n=grids)
-def test_pictures_do_not_see_each_other(seed, map_size, n):
+def test_images_do_not_see_each_other(seed, map_size, n):
     features, background, _ = drawn(seed, map_size, batch=3)
     together = background_attention(features, background, grid_size=n)
     for b in range(3):
@@ -306,7 +306,7 @@ def test_bool_and_float_masks_mean_the_same():
             assert torch.equal(a, b)
 
 
-def test_no_pictures():
+def test_no_images():
     found = background_attention(torch.zeros(0, 3, 4, 5), torch.zeros(0, 1, 4, 5), grid_size=2)
     assert found.map.shape == (0, 1, 4, 5)
     assert found.prototypes.shape == (0, 4, 3)

@@ -126,7 +126,7 @@ def test_definite_background_agrees_with_the_oracle(scene):
     found = definite_background(scene.boxes, scene.image_size, scene.map_size, valid=scene.valid)
     assert found.shape == (scene.batch, 1, *scene.map_size)
     for b in range(scene.batch):
-        _, boxes, valid = scene.picture(b)
+        _, boxes, valid = scene.image(b)
         expected = reference.definite_background(boxes, scene.image_size, scene.map_size, valid)
         assert found[b, 0].tolist() == expected
 
@@ -145,7 +145,7 @@ def test_masks_are_padded_rows_of_cells(scene):
     padded = pad_boxes(scene.boxes, scene.batch)
     masks = box_masks(padded, scene.image_size, scene.map_size, scene.valid)
     for b in range(scene.batch):
-        _, boxes, valid = scene.picture(b)
+        _, boxes, valid = scene.image(b)
         shown = (
             torch.tensor(reference.valid_cells(valid, scene.map_size))
             if valid is not None
@@ -169,10 +169,10 @@ def test_restore_brings_back_the_order_of_the_boxes(scene):
         assert padded.present.sum() == len(together)
 
 
-def test_rois_may_come_in_any_order_of_pictures():
+def test_rois_may_come_in_any_order_of_images():
     rois = torch.tensor([[1.0, 0, 0, 2, 2], [0, 1, 1, 3, 3], [1, 2, 2, 4, 4], [0, 0, 0, 1, 1]])
     padded = pad_boxes(rois, 3)
-    assert padded.picture.tolist() == [1, 0, 1, 0]
+    assert padded.image.tolist() == [1, 0, 1, 0]
     assert torch.equal(padded.restore(padded.corners), rois[:, 1:])
     m = definite_background(rois, (4, 4), batch_size=3)
     listed = [rois[[1, 3], 1:], rois[[0, 2], 1:], torch.zeros(0, 4)]
@@ -233,7 +233,7 @@ def test_errors():
     )
     error(
         ValueError,
-        "boxes must have one entry per picture (2), got 1 entries",
+        "boxes must have one entry per image (2), got 1 entries",
         pad_boxes,
         [box],
         2,

@@ -88,8 +88,8 @@ def test_any_number_of_dimensions(rest):
     assert found.shape == (2, 4, *rest)
     flat = features.flatten(2) if rest else features[..., None]
     expected = [
-        [[reference.cosine(v, w) for v in picture.T.tolist()] for w in weight.tolist()]
-        for picture in flat
+        [[reference.cosine(v, w) for v in image.T.tolist()] for w in weight.tolist()]
+        for image in flat
     ]
     close(found, expected)
 
@@ -189,7 +189,7 @@ def test_a_dot_product_head_gives_its_similarity():
     close(cosine * lengths, conv(features), tolerance=1e-6)
 
 
-def test_no_pictures():
+def test_no_images():
     assert cosine_similarity(torch.zeros(0, 3, 2, 2), torch.ones(4, 3)).shape == (0, 4, 2, 2)
     assert cosine_similarity(torch.zeros(2, 3, 2), torch.ones(0, 3)).shape == (2, 0, 2)
 

@@ -274,7 +274,7 @@ def test_nothing_depends_on_values_or_leaves_the_device():
 
 
 def test_no_tensor_is_larger_than_the_features():
-    """Neither (B, N*N, D, h, w) nor a feature map a box, forward or backward."""
+    """Neither (B, N*N, D, h, w) nor a feature map per box, forward or backward."""
     x = torch.randn(2, 64, 12, 12, generator=seeded(0)).requires_grad_()
     boxes = [torch.rand(20, 4, generator=seeded(i)) * 40 for i in range(2)]
     boxes = [torch.cat([b[:, :2], b[:, :2] + b[:, 2:]], 1) for b in boxes]

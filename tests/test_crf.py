@@ -16,7 +16,7 @@ from comparing import close, finite
 from drawing import seeded
 
 
-def draw_pictures(seed, batch=2, classes=3, size=(9, 12), dtype=torch.float64):
+def draw_images(seed, batch=2, classes=3, size=(9, 12), dtype=torch.float64):
     """Blocks of colour with some noise, and probabilities that follow them loosely."""
     generator = seeded(seed)
     height, width = size
@@ -28,7 +28,7 @@ def draw_pictures(seed, batch=2, classes=3, size=(9, 12), dtype=torch.float64):
 
 
 def plain(image, p, terms, iterations=10):
-    """One picture by the plain form; ``terms`` are (weight, xy, rgb or None)."""
+    """One image by the plain form; ``terms`` are (weight, xy, rgb or None)."""
     _, height, width = p.shape
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     xy = torch.stack([x, y], -1).reshape(-1, 2).float()
@@ -48,7 +48,7 @@ DEFAULTS = [(3.0, 3.0, None), (4.0, 55.0, 3.0)]
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
 )
 def test_is_the_plain_form(seed, batch, classes, size):
-    images, p = draw_pictures(seed, batch, classes, size)
+    images, p = draw_images(seed, batch, classes, size)
     q = dense_crf(images, p)
     for b in range(batch):
         close(q[b], plain(images[b], p[b], DEFAULTS))
@@ -56,7 +56,7 @@ def test_is_the_plain_form(seed, batch, classes, size):
 
 
 def test_settings_reach_the_plain_form():
-    images, p = draw_pictures(1, 1)
+    images, p = draw_images(1, 1)
     settings = {
         "bilateral_weight": 2.5,
         "bilateral_xy": 7,
@@ -71,12 +71,12 @@ def test_settings_reach_the_plain_form():
 
 
 def test_module_has_the_defaults_of_the_function():
-    images, p = draw_pictures(2)
+    images, p = draw_images(2)
     assert torch.equal(DenseCRF()(images, p), dense_crf(images, p))
 
 
 def test_gradients_are_those_of_the_plain_form():
-    images, p = draw_pictures(3, 1, size=(6, 5))
+    images, p = draw_images(3, 1, size=(6, 5))
     p.requires_grad_()
     w = torch.randn(p.shape, generator=seeded(4), dtype=torch.float64)
     fast = torch.autograd.grad((dense_crf(images, p) * w).sum(), p)[0]
@@ -86,7 +86,7 @@ def test_gradients_are_those_of_the_plain_form():
 
 
 def test_gradcheck_in_probabilities_and_weights():
-    images, p = draw_pictures(5, 1, 2, (3, 4))
+    images, p = draw_images(5, 1, 2, (3, 4))
     scores = p.log().requires_grad_()
     bilateral = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     classes = torch.tensor([0.5, 1.5], dtype=torch.float64, requires_grad=True)
@@ -106,14 +106,14 @@ def test_gradcheck_in_probabilities_and_weights():
 def test_weights_can_be_learned():
     crf = DenseCRF(bilateral_weight=nn.Parameter(torch.tensor(4.0)), iterations=2)
     assert [name for name, _ in crf.named_parameters()] == ["bilateral_weight"]
-    images, p = draw_pictures(6, dtype=torch.float32)
+    images, p = draw_images(6, dtype=torch.float32)
     crf(images, p)[:, 0].sum().backward()
     assert crf.bilateral_weight.grad.abs() > 0
     close(crf(images, p).detach(), DenseCRF(iterations=2)(images, p), tolerance=1e-5)
 
 
 def test_compatibilities_agree_where_they_say_the_same():
-    images, p = draw_pictures(7)
+    images, p = draw_images(7)
     by = {
         "number": 2.0,
         "tensor": torch.tensor(2.0),
@@ -135,7 +135,7 @@ def test_compatibilities_agree_where_they_say_the_same():
 
 
 def test_terms_are_the_settings():
-    images, p = draw_pictures(8)
+    images, p = draw_images(8)
     terms = [PairwiseTerm(3, xy=3), PairwiseTerm(4, xy=55, guidance=3)]
     close(dense_crf(images, p, terms=terms), dense_crf(images, p))
     close(DenseCRF(terms=terms)(images, p), dense_crf(images, p))
@@ -147,7 +147,7 @@ def test_terms_are_the_settings():
 
 
 def test_any_guidance():
-    images, p = draw_pictures(9)
+    images, p = draw_images(9)
     depth = images[:, :1].float()
     q = dense_crf(depth, p, terms=[PairwiseTerm(4, xy=9, guidance=20)])
     grey = dense_crf(
@@ -172,8 +172,8 @@ def test_any_guidance():
 
 
 @given(st.integers(0, 2**20))
-def test_a_picture_is_the_same_alone_and_in_a_batch(seed):
-    images, p = draw_pictures(seed, 3, 2, (5, 7))
+def test_a_image_is_the_same_alone_and_in_a_batch(seed):
+    images, p = draw_images(seed, 3, 2, (5, 7))
     q = dense_crf(images, p)
     for b in range(3):
         assert torch.equal(q[b : b + 1], dense_crf(images[b : b + 1], p[b : b + 1]))
@@ -181,18 +181,18 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(seed):
 
 def test_side_by_side_is_one_after_the_other():
     """What a GPU does, the whole batch in one lattice, on the CPU."""
-    images, p = draw_pictures(10, 3)
+    images, p = draw_images(10, 3)
     valid = torch.rand(3, 9, 12, generator=seeded(1)) < 0.8
     logits = p.clamp(1e-5, 1).log()
     terms = mean_field.common_terms(4, 55, 3, 3, 3)
     for half in (False, True):
         settings = mean_field._Settings(terms, 10, "torch", half)
         for mask in (None, valid):
-            q = mean_field._pictures(images, logits, mask, settings, {})
+            q = mean_field._same_class_count(images, logits, mask, settings, {})
             close(q, dense_crf(images, p, mask, half_resolution=half))
         absent = logits.clone()
-        absent[0, 2] = -torch.inf  # the first picture has two classes only
-        q = mean_field._pictures(images, absent, None, settings, {})
+        absent[0, 2] = -torch.inf  # the first image has two classes only
+        q = mean_field._same_class_count(images, absent, None, settings, {})
         two = p[:1, :2] / p[:1, :2].sum(1, keepdim=True)
         alone = dense_crf(images[:1], two, half_resolution=half)
         close(q[0, :2], alone[0], tolerance=1e-3)
@@ -202,7 +202,7 @@ def test_side_by_side_is_one_after_the_other():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (15, 20), (16, 21)])
 def test_half_resolution(size):
-    images, p = draw_pictures(24, 2, 3, size)
+    images, p = draw_images(24, 2, 3, size)
     q = dense_crf(images, p, half_resolution=True)
     assert q.shape == p.shape
     close(q.sum(1), torch.ones(2, *size))
@@ -215,7 +215,7 @@ def test_half_resolution(size):
 
 
 def test_half_resolution_is_near_the_full_one():
-    """On a picture with structure and scores that are smooth, as a network's are."""
+    """On an image with structure and scores that are smooth, as a network's are."""
     y, x = torch.meshgrid(torch.arange(60), torch.arange(80), indexing="ij")
     inside = ((x - 40) ** 2 + (y - 30) ** 2) < 300
     image = torch.where(inside, 180, 60) + (x * 7 + y * 13) % 5
@@ -228,11 +228,11 @@ def test_half_resolution_is_near_the_full_one():
 
 
 def test_half_resolution_with_padding_and_gradients():
-    images, p = draw_pictures(25, 2, 3, (8, 9))
+    images, p = draw_images(25, 2, 3, (8, 9))
     valid = torch.zeros(2, 8, 9, dtype=torch.bool)
     valid[:, :6, :7] = True
     q = dense_crf(images, p, valid, half_resolution=True)
-    # Beyond the last even row of the picture there is none to interpolate with.
+    # Beyond the last even row of the image there is none to interpolate with.
     close(
         q[..., :5, :7],
         dense_crf(images[..., :6, :7], p[..., :6, :7], half_resolution=True)[..., :5, :],
@@ -245,8 +245,8 @@ def test_half_resolution_with_padding_and_gradients():
     assert (p.grad != 0).any()
 
 
-def test_pictures_with_fewer_classes():
-    images, p = draw_pictures(11, 3)
+def test_images_with_fewer_classes():
+    images, p = draw_images(11, 3)
     p[0, 1:] = 0
     p[0, 0] = 1
     p[1, 2] = 0
@@ -276,14 +276,14 @@ def test_pictures_with_fewer_classes():
 
 @given(st.integers(0, 2**20))
 def test_permuting_classes_permutes_marginals(seed):
-    images, p = draw_pictures(seed, 1, 4, (6, 6))
+    images, p = draw_images(seed, 1, 4, (6, 6))
     order = torch.randperm(4, generator=seeded(seed))
     close(dense_crf(images, p[:, order]), dense_crf(images, p)[:, order])
 
 
 def test_flipping_flips_nearly():
-    """The lattice lies askew in the picture, so a flip moves points between simplices."""
-    images, p = draw_pictures(12, 1, 3, (20, 24))
+    """The lattice lies askew in the image, so a flip moves points between simplices."""
+    images, p = draw_images(12, 1, 3, (20, 24))
     flipped = dense_crf(images.flip(3), p.flip(3)).flip(3)
     q = dense_crf(images, p)
     assert (flipped - q).abs().mean() < 0.05
@@ -291,7 +291,7 @@ def test_flipping_flips_nearly():
 
 
 def test_padding_takes_no_part():
-    images, p = draw_pictures(13, 2, 3, (8, 9))
+    images, p = draw_images(13, 2, 3, (8, 9))
     valid = torch.zeros(2, 8, 9, dtype=torch.bool)
     valid[:, :6, :7] = True
     q = dense_crf(images, p, valid)
@@ -306,12 +306,12 @@ def test_padding_takes_no_part():
     nothing = torch.zeros_like(valid)
     close(dense_crf(images, p, nothing), dense_crf(images, p, nothing, iterations=0))
     everything = torch.ones_like(valid)
-    images, p = draw_pictures(13, 2, 3, (8, 9))
+    images, p = draw_images(13, 2, 3, (8, 9))
     assert torch.equal(dense_crf(images, p, everything), dense_crf(images, p))
 
 
 def test_zero_iterations_return_the_clipped_input():
-    images, p = draw_pictures(14)
+    images, p = draw_images(14)
     clipped = p.clamp(1e-5, 1)
     close(dense_crf(images, p, iterations=0), clipped / clipped.sum(1, keepdim=True))
     hard = torch.eye(3, dtype=torch.float64)[p.argmax(1)].movedim(-1, 1)
@@ -321,7 +321,7 @@ def test_zero_iterations_return_the_clipped_input():
 
 
 def test_one_class_and_empty_batches_and_one_pixel():
-    images, _ = draw_pictures(15)
+    images, _ = draw_images(15)
     assert torch.equal(dense_crf(images, torch.ones(2, 1, 9, 12)), torch.ones(2, 1, 9, 12))
     assert dense_crf(images[:0], torch.zeros(0, 3, 9, 12)).shape == (0, 3, 9, 12)
     assert dense_crf(images[:0], torch.zeros(0, 3, 9, 12).half()).dtype == torch.float32
@@ -333,13 +333,13 @@ def test_one_class_and_empty_batches_and_one_pixel():
 
 @pytest.mark.parametrize("size", [(1, 30), (30, 1), (1, 2)])
 def test_lines_of_pixels(size):
-    images, p = draw_pictures(16, 1, 3, size)
+    images, p = draw_images(16, 1, 3, size)
     close(dense_crf(images, p)[0], plain(images[0], p[0], DEFAULTS))
 
 
 @pytest.mark.parametrize("kind", ["constant", "grey", "noise"])
-def test_plain_pictures(kind):
-    images, p = draw_pictures(17, 1, 3, (10, 11))
+def test_plain_images(kind):
+    images, p = draw_images(17, 1, 3, (10, 11))
     if kind == "constant":
         images[:] = 113
     elif kind == "grey":
@@ -349,7 +349,7 @@ def test_plain_pictures(kind):
     close(dense_crf(images, p)[0], plain(images[0], p[0], DEFAULTS))
 
 
-def test_a_constant_picture_with_equal_probabilities_stays():
+def test_a_constant_image_with_equal_probabilities_stays():
     images = torch.full((1, 3, 8, 8), 50, dtype=torch.uint8)
     p = torch.tensor([0.5, 0.25, 0.25]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
     q = dense_crf(images, p)
@@ -358,7 +358,7 @@ def test_a_constant_picture_with_equal_probabilities_stays():
 
 
 def test_edges_decide():
-    """A picture of two halves, and an unsure border that lies in the wrong place."""
+    """An image of two halves, and an unsure border that lies in the wrong place."""
     images = torch.zeros(1, 3, 12, 20, dtype=torch.uint8)
     images[..., 10:] = 200
     left = torch.cat([torch.full((7,), 0.8), torch.full((6,), 0.5), torch.full((7,), 0.2)])
@@ -369,7 +369,7 @@ def test_edges_decide():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(dtype):
-    images, p = draw_pictures(18)
+    images, p = draw_images(18)
     p = p.to(dtype)
     q = dense_crf(images, p)
     assert q.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -381,7 +381,7 @@ def test_dtypes(dtype):
 
 
 def test_memory_formats():
-    images, p = draw_pictures(19)
+    images, p = draw_images(19)
     q = dense_crf(images, p)
     last = torch.channels_last
     assert torch.equal(dense_crf(images.to(memory_format=last), p.to(memory_format=last)), q)
@@ -390,7 +390,7 @@ def test_memory_formats():
 
 
 def test_strong_weights_do_not_overflow():
-    images, p = draw_pictures(20, dtype=torch.float32)
+    images, p = draw_images(20, dtype=torch.float32)
     for weight in (500.0, -500.0):
         q = dense_crf(images, p, bilateral_weight=weight)
         finite(q)
@@ -409,7 +409,7 @@ def test_short_softmax_is_softmax():
 @pytest.mark.parametrize("terms", [0, 1, 2, 3])
 @pytest.mark.parametrize("classes", [3, 17])
 def test_steps_that_write_over_the_last_are_those_with_a_graph(terms, classes):
-    images, p = draw_pictures(22, classes=classes)
+    images, p = draw_images(22, classes=classes)
     kept = p.clone()
     chosen = [PairwiseTerm(1.0, 2.0), PairwiseTerm(2.0, 5.0, 20.0), PairwiseTerm(0.5, None, 9.0)]
     settings = {"terms": chosen[:terms], "iterations": 4}
@@ -422,7 +422,7 @@ def test_steps_that_write_over_the_last_are_those_with_a_graph(terms, classes):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_loss_takes_the_result_as_it_is(batch):
     """The backward pass of nll_loss refuses scores whose channels lie innermost."""
-    images, p = draw_pictures(23, batch)
+    images, p = draw_images(23, batch)
     p.requires_grad_()
     target = torch.zeros(batch, 9, 12, dtype=torch.long)
     nn.functional.nll_loss(dense_crf(images, p, iterations=1).log(), target).backward()
@@ -430,7 +430,7 @@ def test_a_loss_takes_the_result_as_it_is(batch):
 
 
 def test_no_graph_is_kept_without_need():
-    images, p = draw_pictures(21)
+    images, p = draw_images(21)
     assert not dense_crf(images, p).requires_grad
     p.requires_grad_()
     assert dense_crf(images, p).requires_grad
@@ -444,7 +444,7 @@ def test_no_graph_is_kept_without_need():
 
 
 def test_inputs_are_left_alone():
-    images, p = draw_pictures(22)
+    images, p = draw_images(22)
     before = images.clone(), p.clone()
     dense_crf(images, p)
     assert torch.equal(images, before[0])
@@ -454,7 +454,7 @@ def test_inputs_are_left_alone():
 def test_a_module_remembers_only_lattices():
     crf = DenseCRF(iterations=2)
     for width in range(1, 10):
-        images, p = draw_pictures(23, 1, 3, (4, width))
+        images, p = draw_images(23, 1, 3, (4, width))
         for _ in range(2):
             assert torch.equal(crf(images, p), dense_crf(images, p, iterations=2))
     assert len(crf._cache) == mean_field.CACHED_SIZES
@@ -476,7 +476,7 @@ def test_repr_names_the_settings():
     )
 
 
-IMAGES, P = draw_pictures(0, 2, 3, (4, 5), torch.float32)
+IMAGES, P = draw_images(0, 2, 3, (4, 5), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -510,7 +510,7 @@ IMAGES, P = draw_pictures(0, 2, 3, (4, 5), torch.float32)
         ({"iterations": -1}, ValueError, "iterations must be >= 0, got -1"),
         ({"iterations": 1.5}, TypeError, "iterations must be an int, got float"),
         ({"backend": "numpy"}, ValueError, "backend must be one of 'torch', 'pydensecrf', got 'nu"),
-        ({"classes": [1]}, ValueError, "classes must have one number for each of 2 pictures"),
+        ({"classes": [1]}, ValueError, "classes must have one number for each of 2 images"),
         ({"classes": [1, 4]}, ValueError, "classes must be <= 3 channels, got 4"),
         ({"classes": [1, 0]}, ValueError, r"classes\[1\] must be >= 1, got 0"),
         ({"classes": [2, 2]}, ValueError, "probabilities must sum to 1"),
@@ -558,7 +558,7 @@ def test_a_module_checks_its_settings_at_once(changes, error, message):
 
 @pytest.mark.cuda
 def test_cuda_is_cpu():
-    images, p = draw_pictures(30, 3, 4, (40, 50), torch.float32)
+    images, p = draw_images(30, 3, 4, (40, 50), torch.float32)
     valid = torch.rand(3, 40, 50, generator=seeded(1)) < 0.9
     q = dense_crf(images.cuda(), p.cuda(), valid.cuda())
     assert (q.cpu() - dense_crf(images, p, valid)).abs().mean() < 1e-5

@@ -14,7 +14,7 @@ from bapnal.crf import DenseCRF, PairwiseTerm, dense_crf
 
 STORED = Path(__file__).parent / "data" / "crf_pydensecrf.npz"
 DEFAULTS = {"xy": 55, "rgb": 3, "iterations": 10, "bilateral": 4, "gaussian": 3, "gaussian_xy": 3}
-# name: kind of picture, height, width, classes, settings that differ from the defaults
+# name: kind of image, height, width, classes, settings that differ from the defaults
 CASES = {
     "two labels": ("shapes", 20, 28, 2, {}),
     "four labels": ("shapes", 20, 28, 4, {"xy": 67}),
@@ -38,7 +38,7 @@ CASES = {
 
 
 def draw(kind, height, width, classes):
-    """A picture (3, H, W) uint8 and probabilities (C, H, W), by whole numbers: same everywhere."""
+    """An image (3, H, W) uint8 and probabilities (C, H, W), by whole numbers: same everywhere."""
     y, x, c = np.mgrid[:height, :width, :3].astype(np.int64)
     noise = (x * 7919 + y * 104729 + c * 1299709 + x * y * 15485863) % 1009
     image = 40 + 30 * c + noise % 9
@@ -187,8 +187,8 @@ def photographs(count):
         pytest.skip("BAPNAL_VOC_ROOT does not name a VOCdevkit/VOC2012")
     image_module = pytest.importorskip("PIL.Image")
     for name in (Path(root) / "ImageSets/Segmentation/val.txt").read_text().split()[:count]:
-        with image_module.open(Path(root) / "JPEGImages" / f"{name}.jpg") as picture:
-            yield torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+        with image_module.open(Path(root) / "JPEGImages" / f"{name}.jpg") as image:
+            yield torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def smooth_probabilities(seed, classes, size):
@@ -201,7 +201,7 @@ def smooth_probabilities(seed, classes, size):
 @pytest.mark.parametrize(("xy", "rgb"), [(55, 3), (67, 3), (121, 5), (80, 13)])
 @pytest.mark.parametrize("classes", [2, 4, 8, 21])
 def test_photographs(xy, rgb, classes):
-    """On ``BAPNAL_VOC_PICTURES`` real pictures, 2 unless told otherwise."""
+    """On ``BAPNAL_VOC_PICTURES`` real images, 2 unless told otherwise."""
     count = int(os.environ.get("BAPNAL_VOC_PICTURES", "2"))
     for seed, image in enumerate(photographs(count)):
         p = smooth_probabilities(seed, classes, tuple(image.shape[1:]))

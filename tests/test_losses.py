@@ -505,7 +505,7 @@ def test_nothing_reliable_leaves_the_other_term(function, kwargs):
 
 
 @pytest.mark.parametrize(("function", "kwargs"), ALL)
-def test_no_pictures(function, kwargs):
+def test_no_images(function, kwargs):
     for size in ((4, 4), (2, 3)):
         logits = torch.zeros(0, 3, *size, requires_grad=True)
         labels = torch.zeros(0, 4, 4, dtype=torch.long)

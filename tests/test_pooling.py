@@ -46,11 +46,11 @@ def pool(scene, features=None, boxes=None, **kwargs):
 
 
 def oracle_of(scene, features, kwargs):
-    """The oracle's results, picture by picture."""
+    """The oracle's results, image by image."""
     renamed = {("n" if name == "grid_size" else name): value for name, value in kwargs.items()}
     results = []
     for b in range(scene.batch):
-        _, boxes, valid = scene.picture(b)
+        _, boxes, valid = scene.image(b)
         results.append(
             reference.background_aware_pooling(
                 features[b].tolist(), boxes, scene.image_size, valid=valid, **renamed
@@ -126,7 +126,7 @@ def test_roi_align_agrees_with_the_oracle(scene, kwargs, roi_size):
     renamed = {("n" if name == "grid_size" else name): value for name, value in kwargs.items()}
     together = []
     for b in range(scene.batch):
-        features, boxes, _ = scene.picture(b)
+        features, boxes, _ = scene.image(b)
         together += reference.roi_pooling(
             features, boxes, scene.image_size, roi_size=roi_size, **renamed
         )
@@ -232,7 +232,7 @@ def test_without_attention_it_is_global_average_pooling(scene, bins, sampling):
         return
     rows = []
     for b in range(scene.batch):
-        _, boxes, valid = scene.picture(b)
+        _, boxes, valid = scene.image(b)
         for box in boxes:
             cells = torch.tensor(reference.box_cells(box, scene.image_size, scene.map_size))
             if valid is not None:
@@ -244,7 +244,7 @@ def test_without_attention_it_is_global_average_pooling(scene, bins, sampling):
 
 
 @given(scene=scenes(padding=False))
-def test_a_picture_without_background_uses_global_average_pooling(scene):
+def test_a_image_without_background_uses_global_average_pooling(scene):
     height, width = scene.image_size
     whole = torch.tensor([[0.0, 0.0, width, height]], dtype=torch.float64)
     boxes = [torch.cat([row, whole]) for row in scene.boxes]
@@ -267,12 +267,12 @@ def test_min_background_is_a_share_not_to_be_passed():
         found = pool(scene, boxes=boxes, min_background=share)
         close(found.foreground, expected.foreground)
         close(found.attention, expected.attention)
-        # The queries of a picture with too little background are still there for the loss.
+        # The queries of an image with too little background are still there for the loss.
         close(found.background, bap.background)
         assert torch.equal(found.background_valid, bap.background_valid)
 
 
-def test_min_background_counts_the_picture_not_the_padding():
+def test_min_background_counts_the_image_not_the_padding():
     scene = fixed(batch=1, size=(1, 8), image_size=(1, 8))
     valid = torch.zeros(1, 1, 8, dtype=torch.bool)
     valid[..., :4] = True  # 3 of 4 cells
@@ -342,7 +342,7 @@ def test_boxes_may_be_permuted(scene, kwargs, seed):
 
 
 @given(scene=scenes(), kwargs=options)
-def test_a_picture_pools_alone_as_in_a_batch(scene, kwargs):
+def test_a_image_pools_alone_as_in_a_batch(scene, kwargs):
     together = pool(scene, **kwargs)
     start = 0
     for b in range(scene.batch):
@@ -397,7 +397,7 @@ def test_rois_in_any_order_come_back_in_that_order():
 
 @given(scene=scenes())
 def test_padding_changes_nothing(scene):
-    """A picture in the corner of a larger, padded one: what the padding holds is not seen."""
+    """An image in the corner of a larger, padded one: what the padding holds is not seen."""
     if scene.valid is None:
         return
     shown = torch.stack(
@@ -410,7 +410,7 @@ def test_padding_changes_nothing(scene):
     close(found.attention[:, 0][shown], plain.attention[:, 0][shown])
 
 
-def test_one_worked_picture():
+def test_one_worked_image():
     """Background (1, 0); the box holds (3, 4) with A = 0.6 and (0, 1) with A = 0."""
     features = torch.tensor([[[[1.0, 3.0, 0.0]], [[0.0, 4.0, 1.0]]]])
     out = background_aware_pooling(
@@ -506,7 +506,7 @@ def test_a_box_without_weight_pools_to_zero():
     assert (out.foreground == 0).all()
 
 
-def test_no_pictures_and_no_boxes():
+def test_no_images_and_no_boxes():
     weight = torch.ones(3, 5, requires_grad=True)
     x = torch.zeros(0, 5, 4, 4, requires_grad=True)
     for boxes, labels in [([], []), (torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))]:
@@ -664,7 +664,7 @@ def test_inputs_are_not_written_to():
 
 
 def test_vmap_and_func_grad():
-    """Over several feature maps of the same picture and boxes."""
+    """Over several feature maps of the same image and boxes."""
     scene = fixed(batch=1)
     maps = scene.normal(4, *scene.features.shape)
 
@@ -798,7 +798,7 @@ def test_errors_of_pooling():
         size,
     )
     raises(
-        ValueError, "boxes must have one entry per picture (2), got 1 entries", run, x, [box], size
+        ValueError, "boxes must have one entry per image (2), got 1 entries", run, x, [box], size
     )
     raises(
         ValueError,
@@ -892,7 +892,7 @@ def test_errors_of_the_loss():
         labels,
     )
     raises(
-        ValueError, "labels must have one entry per picture (2), got 1 entries", run, out, w,
+        ValueError, "labels must have one entry per image (2), got 1 entries", run, out, w,
         labels[:1],
     )  # fmt: skip
     raises(ValueError, "labels[1] must have shape (K,), got (1, 2)", run, out, w,

@@ -52,7 +52,7 @@ def labels_of(scene, weight="drawn", crf=None, **kwargs):
 
 
 def blurring(images, probabilities, valid=None):
-    """Stands in for a CRF: mixes neighbours, as far as the red of the picture says."""
+    """Stands in for a CRF: mixes neighbours, as far as the red of the image says."""
     mix = images[:, :1].to(probabilities.dtype) / 255
     return (1 - mix) * probabilities + mix * probabilities.roll(1, dims=3)
 
@@ -69,7 +69,7 @@ def oracle_blurring(image, p):  # image: [3][H][W], p: [H][W] of {class: probabi
 
 
 def oracle_of(scene, b, weight, kwargs):
-    """u_0, u_c and the probabilities of one picture."""
+    """u_0, u_c and the probabilities of one image."""
     renamed = dict(kwargs)
     names = {
         "grid_size": "n",
@@ -79,7 +79,7 @@ def oracle_of(scene, b, weight, kwargs):
     }
     minmax = renamed.pop("attention_minmax", False)
     renamed = {names.get(name, name): value for name, value in renamed.items()}
-    features, boxes, valid = scene.picture(b)
+    features, boxes, valid = scene.image(b)
     return reference.unaries(
         features,
         None if weight is None else weight.tolist(),
@@ -169,7 +169,7 @@ def test_the_crf_sees_the_probabilities_of_the_oracle(scene, kwargs, agnostic):
         for row in range(len(images)):
             same = (images_of(scene) == images[row]).flatten(1).all(1)
             if same.sum() != 1:
-                continue  # one-pixel pictures may be alike
+                continue  # one-pixel images may be alike
             b = same.nonzero().item()
             named = sorted(set(scene.labels[b].tolist()))
             assert probabilities.shape[1] == 1 + len(named)
@@ -273,7 +273,7 @@ def test_where_boxes_of_one_class_overlap_the_larger_value_counts():
 
 
 @given(scene=scenes(max_image=9, padding=False), kwargs=options)
-def test_a_picture_gets_the_same_labels_alone_and_in_a_batch(scene, kwargs):
+def test_a_image_gets_the_same_labels_alone_and_in_a_batch(scene, kwargs):
     together = labels_of(scene, crf=blurring, **kwargs)
     images = images_of(scene)
     for b in range(scene.batch):
@@ -331,7 +331,7 @@ def test_swapping_classes_permutes_the_maps():
 
 
 @given(kwargs=options)
-def test_flipping_the_picture_flips_the_labels(kwargs):
+def test_flipping_the_image_flips_the_labels(kwargs):
     """The grid must be symmetric on a map of 6 x 6, which 1 to 3 are."""
     scene = fixed()
 
@@ -366,7 +366,7 @@ def test_scaling_features_or_weights_changes_nothing(scale):
 
 
 def test_the_threshold_is_relative_to_the_maximum():
-    """Outside all boxes A is 1, so the maximum is 1 unless the boxes cover the picture."""
+    """Outside all boxes A is 1, so the maximum is 1 unless the boxes cover the image."""
     scene = fixed()
     plain = labels_of(scene, background_threshold=None).background_unary
     for threshold in (0.3, 0.6, 0.99):
@@ -425,7 +425,7 @@ def test_backgrounds():
     )
     close(both, (attention + cam) / 2)
     assert not torch.allclose(attention, cam)
-    # The background's own map is not thresholded, and its maximum is over the whole picture.
+    # The background's own map is not thresholded, and its maximum is over the whole image.
     close(labels_of(scene, background="cam", background_threshold=None).background_unary, cam)
     outside = definite_background(scene.boxes, scene.image_size)[:, 0].bool()
     assert (cam[outside] == 1).all()
@@ -580,7 +580,7 @@ def test_padding_changes_nothing():
 
 
 def test_a_padded_pixel_is_not_a_maximum():
-    """The largest activation lies in the padding: the class still peaks at 1 in the picture."""
+    """The largest activation lies in the padding: the class still peaks at 1 in the image."""
     features = torch.tensor([[1.0, 2.0, 9.0]]).reshape(1, 1, 1, 3)
     valid = torch.tensor([[[True, True, False]]])
     y = pseudo_labels(
@@ -597,8 +597,8 @@ def test_a_padded_pixel_is_not_a_maximum():
     assert y.background_unary[0, 0, :2].tolist() == [0.5, 1.0]
 
 
-def test_the_crf_gets_the_validity_of_its_pictures():
-    """Pictures are handed over by their number of classes: first the second, then the first."""
+def test_the_crf_gets_the_validity_of_its_images():
+    """Images are handed over by their number of classes: first the second, then the first."""
     scene = fixed()
     valid = torch.rand(2, 24, 24, generator=seeded(4)) < 0.7
     calls = []
@@ -692,7 +692,7 @@ def test_rounding_of_a_constant_is_not_scaled_up(dtype):
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
-def test_no_pictures_and_no_boxes(agnostic):
+def test_no_images_and_no_boxes(agnostic):
     weight = None if agnostic else torch.rand(4, 3)
     for boxes, labels in [([], []), (torch.zeros(0, 5), torch.zeros(0, dtype=torch.long))]:
         y = pseudo_labels(
@@ -790,7 +790,7 @@ def test_inputs_are_not_written_to():
 
 @pytest.mark.parametrize("kwargs", [{}, {"background": "both", "cam_normalization": "box"}])
 def test_features_are_never_upsampled(kwargs):
-    """The largest tensor has a channel a class of the picture, not one a feature or a box."""
+    """The largest tensor has a channel a class of the image, not one a feature or a box."""
     scene = fixed(channels=200, image_size=(96, 96))
     many = [torch.cat([x] * 10) for x in scene.boxes]
     scene = scene.replace(boxes=many, labels=[torch.cat([x] * 10) for x in scene.labels])
@@ -909,7 +909,7 @@ def test_errors():
           features=x.long())  # fmt: skip
     fails(ValueError, "weight must have shape (L + 1, 4), got (4, 3)", weight=w[:, :3])
     fails(TypeError, "weight must have a floating-point dtype, got torch.int64", weight=w.long())
-    fails(ValueError, "boxes must have one entry per picture (2), got 1 entries",
+    fails(ValueError, "boxes must have one entry per image (2), got 1 entries",
           boxes=scene.boxes[:1])  # fmt: skip
     fails(
         ValueError,
@@ -921,7 +921,7 @@ def test_errors():
         "boxes must be finite, got [nan, 0.0, 1.0, 4.0]",
         boxes=[scene.boxes[0], torch.tensor([[float("nan"), 0, 1, 4]])],
     )
-    fails(ValueError, "labels must have one entry per picture (2), got 1 entries",
+    fails(ValueError, "labels must have one entry per image (2), got 1 entries",
           labels=scene.labels[:1])  # fmt: skip
     fails(ValueError, "labels must have shape (4,), got (3,)", labels=torch.tensor([1, 2, 3]))
     fails(TypeError, "labels must be a list of Tensors or a Tensor, got int", labels=3)
@@ -940,7 +940,7 @@ def test_errors():
             pseudo_labels(**{**good, name: value.to("meta")}, crf=None)
 
 
-def test_labels_must_fit_the_boxes_picture_by_picture():
+def test_labels_must_fit_the_boxes_image_by_image():
     """Three boxes and one label, then one box and three labels, add up, but do not fit."""
     scene = fixed()
     with pytest.raises(ValueError, match=r"labels\[0\] must have shape \(3,\), got \(1,\)"):
@@ -968,9 +968,9 @@ def test_errors_of_options():
             "background_threshold must be a number, got str",
         ),
         (
-            {"cam_normalization": "picture"},
+            {"cam_normalization": "image"},
             ValueError,
-            "cam_normalization must be one of 'class', 'box', got 'picture'",
+            "cam_normalization must be one of 'class', 'box', got 'image'",
         ),
         ({"unary_softmax": 0}, ValueError, "unary_softmax must be > 0, got 0"),
         ({"unary_softmax": "1"}, TypeError, "unary_softmax must be a number, got str"),

@@ -40,7 +40,7 @@ class _SumOverRanks(torch.autograd.Function):
     """The sum over all ranks, with the gradient that DistributedDataParallel needs.
 
     Each rank goes on to compute one and the same loss from the sums, so their gradient is the same
-    everywhere, and what a rank's pictures contribute to the gradient of the parameters is to be
+    everywhere, and what a rank's images contribute to the gradient of the parameters is to be
     summed. DistributedDataParallel averages instead: hence the factor.
     """
 

@@ -71,7 +71,7 @@ def grid_prototypes(features: Tensor, background: Tensor, grid_size: int) -> tup
 
 
 def background_attention(features: Tensor, background: Tensor, *, grid_size: int = 4) -> Attention:
-    r"""How much each position looks like the definite background of its own picture (Eq. 1-3).
+    r"""How much each position looks like the definite background of its own image (Eq. 1-3).
 
     .. math:: A(p) = \frac{1}{J} \sum_j \mathrm{ReLU}\left(
         \frac{f(p) \cdot q_j}{\lVert f(p) \rVert \, \lVert q_j \rVert}\right)
@@ -127,7 +127,7 @@ def _grid_prototypes(x: Tensor, background: Tensor, grid_size: int) -> tuple[Ten
 def background_similarity(x: Tensor, prototypes: Tensor, valid: Tensor) -> Tensor:
     """Mean over the valid prototypes of ReLU(cosine); ``(B, 1, *)``, 0 without any (Eq. 2-3 off M).
 
-    ``x`` is ``(B, D, *)``. Only an ``(N*N, h*w)`` score matrix a picture is made, never one with D.
+    ``x`` is ``(B, D, *)``. Only an ``(N*N, h*w)`` score matrix per image is made, never one with D.
     """
     flat = x.flatten(2)
     scores = (unit(prototypes, dim=-1) @ flat).relu() * valid[..., None]

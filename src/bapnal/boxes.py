@@ -1,7 +1,7 @@
 """The one box convention, and the way from boxes to masks at any resolution.
 
 A box is ``(x1, y1, x2, y2)`` in pixels of the input image, half open: it covers ``[x1, x2) x [y1,
-y2)``. Boxes come as a list with one ``(K_i, 4)`` tensor a picture, or as one ``(K, 5)`` tensor with
+y2)``. Boxes come as a list with one ``(K_i, 4)`` tensor per image, or as one ``(K, 5)`` tensor with
 the batch index first (torchvision's RoI form). A cell of an ``(h, w)`` map belongs to a box when
 its centre lies in the box, which is nearest-neighbour resizing of the box mask; a box always owns
 the cell under its centre.
@@ -18,38 +18,38 @@ from torch import Tensor
 from bapnal import _checks
 
 Boxes = Sequence[Tensor] | Tensor
-"""One ``(K_i, 4)`` tensor a picture, or one ``(K, 5)`` tensor with the batch index first."""
+"""One ``(K_i, 4)`` tensor per image, or one ``(K, 5)`` tensor with the batch index first."""
 
 
 class PaddedBoxes(NamedTuple):
-    """The boxes of a batch, one row a picture, and the way back to their order.
+    """The boxes of a batch, one row per image, and the way back to their order.
 
     Attributes:
-        corners: ``(B, S, 4)``; S is at least the largest number of boxes of a picture.
+        corners: ``(B, S, 4)``; S is at least the largest number of boxes of an image.
         present: ``(B, S)`` bool; which places hold a box.
-        picture: ``(K,)``; the picture of each box, in ``torch.cat`` order.
-        place: ``(K,)``; the place of each box in its picture's row.
+        image: ``(K,)``; the image of each box, in ``torch.cat`` order.
+        place: ``(K,)``; the place of each box in its image's row.
     """
 
     corners: Tensor
     present: Tensor
-    picture: Tensor
+    image: Tensor
     place: Tensor
 
     def restore(self, values: Tensor) -> Tensor:
-        """``(B, S, *)`` values as ``(K, *)``, one a box, in ``torch.cat`` order."""
-        return values[self.picture, self.place]
+        """``(B, S, *)`` values as ``(K, *)``, one per box, in ``torch.cat`` order."""
+        return values[self.image, self.place]
 
 
 def pad_boxes(boxes: Boxes, batch_size: int, *, device: torch.device | None = None) -> PaddedBoxes:
-    """Bring either form of boxes into one tensor with a row for each picture.
+    """Bring either form of boxes into one tensor with a row for each image.
 
     Args:
-        boxes: A list with one ``(K_i, 4)`` tensor a picture, or a ``(K, 5)`` tensor, batch index
+        boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor, batch index
             first. In pixels; half precision is widened to float32, integers too. On a GPU and under
             ``torch.compile`` the list form is the cheaper one: its counts are known without a
-            synchronisation, where the other form reserves K places a picture.
-        batch_size: Number of pictures B.
+            synchronisation, where the other form reserves K places per image.
+        batch_size: Number of images B.
         device: Where to put the result for an empty list, which has no device of its own.
 
     Returns:
@@ -58,7 +58,7 @@ def pad_boxes(boxes: Boxes, batch_size: int, *, device: torch.device | None = No
     Raises:
         TypeError: If ``boxes`` is neither a list of tensors nor a tensor.
         ValueError: If a shape does not fit, the list does not have B entries, a box is NaN or
-            infinite, has ``x2 < x1`` or ``y2 < y1``, or names a picture outside the batch (values
+            infinite, has ``x2 < x1`` or ``y2 < y1``, or names an image outside the batch (values
             are checked on the CPU only).
 
     Example:
@@ -67,16 +67,16 @@ def pad_boxes(boxes: Boxes, batch_size: int, *, device: torch.device | None = No
         (torch.Size([2, 1, 4]), [[True], [False]])
     """
     if isinstance(boxes, Tensor):
-        corners, picture, place, places = _from_rois(boxes, batch_size)
+        corners, image, place, places = _from_rois(boxes, batch_size)
     else:
-        corners, picture, place, places = _from_list(boxes, batch_size, device)
+        corners, image, place, places = _from_list(boxes, batch_size, device)
     corners = corners.to(torch.promote_types(corners.dtype, torch.float32))
     _check_values(corners)
-    index = (picture, place)
+    index = (image, place)
     padded = corners.new_zeros(batch_size, places, 4).index_put(index, corners)
     present = torch.zeros(batch_size, places, dtype=torch.bool, device=corners.device)
-    present = present.index_put(index, torch.ones_like(picture, dtype=torch.bool))
-    return PaddedBoxes(padded, present, picture, place)
+    present = present.index_put(index, torch.ones_like(image, dtype=torch.bool))
+    return PaddedBoxes(padded, present, image, place)
 
 
 def _from_list(
@@ -86,7 +86,7 @@ def _from_list(
         raise TypeError(f"boxes must be a list of Tensors or a Tensor, got {type(boxes).__name__}")
     if len(boxes) != batch_size:
         raise ValueError(
-            f"boxes must have one entry per picture ({batch_size}), got {len(boxes)} entries"
+            f"boxes must have one entry per image ({batch_size}), got {len(boxes)} entries"
         )
     for i, entry in enumerate(boxes):
         _checks.shape(f"boxes[{i}]", entry, ("K", 4))
@@ -103,17 +103,17 @@ def _from_list(
 
 def _from_rois(boxes: Tensor, batch_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
     _checks.shape("boxes", boxes, ("K", 5))
-    picture = boxes[:, 0].long()
+    image = boxes[:, 0].long()
     readable = _checks.readable(boxes)
     if readable and not bool(torch.isfinite(boxes[:, 0]).all()):
         raise ValueError("boxes must be finite, got a batch index that is not")
-    _checks.labels_within("boxes[:, 0]", picture, 0, batch_size - 1)
-    member = picture[:, None] == torch.arange(batch_size, device=boxes.device)
+    _checks.labels_within("boxes[:, 0]", image, 0, batch_size - 1)
+    member = image[:, None] == torch.arange(batch_size, device=boxes.device)
     rank = member.long().cumsum(0)
     place = (rank * member).sum(1) - 1
     count = boxes.shape[0]
     places = int(rank[-1].max()) if readable and count > 0 and batch_size > 0 else count
-    return boxes[:, 1:], picture, place, places
+    return boxes[:, 1:], image, place, places
 
 
 def _check_values(corners: Tensor) -> None:
@@ -204,10 +204,10 @@ def box_bins(corners: Tensor, bins: int) -> Tensor:
 
 
 def valid_cells(valid: Tensor, map_size: tuple[int, int]) -> Tensor:
-    """Which cells of a map show picture: the validity of the pixel under each cell's centre.
+    """Which cells of a map show the image: the validity of the pixel under each cell's centre.
 
     Args:
-        valid: ``(B, H, W)`` bool, which pixels are picture.
+        valid: ``(B, H, W)`` bool, which pixels show the image.
         map_size: (h, w) of the map.
 
     Returns:
@@ -235,7 +235,7 @@ def box_masks(
         boxes: From :func:`pad_boxes`.
         image_size: (H, W) of the input image.
         map_size: (h, w) of the masks.
-        valid: ``(B, H, W)`` bool, which pixels are picture; all by default.
+        valid: ``(B, H, W)`` bool, which pixels show the image; all by default.
 
     Example:
         >>> padded = pad_boxes([torch.tensor([[0.0, 0.0, 4.0, 2.0]])], 1)
@@ -247,7 +247,7 @@ def box_masks(
 
 
 def outside_of(masks: Tensor, valid: Tensor | None = None) -> Tensor:
-    """What of the picture lies in none of the masks ``(B, S, h, w)``; ``(B, 1, h, w)`` bool."""
+    """What of the image lies in none of the masks ``(B, S, h, w)``; ``(B, 1, h, w)`` bool."""
     outside = ~masks.any(1, keepdim=True)
     if valid is None:
         return outside
@@ -262,14 +262,14 @@ def definite_background(
     batch_size: int | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """The paper's M: 1 where no box of the picture lies, 0 elsewhere (Sec. 3.1).
+    """The paper's M: 1 where no box of the image lies, 0 elsewhere (Sec. 3.1).
 
     Args:
-        boxes: A list with one ``(K_i, 4)`` tensor a picture, or a ``(K, 5)`` tensor.
+        boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor.
         image_size: (H, W) of the input image.
         map_size: (h, w) of the mask; the image size by default.
-        batch_size: Number of pictures; needed with the ``(K, 5)`` form.
-        valid: ``(B, H, W)`` bool, which pixels are picture; padding is not background.
+        batch_size: Number of images; needed with the ``(K, 5)`` form.
+        valid: ``(B, H, W)`` bool, which pixels show the image; padding is not background.
 
     Returns:
         ``(B, 1, h, w)`` in {0, 1}, in the floating dtype of the boxes (at least float32).
@@ -303,7 +303,7 @@ def check_valid(
     image_size: tuple[int, int],
     features: Tensor | None = None,
 ) -> None:
-    """Check the optional ``(B, H, W)`` bool mask of picture pixels."""
+    """Check the optional ``(B, H, W)`` bool mask of image pixels."""
     if valid is None:
         return
     _checks.boolean("valid", _checks.shape("valid", valid, (batch_size, *image_size)))

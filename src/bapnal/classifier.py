@@ -19,7 +19,7 @@ def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         features: Vectors along dimension 1; ``(B, D, *)``.
-        weight: One vector a class; ``(C, D)``.
+        weight: One vector per class; ``(C, D)``.
 
     Returns:
         Similarities in [-1, 1] up to rounding, in the dtype of ``features``; ``(B, C, *)``. A zero

@@ -114,9 +114,9 @@ def noise_aware_loss(
         detach_confidence: True stops the gradient through sigma.
         align_corners: How scores of lower resolution than the labels are upsampled (bilinearly).
         across_ranks: True sums each numerator and denominator over all ranks of
-            ``torch.distributed``: every rank returns the loss over the pictures of all ranks, and
+            ``torch.distributed``: every rank returns the loss over the images of all ranks, and
             after ``DistributedDataParallel`` has averaged them the gradients are those of one
-            device with all pictures. All ranks must call the loss, also one without any labelled
+            device with all images. All ranks must call the loss, also one without any labelled
             pixel. Without an initialised process group it is the same as False.
 
     Returns:
@@ -170,7 +170,7 @@ def entropy_regularization_loss(
         balance: Lambda; 0.1 in the paper.
         ignore_index: Label of pixels without one.
         align_corners: How scores of lower resolution than the labels are upsampled (bilinearly).
-        across_ranks: True for the loss over the pictures of all ranks; see
+        across_ranks: True for the loss over the images of all ranks; see
             :func:`noise_aware_loss`.
 
     Returns:
@@ -224,7 +224,7 @@ def bootstrapping_loss(
         balance: Lambda; 0.1 in the paper.
         ignore_index: Label of pixels without one.
         align_corners: How scores of lower resolution than the labels are upsampled (bilinearly).
-        across_ranks: True for the loss over the pictures of all ranks; see
+        across_ranks: True for the loss over the images of all ranks; see
             :func:`noise_aware_loss`.
 
     Returns:
@@ -327,7 +327,7 @@ def _upsample(scores: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
     """Scores at label resolution, bilinearly; as they are where they have it already."""
     if scores.shape[2:] == size:
         return scores
-    if scores.shape[0] == 0:  # interpolating no picture is an error in torch
+    if scores.shape[0] == 0:  # interpolating no image is an error in torch
         return widen(scores).sum((2, 3), keepdim=True).expand(-1, -1, *size)
     # The softmax over dimension 1 would copy large maps in channels_last; these are small still.
     scores = widen(scores).contiguous()
@@ -343,7 +343,7 @@ class NoiseAwareLoss(nn.Module):
         ignore_index: Label of pixels without one.
         detach_confidence: True stops the gradient through the confidence.
         align_corners: How scores of lower resolution than the labels are upsampled.
-        across_ranks: True for the loss over the pictures of all ranks.
+        across_ranks: True for the loss over the images of all ranks.
 
     Raises:
         TypeError: If an option is not a number.
@@ -401,7 +401,7 @@ class EntropyRegularizationLoss(nn.Module):
         balance: Weight lambda of the unreliable pixels.
         ignore_index: Label of pixels without one.
         align_corners: How scores of lower resolution than the labels are upsampled.
-        across_ranks: True for the loss over the pictures of all ranks.
+        across_ranks: True for the loss over the images of all ranks.
 
     Raises:
         TypeError: If an option is not a number.
@@ -454,7 +454,7 @@ class BootstrappingLoss(nn.Module):
         balance: Weight lambda of the unreliable pixels.
         ignore_index: Label of pixels without one.
         align_corners: How scores of lower resolution than the labels are upsampled.
-        across_ranks: True for the loss over the pictures of all ranks.
+        across_ranks: True for the loss over the images of all ranks.
 
     Raises:
         TypeError: If an option is not a number.

@@ -67,17 +67,17 @@ def background_aware_pooling(
     .. math:: r_i = \frac{\sum_{p \in B_i} (1 - A(p)) f(p)}{\sum_{p \in B_i} (1 - A(p))}
 
     A is :func:`~bapnal.background_attention` of the features outside all boxes. With A = 0 this is
-    global average pooling (GAP) over the box. All boxes of all pictures are pooled by one matrix
+    global average pooling (GAP) over the box. All boxes of all images are pooled by one matrix
     product.
 
     Args:
         features: f; ``(B, D, h, w)``. h and w need not divide the image size.
-        boxes: A list with one ``(K_i, 4)`` tensor a picture, or a ``(K, 5)`` tensor with the batch
+        boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
             index first; xyxy in pixels of the input image, half open.
         image_size: (H, W) of the input image.
         grid_size: N of the grid of Eq. 1.
         output_size: Bins along each side of a box; a bin pools like a box of its own.
-        min_background: Pictures in which the mean of M is not above this use A = 0, as those
+        min_background: Images in which the mean of M is not above this use A = 0, as those
             without any definite background do. 0 in the paper, 1/8 in the authors' released code.
         attention: False pools with A = 0 in the boxes: GAP.
         sampling: ``"cells"`` pools the cells of the feature map that belong to the box;
@@ -85,7 +85,8 @@ def background_aware_pooling(
             torchvision.
         roi_size: Samples along each side of a box with ``sampling="roi_align"``, each a mean of 2 x
             2 points.
-        valid: ``(B, H, W)`` bool, which pixels are picture; padding is neither box nor background.
+        valid: ``(B, H, W)`` bool, which pixels show the image; padding is neither box nor
+            background.
 
     Returns:
         The pooled features; see :class:`PooledFeatures`. A vector without weight, as that of a bin
@@ -144,12 +145,12 @@ def check_options(
 
 
 def _too_little(background: Tensor, min_background: float, valid: Tensor | None) -> Tensor:
-    """Pictures whose share of definite background is at most ``min_background``; ``(B,)`` bool."""
+    """Images whose share of definite background is at most ``min_background``; ``(B,)`` bool."""
     share = background.flatten(1).float()
     if valid is None:
         return share.mean(1) <= min_background
-    pictured = valid_cells(valid, (background.shape[2], background.shape[3])).flatten(1).float()
-    return divide(share.sum(1), pictured.sum(1)) <= min_background
+    shown = valid_cells(valid, (background.shape[2], background.shape[3])).flatten(1).float()
+    return divide(share.sum(1), shown.sum(1)) <= min_background
 
 
 def _bin_masks(
@@ -158,7 +159,7 @@ def _bin_masks(
     """Masks of all bins of all boxes; ``(B, S * bins**2, h, w)``."""
     corners = box_bins(padded.corners, bins).flatten(1, 2)
     present = padded.present.repeat_interleave(bins**2, dim=1)
-    split = PaddedBoxes(corners, present, padded.picture, padded.place)
+    split = PaddedBoxes(corners, present, padded.image, padded.place)
     return box_masks(split, size, (x.shape[2], x.shape[3]), valid)
 
 
@@ -187,11 +188,11 @@ def _pool_samples(
     (height, width), (h, w) = size, x.shape[-2:]
     corners = padded.restore(padded.corners).to(x.dtype)
     scale = corners.new_tensor([w / width, h / height, w / width, h / height])
-    rois = torch.cat([padded.picture[:, None].to(x.dtype), corners * scale], dim=1)
+    rois = torch.cat([padded.image[:, None].to(x.dtype), corners * scale], dim=1)
     samples = roi_align(
         x, rois, (roi_size, roi_size), spatial_scale=1.0, sampling_ratio=2, aligned=True
     )  # (K, D, roi_size, roi_size)
-    owner = padded.picture
+    owner = padded.image
     a = background_similarity(samples, found.prototypes[owner], found.valid[owner])
     a = torch.where(gap[owner][:, None, None, None], 0.0, a)
     bins = grid_assignment((roi_size, roi_size), output_size, x)  # (roi_size**2, output_size**2)
@@ -205,7 +206,7 @@ class BackgroundAwarePooling(nn.Module):
     Args:
         grid_size: N of the grid of Eq. 1.
         output_size: Bins along each side of a box.
-        min_background: Share of definite background up to which a picture uses A = 0.
+        min_background: Share of definite background up to which an image uses A = 0.
         attention: False for global average pooling (GAP).
         sampling: ``"cells"`` or ``"roi_align"``.
         roi_size: Samples along each side of a box with ``sampling="roi_align"``.
@@ -286,9 +287,9 @@ def box_classification_loss(
     Args:
         out: From :func:`background_aware_pooling`.
         classifier_weight: w, background first; ``(L + 1, D)``. No bias.
-        labels: A list with one ``(K_i,)`` tensor a picture, or one ``(K,)`` tensor in the order of
+        labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor in the order of
             the boxes; 1..L.
-        across_ranks: True for the loss over the pictures of all ranks of ``torch.distributed``; see
+        across_ranks: True for the loss over the images of all ranks of ``torch.distributed``; see
             :func:`~bapnal.noise_aware_loss`.
 
     Returns:
@@ -330,7 +331,7 @@ def box_classification_loss(
 
 
 def join_labels(
-    labels: Sequence[Tensor] | Tensor, pictures: int, boxes: int, device: torch.device
+    labels: Sequence[Tensor] | Tensor, images: int, boxes: int, device: torch.device
 ) -> Tensor:
     """Check box labels of either form against the boxes and join them; ``(K,)`` long."""
     if not isinstance(labels, Tensor):
@@ -340,9 +341,9 @@ def join_labels(
             )
         for i, entry in enumerate(labels):
             _checks.integral(f"labels[{i}]", _checks.shape(f"labels[{i}]", entry, ("K",)))
-        if len(labels) != pictures:
+        if len(labels) != images:
             raise ValueError(
-                f"labels must have one entry per picture ({pictures}), got {len(labels)} entries"
+                f"labels must have one entry per image ({images}), got {len(labels)} entries"
             )
         empty = torch.zeros(0, dtype=torch.long, device=device)
         labels = torch.cat(tuple(labels)) if labels else empty

@@ -1,7 +1,7 @@
 """Pseudo labels from boxes: unaries (Eq. 5-7), labels by a CRF, and by retrieval (Eq. 8-9).
 
 Scores are computed at the resolution of the features and upsampled as maps (footnote 3), never the
-features themselves: the largest tensors have one channel for each class that a picture shows. Boxes
+features themselves: the largest tensors have one channel for each class that an image shows. Boxes
 are applied pixel by pixel at the resolution of the image.
 """
 
@@ -33,7 +33,7 @@ CAM_NORMALIZATIONS = ("class", "box")
 
 
 class PseudoLabels(NamedTuple):
-    """What :func:`pseudo_labels` returns. P is the largest number of classes in one picture.
+    """What :func:`pseudo_labels` returns. P is the largest number of classes in one image.
 
     Attributes:
         crf: ``(B, H, W)`` long, Y_crf; ``ignore_index`` on padding.
@@ -41,8 +41,8 @@ class PseudoLabels(NamedTuple):
         reliable: ``(B, H, W)`` bool, S: where both agree.
         background_unary: ``(B, H, W)``, u_0.
         foreground_unary: ``(B, P, H, W)``, u_c of the classes in ``classes``.
-        classes: ``(B, P)`` long, the classes that each picture's boxes name, ascending; 0 where a
-            picture has fewer than P.
+        classes: ``(B, P)`` long, the classes that each image's boxes name, ascending; 0 where an
+            image has fewer than P.
     """
 
     crf: Tensor
@@ -54,10 +54,10 @@ class PseudoLabels(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """Where the boxes of each class lie; P is the largest number of classes in one picture.
+    """Where the boxes of each class lie; P is the largest number of classes in one image.
 
     Attributes:
-        classes: ``(B, P)`` long, ascending, 0 where a picture has fewer classes.
+        classes: ``(B, P)`` long, ascending, 0 where an image has fewer classes.
         slots: ``(B, S)`` long; the channel of each padded box's class.
         masks: ``(B, P, H, W)`` bool; the union of the boxes of each class.
     """
@@ -111,20 +111,20 @@ def pseudo_labels(
         features: f; ``(B, D, h, w)``.
         weight: Classifier weight w, background first; ``(L + 1, D)``. None is class-agnostic: the
             foreground is 1 - u_0, shared equally by the classes whose boxes cover a pixel.
-        boxes: A list with one ``(K_i, 4)`` tensor a picture, or a ``(K, 5)`` tensor with the batch
+        boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
             index first; xyxy in pixels of the image, half open.
-        labels: A list with one ``(K_i,)`` tensor a picture, or one ``(K,)`` tensor; 1..L.
+        labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor; 1..L.
         crf: Called as ``crf(images, probabilities)``, with ``valid=`` where that is given; None
             takes the probabilities as they are. Called once for each number of classes in the
-            batch, so a picture gets the same labels alone and in a batch.
-        valid: ``(B, H, W)`` bool, which pixels are picture.
+            batch, so an image gets the same labels alone and in a batch.
+        valid: ``(B, H, W)`` bool, which pixels show the image.
         grid_size: N of the attention's grid.
         background: What u_0 is: ``"attention"`` (Eq. 7), ``"cam"`` (the class activation map of the
             background, "w/o u_0" in the paper's Table 1), or ``"both"``, their mean. 1 outside all
             boxes in every case.
-        background_threshold: A below this share of its maximum in the picture becomes 0; None
+        background_threshold: A below this share of its maximum in the image becomes 0; None
             keeps A. Found for VGG-16 in the paper; other backbones want another.
-        attention_minmax: Scale A inside the boxes of a picture to [0, 1] first.
+        attention_minmax: Scale A inside the boxes of an image to [0, 1] first.
         cam_normalization: Maximum of Eq. 5 over all boxes of the class (``"class"``), or over each
             box alone (``"box"``, as the authors' released code does).
         unary_softmax: None divides the unaries by their sum; a number is the scale of a softmax
@@ -215,7 +215,7 @@ def _check_inputs(
     if not isinstance(boxes, Tensor) and isinstance(labels, (list, tuple)):
         for i, (own, named) in enumerate(zip(boxes, labels, strict=False)):
             _checks.shape(f"labels[{i}]", named, (own.shape[0],))
-    target = join_labels(labels, batch, padded.picture.shape[0], features.device)
+    target = join_labels(labels, batch, padded.image.shape[0], features.device)
     most = weight.shape[0] - 1 if weight is not None else torch.iinfo(torch.int32).max
     _checks.labels_within("labels", target, 1, most)
     return size, padded, target
@@ -240,26 +240,26 @@ def _check_options(
 def class_regions(
     padded: PaddedBoxes, labels: Tensor, size: tuple[int, int], valid: Tensor | None = None
 ) -> Regions:
-    """Join the boxes of each class of each picture; see :class:`Regions`.
+    """Join the boxes of each class of each image; see :class:`Regions`.
 
     Args:
         padded: From ``pad_boxes``.
         labels: Class of each box in ``torch.cat`` order; ``(K,)`` long, from 1.
         size: (H, W) of the masks.
-        valid: ``(B, H, W)`` bool, which pixels are picture.
+        valid: ``(B, H, W)`` bool, which pixels show the image.
     """
     batch, places = padded.present.shape
     device = labels.device
     most = int(labels.max()) if labels.numel() else 0
     seen = torch.zeros(batch, most + 1, dtype=torch.bool, device=device)
-    seen[padded.picture, labels] = True
+    seen[padded.image, labels] = True
     rank = seen.long().cumsum(1) - 1
     count = int(rank[:, -1].max()) + 1 if batch else 0
-    picture, found = seen.nonzero(as_tuple=True)
+    image, found = seen.nonzero(as_tuple=True)
     classes = torch.zeros(batch, count, dtype=torch.long, device=device)
-    classes[picture, rank[picture, found]] = found
+    classes[image, rank[image, found]] = found
     slots = torch.zeros(batch, places, dtype=torch.long, device=device)
-    slots[padded.picture, padded.place] = rank[padded.picture, labels]
+    slots[padded.image, padded.place] = rank[padded.image, labels]
     masks = torch.zeros(batch, count, *size, dtype=torch.bool, device=device)
     row = torch.arange(batch, device=device)
     for place in range(places):
@@ -270,7 +270,7 @@ def class_regions(
 
 
 def _box_mask(padded: PaddedBoxes, place: int, size: tuple[int, int]) -> Tensor:
-    """The pixels of one box of every picture; ``(B, H, W)``."""
+    """The pixels of one box of every image; ``(B, H, W)``."""
     mask = box_cells(padded.corners[:, place], size, size)
     return mask & padded.present[:, place, None, None]
 
@@ -323,7 +323,7 @@ def _background_unary(
     grid_size, background, threshold, minmax, align_corners = options
     size = (regions.masks.shape[2], regions.masks.shape[3])
     boxed = regions.masks.any(1)
-    pictured = torch.ones_like(boxed) if valid is None else valid
+    shown = torch.ones_like(boxed) if valid is None else valid
     parts = []
     if background != "cam":
         cells = (x.shape[2], x.shape[3])
@@ -334,18 +334,18 @@ def _background_unary(
             a = _minmax(a, boxed)
         a = torch.where(boxed, a, 1.0)
         if threshold is not None:
-            a = a * (a >= threshold * (a * pictured).amax((1, 2), keepdim=True))
+            a = a * (a >= threshold * (a * shown).amax((1, 2), keepdim=True))
         parts.append(a)
     if background != "attention":
         assert w is not None  # checked with the options
         scores = _as_maps(w[:1] @ x.flatten(2), x)
-        cam = _upsample(scores, size, align_corners)[:, 0].relu_() * pictured
+        cam = _upsample(scores, size, align_corners)[:, 0].relu_() * shown
         parts.append(torch.where(boxed, divide(cam, cam.amax((1, 2), keepdim=True)), 1.0))
     return sum(parts[1:], parts[0]) / len(parts)
 
 
 def _minmax(a: Tensor, inside: Tensor) -> Tensor:
-    """Scale the values inside to [0, 1] in each picture; a constant becomes 0."""
+    """Scale the values inside to [0, 1] in each image; a constant becomes 0."""
     high = (a * inside).amax((1, 2), keepdim=True)  # a is not negative
     span = ((high - a) * inside).amax((1, 2), keepdim=True)
     # What upsampling makes of a constant differs by rounding, which must not be scaled up.
@@ -386,18 +386,18 @@ def _apply_crf(
     classes: Tensor,
     valid: Tensor | None,
 ) -> Tensor:
-    """Marginals of a CRF that sees, in each picture, only the classes it holds."""
+    """Marginals of a CRF that sees, in each image, only the classes it holds."""
     if crf is None:
         return probabilities
     marginals = probabilities.clone()
     counts = (classes > 0).sum(1)
     for count in range(1, classes.shape[1] + 1):
-        pictures = (counts == count).nonzero()[:, 0]
-        if pictures.numel() == 0:
+        members = (counts == count).nonzero()[:, 0]
+        if members.numel() == 0:
             continue
-        extra = {} if valid is None else {"valid": valid[pictures]}
-        refined = crf(images[pictures], probabilities[pictures, : count + 1], **extra)
-        marginals[pictures, : count + 1] = refined.to(marginals.dtype)
+        extra = {} if valid is None else {"valid": valid[members]}
+        refined = crf(images[members], probabilities[members, : count + 1], **extra)
+        marginals[members, : count + 1] = refined.to(marginals.dtype)
     return marginals
 
 
@@ -445,7 +445,7 @@ class PseudoLabelGenerator(nn.Module):
         grid_size: N of the attention's grid; 1 in the paper.
         background_threshold: A below this share of its maximum becomes 0; None keeps A.
         background: ``"attention"``, ``"cam"`` or ``"both"``.
-        attention_minmax: Scale A inside the boxes of a picture to [0, 1] first.
+        attention_minmax: Scale A inside the boxes of an image to [0, 1] first.
         cam_normalization: ``"class"`` or ``"box"``.
         unary_softmax: None, or the scale of a softmax (True: 1).
         align_corners: How maps are upsampled.

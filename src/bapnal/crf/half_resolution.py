@@ -17,7 +17,7 @@ from bapnal.crf.terms import PairwiseTerm
 
 
 def halved(terms: Sequence[PairwiseTerm]) -> list[PairwiseTerm]:
-    """Terms for pictures of which every second row and column is left."""
+    """Terms for images of which every second row and column is left."""
     return [x if x.xy is None else x._replace(xy=x.xy / 2) for x in terms]
 
 

@@ -24,7 +24,7 @@ from bapnal.crf.terms import (
 )
 
 BACKENDS = ("torch", "pydensecrf")
-# Lattices over positions alone, by picture size: they are the same for all pictures of one size.
+# Lattices over positions alone, by image size: they are the same for all images of one size.
 Cache = dict[tuple[object, ...], PermutohedralLattice]
 CACHED_SIZES = 4
 
@@ -45,7 +45,7 @@ def dense_crf(
     classes: Sequence[int] | Tensor | None = None,
     half_resolution: bool = False,
 ) -> Tensor:
-    r"""Sharpen class probabilities to the edges of their pictures, by a fully connected CRF.
+    r"""Sharpen class probabilities to the edges of their images, by a fully connected CRF.
 
     With positions :math:`x_i` and colours :math:`c_i` the two kernels are
 
@@ -69,7 +69,7 @@ def dense_crf(
         images: RGB, uint8; ``(B, 3, H, W)``. With ``terms``, any guidance, uint8 or floating;
             ``(B, G, H, W)``. It gets no gradient.
         probabilities: p, non-negative, summing to 1 over the classes; ``(B, C, H, W)``, C >= 1.
-        valid: ``(B, H, W)`` bool, which pixels are picture. Others take no part; they get their
+        valid: ``(B, H, W)`` bool, which pixels show the image. Others take no part; they get their
             own clipped probabilities back, normalised.
         bilateral_weight: w of the kernel of position and colour; see :class:`PairwiseTerm` for
             tensors.
@@ -81,7 +81,7 @@ def dense_crf(
         backend: ``"torch"``, or ``"pydensecrf"`` for the same through that package, in float32
             on the CPU and without gradients.
         terms: Pairwise terms in place of the two above, whose five settings then do not count.
-        classes: How many classes each picture has, where they differ; ``(B,)``, each 1..C.
+        classes: How many classes each image has, where they differ; ``(B,)``, each 1..C.
             Channels from there on take no part, and are 0 in the result.
         half_resolution: Fast and approximate: mean field on every second row and column, whose
             messages are interpolated; each pixel keeps its own unaries.
@@ -174,22 +174,22 @@ def _dense_crf(
         logits = p.clamp(1e-5, 1).log()  # -U
         if counts is not None:
             logits = logits.masked_fill(absent, -torch.inf)
-        # A GPU wants the whole batch at once, a CPU one picture after the other in its caches.
+        # A GPU wants the whole batch at once, a CPU one image after the other in its caches.
         size = batch if settings.backend == "torch" and logits.device.type != "cpu" else 1
         results = []
         for start in range(0, batch, max(size, 1)):
             part = slice(start, start + size)
             most = channels if counts is None else max(counts[part])
             mask = None if valid is None else valid[part]
-            q = _pictures(images[part], logits[part, :most], mask, settings, cache)
+            q = _same_class_count(images[part], logits[part, :most], mask, settings, cache)
             results.append(nn.functional.pad(q, (0, 0, 0, 0, 0, channels - most)))
         return torch.cat(results).contiguous() if results else p
 
 
-def _pictures(
+def _same_class_count(
     images: Tensor, logits: Tensor, valid: Tensor | None, settings: _Settings, cache: Cache
 ) -> Tensor:
-    """Marginals of pictures side by side; logits -U and result ``(b, C, H, W)``."""
+    """Marginals of images side by side; logits -U and result ``(b, C, H, W)``."""
     terms = [
         x._replace(weight=weight_of_classes(x.weight, logits.shape[1]))
         for x in settings.terms
@@ -213,14 +213,14 @@ def _marginals(
     rows = logits.movedim(1, -1).reshape(batch * height * width, classes).contiguous()
     keep = None if valid is None else valid.flatten().nonzero()[:, 0]
     own = rows if keep is None else rows[keep]
-    pictures = _Pictures(guidance, keep)
+    pixels = _Points(guidance, keep)
     if settings.backend == "pydensecrf":
-        points = [pictures.features(term) for term in settings.terms]
+        points = [pixels.features(term) for term in settings.terms]
         q = pydensecrf_marginals(settings.terms, points, own, settings.iterations)
     elif settings.iterations == 0 or own.shape[0] == 0:
         q = short_softmax(own)
     else:
-        kernels = [(x.weight, pictures.kernel(x, own.dtype, cache)) for x in settings.terms]
+        kernels = [(x.weight, pixels.kernel(x, own.dtype, cache)) for x in settings.terms]
         q = _iterate(own, kernels, settings.iterations)
     if keep is not None:
         q = short_softmax(rows).index_copy(0, keep, q)
@@ -269,8 +269,8 @@ def short_softmax(x: Tensor, out: Tensor | None = None) -> Tensor:
     return p / total if p.requires_grad else p.div_(total)
 
 
-class _Pictures:
-    """The points of pictures of one size: positions, guidance, and which picture they are in."""
+class _Points:
+    """The points of images of one size: positions, guidance, and which image they are in."""
 
     def __init__(self, guidance: Tensor, keep: Tensor | None) -> None:
         batch, channels, self.height, self.width = guidance.shape
@@ -350,15 +350,13 @@ def _check_inputs(images: Tensor, probabilities: Tensor, valid: Tensor | None) -
 def _check_counts(
     classes: Sequence[int] | Tensor | None, batch: int, channels: int
 ) -> list[int] | None:
-    """The number of classes of each picture as a list."""
+    """The number of classes of each image as a list."""
     if classes is None:
         return None
     if isinstance(classes, Tensor):
         classes = _checks.integral("classes", classes).tolist()
     if not isinstance(classes, Sequence) or len(classes) != batch:
-        raise ValueError(
-            f"classes must have one number for each of {batch} pictures, got {classes}"
-        )
+        raise ValueError(f"classes must have one number for each of {batch} images, got {classes}")
     counts = [_checks.integer(f"classes[{b}]", x, minimum=1) for b, x in enumerate(classes)]
     if counts and max(counts) > channels:
         raise ValueError(f"classes must be <= {channels} channels, got {max(counts)}")
@@ -366,7 +364,7 @@ def _check_counts(
 
 
 def _check_distributions(p: Tensor, valid: Tensor | None, dtype: torch.dtype) -> None:
-    """Each pixel of the picture has non-negative probabilities that sum to 1."""
+    """Each pixel of the image has non-negative probabilities that sum to 1."""
     low, total = p.amin(1), p.sum(1)
     if valid is not None:
         low, total = low[valid], total[valid]
@@ -384,7 +382,7 @@ class DenseCRF(nn.Module):
     """Fully connected CRF as a module; see :func:`dense_crf`.
 
     It has no parameters, unless weights are given as ``nn.Parameter``. It remembers the lattices
-    over positions alone for the last few picture sizes, which no result depends on. On a GPU sums
+    over positions alone for the last few image sizes, which no result depends on. On a GPU sums
     are taken in no fixed order, unless ``torch.use_deterministic_algorithms(True)`` asks for one.
 
     Args:

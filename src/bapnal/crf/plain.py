@@ -21,7 +21,7 @@ def axis_scale(features: Tensor, d: int) -> Tensor:
 
     The factor :math:`(d + 1)\sqrt{2/3}` gives splat, blur and slice together a standard deviation
     of 1. It is rounded on its own first: points that lie between two simplices up to rounding,
-    and pictures have many, then fall to the same side as in pydensecrf.
+    and images have many, then fall to the same side as in pydensecrf.
     """
     axis = torch.arange(1, d + 1, dtype=torch.float64)
     common = torch.tensor((d + 1) * (2 / 3) ** 0.5, dtype=features.dtype).double()
@@ -149,7 +149,7 @@ class PlainLattice:
 
 
 def plain_mean_field(terms: list[tuple[float, Tensor]], logits: Tensor, iterations: int) -> Tensor:
-    """Marginals of one picture; see :func:`bapnal.crf.dense_crf`.
+    """Marginals of one image; see :func:`bapnal.crf.dense_crf`.
 
     Args:
         terms: For each pairwise term its weight and its points, ``(n, d)``.

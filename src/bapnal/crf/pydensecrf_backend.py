@@ -15,7 +15,7 @@ from bapnal.crf.terms import PairwiseTerm
 def pydensecrf_marginals(
     terms: Sequence[PairwiseTerm], points: Sequence[Tensor], logits: Tensor, iterations: int
 ) -> Tensor:
-    """Marginals ``(n, C)`` of one picture by pydensecrf: float32, on the CPU, without gradients.
+    """Marginals ``(n, C)`` of one image by pydensecrf: float32, on the CPU, without gradients.
 
     Args:
         terms: The pairwise terms.

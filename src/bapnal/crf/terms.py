@@ -79,7 +79,7 @@ def check_term_fits(name: str, term: PairwiseTerm, channels: int, classes: int) 
 
 
 def weight_of_classes(weight: float | Tensor, classes: int) -> float | Tensor:
-    """The weight of a picture that has only the first classes."""
+    """The weight of an image that has only the first classes."""
     if isinstance(weight, Tensor) and weight.numel() > 1:
         return weight[:classes, :classes] if weight.dim() == 2 else weight[:classes]
     return weight
