@@ -6,7 +6,7 @@ from bapnal.attention import (
     background_attention,
     grid_prototypes,
 )
-from bapnal.boxes import box_bins, box_cells, definite_background
+from bapnal.boxes import box_bins, box_cells, definite_background, paint_boxes
 from bapnal.classifier import CosineClassifier, cosine_similarity
 from bapnal.crf import DenseCRF, PairwiseTerm, PermutohedralLattice, dense_crf
 from bapnal.losses import (
@@ -31,6 +31,7 @@ __all__ = [
     "box_cells",
     "box_bins",
     "definite_background",
+    "paint_boxes",
     "Attention",
     "BackgroundAttention",
     "background_attention",

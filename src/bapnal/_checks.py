@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGRAL = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LARGEST_INTEGER = 2**31 - 1
+LARGEST_NUMBER = torch.finfo(torch.float32).max
+LONGEST_SIDE = 2**30  # pixels; twice the product of two sides fits 64 bits
+
+
 def shape_text(shape: Sequence[int | str]) -> str:
     """``(2, 3, *)``: a shape as messages print it."""
     return "(" + ", ".join(str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
@@ -42,16 +49,37 @@ def shape(name: str, value: object, expected: Sequence[int | str]) -> Tensor:
 
 
 def floating(name: str, value: Tensor) -> Tensor:
-    """Check that a tensor has a real floating dtype."""
-    if not value.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    """Check that a tensor has a real floating dtype in which torch computes."""
+    if value.dtype not in FLOATING:
+        kind = "a floating-point dtype" + (" of 16 to 64 bits" if value.is_floating_point() else "")
+        raise TypeError(f"{name} must have {kind}, got {value.dtype}")
     return value
 
 
 def integral(name: str, value: Tensor) -> Tensor:
-    """Check that a tensor holds integers, as labels do."""
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {value.dtype}")
+    """Check that a tensor holds integers, as labels do, of a dtype in which torch computes."""
+    if value.dtype not in INTEGRAL:
+        unsigned = str(value.dtype).startswith("torch.uint")
+        kind = "an integer dtype" + (", uint8 or signed" if unsigned else "")
+        raise TypeError(f"{name} must have {kind}, got {value.dtype}")
+    return value
+
+
+def real(name: str, value: Tensor) -> Tensor:
+    """Check that a tensor holds floating-point numbers or integers, as boxes do."""
+    if value.dtype not in FLOATING + INTEGRAL:
+        raise TypeError(f"{name} must have a floating-point or integer dtype, got {value.dtype}")
+    return value
+
+
+def not_empty(name: str, value: Tensor, *dims: int) -> Tensor:
+    """Check that a tensor has at least one entry along each of some dimensions."""
+    if 0 in [value.shape[dim] for dim in dims]:
+        at = ", ".join(str(dim) for dim in dims)
+        raise ValueError(
+            f"{name} must have a size of at least 1 along dimension {at}, "
+            f"got shape {shape_text(value.shape)}"
+        )
     return value
 
 
@@ -78,7 +106,10 @@ def number(
     maximum: float | None = None,
     above: float | None = None,
 ) -> float:
-    """Check a plain real number and its bounds (``above`` is a strict one)."""
+    """Check a plain real number and its bounds (``above`` is a strict one).
+
+    It has to fit float32, in which most of the arithmetic runs: infinity does not.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     bounds = [
@@ -93,15 +124,30 @@ def number(
     )
     if value != value or any(broken for broken, _ in bounds):
         raise ValueError(f"{name} must be {expected or 'a number'}, got {value}")
+    if abs(value) > LARGEST_NUMBER:
+        fact = value if isinstance(value, float) else f"an int of {value.bit_length()} bits"
+        raise ValueError(f"{name} must be finite in float32, got {fact}")
     return float(value)
 
 
-def integer(name: str, value: object, *, minimum: int) -> int:
-    """Check a plain integer and its lower bound."""
+def integer(
+    name: str, value: object, *, minimum: int, maximum: int = LARGEST_INTEGER
+) -> int:
+    """Check a plain integer and its bounds."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name} must be >= {minimum}, got {value}")
+    if value > maximum:
+        fact = value if value < 2**64 else f"an int of {value.bit_length()} bits"
+        raise ValueError(f"{name} must be <= {maximum}, got {fact}")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    """Check a setting that is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return value
 
 
@@ -117,17 +163,22 @@ def size(name: str, value: object) -> tuple[int, int]:
     if not isinstance(value, Sequence) or len(value) != 2:
         raise ValueError(f"{name} must be (height, width), got {value!r}")
     return (
-        integer(f"{name}[0]", value[0], minimum=1),
-        integer(f"{name}[1]", value[1], minimum=1),
+        integer(f"{name}[0]", value[0], minimum=1, maximum=LONGEST_SIDE),
+        integer(f"{name}[1]", value[1], minimum=1, maximum=LONGEST_SIDE),
     )
 
 
 def readable(value: Tensor) -> bool:
-    """Whether values can be looked at without a synchronisation, a graph break or a vmap error."""
+    """Whether values can be looked at without a synchronisation, a graph break or a vmap error.
+
+    Where operations are traced or intercepted, as by ``FakeTensorMode``, there may be no values.
+    """
     return (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

@@ -8,6 +8,14 @@ import torch
 from torch import Tensor, distributed
 from torch.amp.autocast_mode import autocast, is_autocast_available
 
+from bapnal import _checks
+
+SHORTEST = 1e-12  # length below which a vector counts as zero
+# What brings a vector whose square overflows into the range in which it does not.
+SHRINK = {torch.float32: 2.0**-80, torch.float64: 2.0**-540}
+# Sums of a million numbers of any size stay finite when each is made smaller by this first.
+SUM_SCALE = 2.0**-20
+
 
 def widen(x: Tensor) -> Tensor:
     """Half precision as float32, everything else as it is."""
@@ -57,17 +65,36 @@ class _SumOverRanks(torch.autograd.Function):
         return gradient * distributed.get_world_size()
 
 
-def inverse_norm(x: Tensor, dim: int) -> Tensor:
-    """``1 / |x|`` along ``dim`` (kept), 0 for a zero vector, with a gradient of 0 there."""
+def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
+    """Means of the columns of ``x (*, D, n)`` by ``weights (*, n, J)``; ``(*, J, D)``.
+
+    0 where the weights sum to 0. A mean of finite numbers is finite, though their sum may not be.
+    """
+    sums = (x @ (weights * SUM_SCALE)).mT
+    return divide(sums, weights.sum(-2)[..., None]) * (1 / SUM_SCALE)
+
+
+def inverse_norm(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``x`` and ``1 / |x|`` along ``dim`` (kept), whose product are vectors of length 1.
+
+    A vector shorter than ``SHORTEST`` counts as zero, with an inverse and a gradient of 0: the
+    gradient grows as the inverse square of the length. Vectors whose square overflows come back
+    scaled down by a power of two, with the inverse of that; all others as they are, to the bit.
+    """
     squared = x.square().sum(dim, keepdim=True)
-    empty = squared == 0
-    return torch.where(empty, 0.0, torch.where(empty, 1.0, squared).rsqrt())
+    long = squared.detach() == torch.inf
+    if not _checks.readable(x) or bool(long.any()):
+        x = x * torch.where(long, SHRINK.get(x.dtype, 1.0), torch.ones_like(squared))
+        squared = x.square().sum(dim, keepdim=True)
+    empty = squared <= SHORTEST**2
+    return x, torch.where(empty, 0.0, torch.where(empty, 1.0, squared).sqrt().reciprocal())
 
 
 def unit(x: Tensor, dim: int) -> Tensor:
     """Vectors of length 1 along ``dim``; a zero vector stays zero, with a gradient of 0.
 
     ``F.normalize`` has a gradient of 1e12 at a zero vector in float32, and gives NaN in float16.
-    A vector so short that its squared length underflows counts as zero.
+    A vector shorter than ``SHORTEST`` counts as zero; there is no upper bound.
     """
-    return x * inverse_norm(x, dim)
+    x, inverse = inverse_norm(x, dim)
+    return x * inverse

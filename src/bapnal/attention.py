@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bapnal import _checks
-from bapnal._math import divide, full_precision, inverse_norm, unit, widen
+from bapnal._math import divide, full_precision, inverse_norm, unit, weighted_mean, widen
 
 
 class Attention(NamedTuple):
@@ -80,7 +80,8 @@ def background_attention(features: Tensor, background: Tensor, *, grid_size: int
     M is 0, which makes the pooling after it global average pooling.
 
     Args:
-        features: f; ``(B, D, h, w)``.
+        features: f; ``(B, D, h, w)``. A vector shorter than 1e-12 counts as zero: its cosines
+            are 0, without a gradient.
         background: M in {0, 1}, float or bool; ``(B, 1, h, w)``.
         grid_size: N of the N x N grid (4 for training a classifier, 1 for labels in the paper).
 
@@ -120,8 +121,7 @@ def _grid_prototypes(x: Tensor, background: Tensor, grid_size: int) -> tuple[Ten
     assignment = grid_assignment((h, w), grid_size, x)
     weights = background.to(x.dtype).flatten(1)[..., None] * assignment  # (B, h*w, N*N)
     count = weights.sum(1)  # (B, N*N)
-    prototypes = divide((x.flatten(2) @ weights).mT, count[..., None])
-    return prototypes, count > 0
+    return weighted_mean(x.flatten(2), weights), count > 0
 
 
 def background_similarity(x: Tensor, prototypes: Tensor, valid: Tensor) -> Tensor:
@@ -129,11 +129,11 @@ def background_similarity(x: Tensor, prototypes: Tensor, valid: Tensor) -> Tenso
 
     ``x`` is ``(B, D, *)``. Only an ``(N*N, h*w)`` score matrix per image is made, never one with D.
     """
-    flat = x.flatten(2)
+    flat, inverse = inverse_norm(x.flatten(2), dim=1)
     scores = (unit(prototypes, dim=-1) @ flat).relu() * valid[..., None]
     mean = divide(scores.sum(1, keepdim=True), valid.sum(1).to(x.dtype)[:, None, None])
     # The norm is positive, so it can wait until after the ReLU and the mean. Rounding may pass 1.
-    cosine = (mean * inverse_norm(flat, dim=1)).clamp(max=1)
+    cosine = (mean * inverse).clamp(max=1)
     return cosine.reshape(x.shape[0], 1, *x.shape[2:])
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from bapnal import _checks
 
+MOST_BINS = 1000  # along each side of a box
+
 Boxes = Sequence[Tensor] | Tensor
 """One ``(K_i, 4)`` tensor per image, or one ``(K, 5)`` tensor with the batch index first."""
 
@@ -56,7 +58,7 @@ def pad_boxes(boxes: Boxes, batch_size: int, *, device: torch.device | None = No
         The boxes as :class:`PaddedBoxes`.
 
     Raises:
-        TypeError: If ``boxes`` is neither a list of tensors nor a tensor.
+        TypeError: If ``boxes`` is neither a list of tensors nor a tensor, or not of numbers.
         ValueError: If a shape does not fit, the list does not have B entries, a box is NaN or
             infinite, has ``x2 < x1`` or ``y2 < y1``, or names an image outside the batch (values
             are checked on the CPU only).
@@ -70,7 +72,6 @@ def pad_boxes(boxes: Boxes, batch_size: int, *, device: torch.device | None = No
         corners, image, place, places = _from_rois(boxes, batch_size)
     else:
         corners, image, place, places = _from_list(boxes, batch_size, device)
-    corners = corners.to(torch.promote_types(corners.dtype, torch.float32))
     _check_values(corners)
     index = (image, place)
     padded = corners.new_zeros(batch_size, places, 4).index_put(index, corners)
@@ -89,20 +90,21 @@ def _from_list(
             f"boxes must have one entry per image ({batch_size}), got {len(boxes)} entries"
         )
     for i, entry in enumerate(boxes):
-        _checks.shape(f"boxes[{i}]", entry, ("K", 4))
+        _checks.real(f"boxes[{i}]", _checks.shape(f"boxes[{i}]", entry, ("K", 4)))
     if batch_size == 0:
         nothing = torch.zeros(0, dtype=torch.long, device=device)
         return torch.zeros(0, 4, device=device), nothing, nothing, 0
     _checks.same_device(**{f"boxes[{i}]": entry for i, entry in enumerate(boxes)})
     counts = [entry.shape[0] for entry in boxes]
-    corners = torch.cat(tuple(boxes))
-    order = [(i, k) for i, count in enumerate(counts) for k in range(count)]
-    index = torch.tensor(order, dtype=torch.long, device=corners.device).reshape(-1, 2)
-    return corners, index[:, 0], index[:, 1], max(counts)
+    corners = torch.cat([at_least_float32(entry) for entry in boxes])
+    # Filled on the device: a list of numbers would have to be copied there, and waited for.
+    places = [torch.arange(count, device=corners.device) for count in counts]
+    images = [torch.full_like(place, i) for i, place in enumerate(places)]
+    return corners, torch.cat(images), torch.cat(places), max(counts)
 
 
 def _from_rois(boxes: Tensor, batch_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    _checks.shape("boxes", boxes, ("K", 5))
+    boxes = at_least_float32(_checks.real("boxes", _checks.shape("boxes", boxes, ("K", 5))))
     image = boxes[:, 0].long()
     readable = _checks.readable(boxes)
     if readable and not bool(torch.isfinite(boxes[:, 0]).all()):
@@ -114,6 +116,19 @@ def _from_rois(boxes: Tensor, batch_size: int) -> tuple[Tensor, Tensor, Tensor, 
     count = boxes.shape[0]
     places = int(rank[-1].max()) if readable and count > 0 and batch_size > 0 else count
     return boxes[:, 1:], image, place, places
+
+
+def at_least_float32(corners: Tensor) -> Tensor:
+    """Coordinates in a dtype in which pixels can be told apart: half and integers as float32."""
+    return corners.to(torch.promote_types(corners.dtype, torch.float32))
+
+
+def check_corners(corners: Tensor) -> Tensor:
+    """Check boxes of shape ``(*, 4)``; return them in float32 at least."""
+    _checks.tensor("corners", corners)
+    if corners.dim() == 0 or corners.shape[-1] != 4:
+        raise ValueError(f"corners must have shape (*, 4), got {_checks.shape_text(corners.shape)}")
+    return at_least_float32(_checks.real("corners", corners))
 
 
 def _check_values(corners: Tensor) -> None:
@@ -140,9 +155,10 @@ def box_cells(corners: Tensor, image_size: tuple[int, int], map_size: tuple[int,
         map_size: (h, w) of the map; the image size itself for a mask of pixels.
 
     Returns:
-        ``(*, h, w)`` bool.
+        ``(*, h, w)`` bool. Half precision boxes are compared in float32.
 
     Raises:
+        TypeError: If ``corners`` is not a tensor of numbers.
         ValueError: If a shape or a size does not fit.
 
     Example:
@@ -150,9 +166,7 @@ def box_cells(corners: Tensor, image_size: tuple[int, int], map_size: tuple[int,
         tensor([[0, 1, 1, 1],
                 [0, 0, 0, 0]], dtype=torch.int32)
     """
-    _checks.tensor("corners", corners)
-    if corners.dim() == 0 or corners.shape[-1] != 4:
-        raise ValueError(f"corners must have shape (*, 4), got {_checks.shape_text(corners.shape)}")
+    corners = check_corners(corners)
     (height, width), (h, w) = (
         _checks.size("image_size", image_size),
         _checks.size("map_size", map_size),
@@ -183,16 +197,25 @@ def box_bins(corners: Tensor, bins: int) -> Tensor:
         bins: Number of bins along each side.
 
     Returns:
-        ``(*, bins**2, 4)``.
+        ``(*, bins**2, 4)``, in float32 at least.
+
+    Raises:
+        TypeError: If ``corners`` is not a tensor of numbers, or ``bins`` not an int.
+        ValueError: If a shape does not fit, or ``bins`` is out of range.
 
     Example:
         >>> box_bins(torch.tensor([0.0, 0.0, 4.0, 2.0]), 2).tolist()
         [[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 4.0, 1.0], [0.0, 1.0, 2.0, 2.0], [2.0, 1.0, 4.0, 2.0]]
     """
+    corners = check_corners(corners)
+    _checks.integer("bins", bins, minimum=1, maximum=MOST_BINS)
     k = torch.arange(bins + 1, device=corners.device, dtype=corners.dtype)
-    # One division of a sum: edges that can be represented are exact, and one bin is the box.
-    x = ((bins - k) * corners[..., 0, None] + k * corners[..., 2, None]) / bins
-    y = ((bins - k) * corners[..., 1, None] + k * corners[..., 3, None]) / bins
+    # One division of a sum: edges that can be represented are exact, and one bin is the box. By a
+    # power of two, so that the sum is finite for all boxes.
+    small = 2.0 ** -bins.bit_length()
+    x1, y1, x2, y2 = (small * corners).unsqueeze(-1).unbind(-2)
+    x = ((bins - k) * x1 + k * x2) / bins / small
+    y = ((bins - k) * y1 + k * y2) / bins / small
     shape = (*corners.shape[:-1], bins, bins)
     edges = (
         x[..., None, :-1].expand(shape),
@@ -201,6 +224,46 @@ def box_bins(corners: Tensor, bins: int) -> Tensor:
         y[..., 1:, None].expand(shape),
     )
     return torch.stack(edges, dim=-1).flatten(-3, -2)
+
+
+def paint_boxes(
+    corners: Tensor, labels: Tensor, image_size: tuple[int, int], *, background: int = 0
+) -> Tensor:
+    """A label map of one image from its boxes, smaller boxes on top.
+
+    The pixels of a box are those of :func:`box_cells`. Of boxes of the same area the later one is
+    on top.
+
+    Args:
+        corners: Boxes in pixels; ``(K, 4)``.
+        labels: Label of each box; ``(K,)``.
+        image_size: (H, W) of the image.
+        background: Label of pixels in no box.
+
+    Returns:
+        ``(H, W)`` long.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape or a size does not fit, or the tensors lie on different devices.
+
+    Example:
+        >>> boxes = torch.tensor([[1.0, 0.0, 3.0, 1.0], [0.0, 0.0, 4.0, 2.0]])
+        >>> paint_boxes(boxes, torch.tensor([7, 5]), (2, 5))
+        tensor([[5, 7, 7, 5, 0],
+                [5, 5, 5, 5, 0]])
+    """
+    corners = check_corners(_checks.shape("corners", corners, ("K", 4)))
+    _checks.integral("labels", _checks.shape("labels", labels, (corners.shape[0],)))
+    _checks.same_device(corners=corners, labels=labels)
+    size = _checks.size("image_size", image_size)
+    area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+    order = area.argsort(descending=True, stable=True)
+    painted = torch.full(size, background, dtype=torch.long, device=corners.device)
+    # Box by box: all masks at once would take K times the memory of the map.
+    for box, label in zip(corners[order], labels.long()[order], strict=True):
+        painted = torch.where(box_cells(box, size, size), label, painted)
+    return painted
 
 
 def valid_cells(valid: Tensor, map_size: tuple[int, int]) -> Tensor:

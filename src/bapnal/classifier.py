@@ -23,7 +23,8 @@ def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         Similarities in [-1, 1] up to rounding, in the dtype of ``features``; ``(B, C, *)``. A zero
-        vector has similarity 0 to everything, with a gradient of 0.
+        vector, that is one shorter than 1e-12, has similarity 0 to everything, with a gradient of
+        0.
 
     Raises:
         TypeError: If a dtype is not floating.
@@ -40,8 +41,9 @@ def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
     batch, _, *rest = features.shape
     with full_precision(features):
         x = widen(features).flatten(2) if rest else widen(features)[..., None]
+        x, inverse = inverse_norm(x, dim=1)
         # Dividing C scores a position is cheaper than dividing D features.
-        scores = unit(weight.to(x.dtype), dim=1) @ x * inverse_norm(x, dim=1)
+        scores = unit(weight.to(x.dtype), dim=1) @ x * inverse
     return scores.reshape(batch, weight.shape[0], *rest).to(features.dtype)
 
 

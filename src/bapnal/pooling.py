@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bapnal import _checks
-from bapnal._math import divide, divide_sums, full_precision, widen
+from bapnal._math import divide, divide_sums, full_precision, weighted_mean, widen
 from bapnal.attention import (
     Attention,
     background_attention,
@@ -166,7 +166,7 @@ def _bin_masks(
 def _pool_cells(x: Tensor, masks: Tensor, a: Tensor) -> Tensor:
     """Eq. 4 for the cells in each mask, as one matrix product; ``(B, S, D)``."""
     weights = (masks * (1 - a)).flatten(2)  # (B, S, h*w)
-    return divide((x.flatten(2) @ weights.mT).mT, weights.sum(2, keepdim=True))
+    return weighted_mean(x.flatten(2), weights.mT)
 
 
 def _pool_samples(
@@ -187,8 +187,9 @@ def _pool_samples(
         ) from error
     (height, width), (h, w) = size, x.shape[-2:]
     corners = padded.restore(padded.corners).to(x.dtype)
-    scale = corners.new_tensor([w / width, h / height, w / width, h / height])
-    rois = torch.cat([padded.image[:, None].to(x.dtype), corners * scale], dim=1)
+    x1, y1, x2, y2 = corners.unbind(1)
+    edges = (x1 * (w / width), y1 * (h / height), x2 * (w / width), y2 * (h / height))
+    rois = torch.stack([padded.image.to(x.dtype), *edges], dim=1)
     samples = roi_align(
         x, rois, (roi_size, roi_size), spatial_scale=1.0, sampling_ratio=2, aligned=True
     )  # (K, D, roi_size, roi_size)
@@ -197,7 +198,7 @@ def _pool_samples(
     a = torch.where(gap[owner][:, None, None, None], 0.0, a)
     bins = grid_assignment((roi_size, roi_size), output_size, x)  # (roi_size**2, output_size**2)
     weights = (1 - a).flatten(1)[..., None] * bins
-    return divide((samples.flatten(2) @ weights).mT, weights.sum(1)[..., None])
+    return weighted_mean(samples.flatten(2), weights)
 
 
 class BackgroundAwarePooling(nn.Module):
@@ -268,7 +269,7 @@ class BackgroundAwarePooling(nn.Module):
         return (
             f"grid_size={self.grid_size}, output_size={self.output_size}, "
             f"min_background={self.min_background}, attention={self.attention}, "
-            f"sampling={self.sampling!r}"
+            f"sampling={self.sampling!r}, roi_size={self.roi_size}"
         )
 
 
@@ -293,11 +294,11 @@ def box_classification_loss(
             :func:`~bapnal.noise_aware_loss`.
 
     Returns:
-        A scalar, in float32 for half precision inputs.
+        A scalar, in float32 for half precision inputs, in float64 where one input is.
 
     Raises:
         TypeError: If a dtype does not fit.
-        ValueError: If a shape does not fit, or a label is out of range (on the CPU).
+        ValueError: If a shape does not fit, tensors lie on different devices, or a label is out of range (on the CPU).
 
     Example:
         >>> pool = BackgroundAwarePooling(grid_size=1)
@@ -308,24 +309,26 @@ def box_classification_loss(
     """
     bins, channels = out.foreground.shape[1:]
     _checks.shape("classifier_weight", classifier_weight, ("L + 1", channels))
-    _checks.floating("classifier_weight", classifier_weight)
+    _checks.not_empty("classifier_weight", _checks.floating("classifier_weight", classifier_weight), 0)
     _checks.same_device(features=out.foreground, classifier_weight=classifier_weight)
     target = join_labels(
         labels, out.background.shape[0], out.foreground.shape[0], out.foreground.device
     )
     _checks.labels_within("labels", target, 1, classifier_weight.shape[0] - 1)
+    kind = torch.promote_types(out.foreground.dtype, classifier_weight.dtype)
+    kind = torch.promote_types(kind, torch.float32)
     with full_precision(out.foreground):
-        weight = widen(classifier_weight)
+        weight = classifier_weight.to(kind)
         vectors = torch.cat([out.foreground.flatten(0, 1), out.background.flatten(0, 1)])
         count = out.background_valid.numel()
         targets = torch.cat([target.repeat_interleave(bins), target.new_zeros(count)])
         counted = torch.cat(
             [
                 weight.new_ones(out.foreground.shape[0] * bins),
-                out.background_valid.flatten().to(weight.dtype),
+                out.background_valid.flatten().to(kind),
             ]
         )
-        logits = vectors.to(weight.dtype) @ weight.mT
+        logits = vectors.to(kind) @ weight.mT
         terms = F.cross_entropy(logits, targets, reduction="none")
         return divide_sums((terms * counted).sum(), counted.sum(), across_ranks)
 
@@ -345,8 +348,9 @@ def join_labels(
             raise ValueError(
                 f"labels must have one entry per image ({images}), got {len(labels)} entries"
             )
+        _checks.same_device(**{f"labels[{i}]": entry for i, entry in enumerate(labels)})
         empty = torch.zeros(0, dtype=torch.long, device=device)
-        labels = torch.cat(tuple(labels)) if labels else empty
+        labels = torch.cat([entry.long() for entry in labels]) if labels else empty
     _checks.integral("labels", _checks.shape("labels", labels, (boxes,)))
     if labels.device != device:
         raise ValueError(f"labels must be on {device} like the features, got {labels.device}")

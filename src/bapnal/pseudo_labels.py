@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bapnal import _checks
-from bapnal._math import divide, full_precision, inverse_norm, unit, widen
+from bapnal._math import SUM_SCALE, divide, full_precision, inverse_norm, unit, widen
 from bapnal.attention import background_similarity, grid_prototypes
 from bapnal.boxes import (
     Boxes,
@@ -421,12 +421,14 @@ def _retrieve(
     # by the transposed upsampling of the mask: no (D, H, W) tensor.
     share = rows @ member.to(x.dtype) @ columns.mT  # (B, 1 + P, h, w)
     count = member.sum((2, 3))
-    queries = divide(share.flatten(2) @ x.flatten(2).mT, count[..., None].to(x.dtype))
+    flat, inverse = inverse_norm(x.flatten(2), dim=1)
+    sums = (share.flatten(2) * SUM_SCALE) @ x.flatten(2).mT
+    queries = divide(sums, count[..., None].to(x.dtype)) * (1 / SUM_SCALE)
     known = count > 0
     if w is not None:
         queries = torch.where(known[..., None], queries, w[F.pad(regions.classes, (1, 0))])
         known = torch.ones_like(known)
-    cosines = unit(queries, dim=-1) @ x.flatten(2) * inverse_norm(x.flatten(2), dim=1)
+    cosines = unit(queries, dim=-1) @ flat * inverse
     maps = _upsample(_as_maps(cosines, x), size, align_corners)
     return maps.masked_fill(~(allowed & known[..., None, None]), -torch.inf).argmax(1)
 
