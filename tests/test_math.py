@@ -99,7 +99,9 @@ def test_a_mean_of_finite_numbers_is_finite(dtype):
     expected = (x @ weights).mT / weights.sum(1)[..., None]
     assert torch.equal(weighted_mean(x, weights), expected)
     if dtype == torch.float64:
-        assert torch.autograd.gradcheck(weighted_mean, (x.requires_grad_(), weights.requires_grad_()))
+        assert torch.autograd.gradcheck(
+            weighted_mean, (x.requires_grad_(), weights.requires_grad_())
+        )
 
 
 def test_widen_leaves_all_but_half_precision_alone():

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGRAL = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LARGEST_INTEGER = 2**31 - 1
@@ -130,9 +129,7 @@ def number(
     return float(value)
 
 
-def integer(
-    name: str, value: object, *, minimum: int, maximum: int = LARGEST_INTEGER
-) -> int:
+def integer(name: str, value: object, *, minimum: int, maximum: int = LARGEST_INTEGER) -> int:
     """Check a plain integer and its bounds."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -176,7 +173,7 @@ def readable(value: Tensor) -> bool:
     return (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
         and torch._C._len_torch_dispatch_stack() == 0
     )

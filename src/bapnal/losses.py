@@ -6,24 +6,18 @@ All take the two label maps of a pseudo label generator. Pixels on which the map
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from bapnal import _checks
-from bapnal._math import divide, divide_sums, full_precision, widen
-
-
-class _Pixels(NamedTuple):
-    """Predictions at label resolution, and what Eq. 10 makes of them."""
-
-    log_h: Tensor  # (B, C, H, W), log H, at least float32
-    target: Tensor  # (B, H, W) long, 0 where ignored
-    nll: Tensor  # (B, H, W), -log H of the label, 0 where ignored
-    reliable: Tensor  # (B, H, W) bool, S
-    unreliable: Tensor  # (B, H, W) bool, ~S
+from bapnal._math import divide, full_precision, widen
+from bapnal._noisy_labels import (
+    NoisyLabelLoss,
+    check_labels,
+    compare_labels,
+    total_loss,
+    upsample,
+)
 
 
 def confidence_map(
@@ -57,9 +51,10 @@ def confidence_map(
     """
     _checks.number("gamma", gamma, minimum=1)
     _checks.shape("similarity", similarity, ("B", "C", "H", "W"))
-    _checks.floating("similarity", similarity)
+    _checks.floating("similarity", _checks.not_empty("similarity", similarity, 1, 2, 3))
+    _checks.integer("ignore_index", ignore_index, minimum=-(2**31))
     batch, classes, height, width = similarity.shape
-    _check_labels("labels", labels, (batch, height, width), classes, ignore_index)
+    check_labels("labels", labels, (batch, height, width), classes, ignore_index)
     _checks.same_device(similarity=similarity, labels=labels)
     with full_precision(similarity):
         ignored = labels == ignore_index
@@ -136,21 +131,23 @@ def noise_aware_loss(
     _checks.tensor("logits", logits)
     _checks.tensor("similarity", similarity)
     with full_precision(logits):
-        pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
+        pixels = compare_labels(
+            logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners
+        )
         if balance == 0:  # sigma would not count
-            return _total(pixels, pixels.nll, pixels.unreliable, 0.0, across_ranks)
-        cosines = _upsample(similarity, pixels.nll.shape[1:], align_corners)
+            return total_loss(pixels, pixels.nll, pixels.unreliable, 0.0, across_ranks)
+        cosines = upsample(similarity, pixels.nll.shape[1:], align_corners)
         sigma = _confidence(cosines, pixels.target, gamma)
         if detach_confidence:
             sigma = sigma.detach()
-        return _total(pixels, pixels.nll, sigma * pixels.unreliable, balance, across_ranks)
+        return total_loss(pixels, pixels.nll, sigma * pixels.unreliable, balance, across_ranks)
 
 
 def entropy_regularization_loss(
     logits: Tensor,
-    similarity: Tensor | None,
-    y_crf: Tensor,
-    y_ret: Tensor,
+    similarity: Tensor | None = None,
+    y_crf: Tensor | None = None,
+    y_ret: Tensor | None = None,
     *,
     balance: float = 0.1,
     ignore_index: int = 255,
@@ -164,7 +161,7 @@ def entropy_regularization_loss(
 
     Args:
         logits: Scores before the softmax; ``(B, C, h, w)``.
-        similarity: Not used; there so that all losses are called alike. May be None.
+        similarity: Not used; there so that all losses are called alike.
         y_crf: Labels 0..C-1; ``(B, H, W)``. ``ignore_index`` leaves a pixel out.
         y_ret: Second opinion; ``(B, H, W)``.
         balance: Lambda; 0.1 in the paper.
@@ -182,24 +179,27 @@ def entropy_regularization_loss(
 
     Example:
         >>> y_crf, y_ret = torch.tensor([[[0]]]), torch.tensor([[[1]]])
-        >>> entropy_regularization_loss(torch.zeros(1, 2, 1, 1), None, y_crf, y_ret, balance=1.0)
+        >>> logits = torch.zeros(1, 2, 1, 1)
+        >>> entropy_regularization_loss(logits, y_crf=y_crf, y_ret=y_ret, balance=1.0)
         tensor(0.6931)
     """
     _checks.tensor("logits", logits)
     with full_precision(logits):
-        pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
+        pixels = compare_labels(
+            logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners
+        )
         log_h = pixels.log_h
         # A probability of 0 has no entropy, also where its logarithm is infinite.
         entropy = -(log_h.exp() * log_h.clamp(min=torch.finfo(log_h.dtype).min)).sum(1)
-        return _total(pixels, entropy, pixels.unreliable, balance, across_ranks)
+        return total_loss(pixels, entropy, pixels.unreliable, balance, across_ranks)
 
 
 def bootstrapping_loss(
     logits: Tensor,
-    similarity: Tensor | None,
-    y_crf: Tensor,
-    y_ret: Tensor,
-    beta: float,
+    similarity: Tensor | None = None,
+    y_crf: Tensor | None = None,
+    y_ret: Tensor | None = None,
+    beta: float | None = None,
     *,
     balance: float = 0.1,
     ignore_index: int = 255,
@@ -216,7 +216,7 @@ def bootstrapping_loss(
 
     Args:
         logits: Scores before the softmax; ``(B, C, h, w)``.
-        similarity: Not used; there so that all losses are called alike. May be None.
+        similarity: Not used; there so that all losses are called alike.
         y_crf: Labels 0..C-1; ``(B, H, W)``. ``ignore_index`` leaves a pixel out.
         y_ret: Second opinion; ``(B, H, W)``.
         beta: Trust in the label against the prediction, from 1 at the start of training to 0 at its
@@ -236,18 +236,21 @@ def bootstrapping_loss(
 
     Example:
         >>> y_crf, y_ret = torch.tensor([[[0]]]), torch.tensor([[[1]]])
-        >>> bootstrapping_loss(torch.zeros(1, 2, 1, 1), None, y_crf, y_ret, beta=0.5, balance=1.0)
+        >>> logits = torch.zeros(1, 2, 1, 1)
+        >>> bootstrapping_loss(logits, y_crf=y_crf, y_ret=y_ret, beta=0.5, balance=1.0)
         tensor(0.6931)
     """
-    _checks.number("beta", beta, minimum=0, maximum=1)
+    beta = _checks.number("beta", beta, minimum=0, maximum=1)
     _checks.tensor("logits", logits)
     with full_precision(logits):
-        pixels = _pixels(logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners)
+        pixels = compare_labels(
+            logits, similarity, y_crf, y_ret, balance, ignore_index, align_corners
+        )
         log_h = pixels.log_h
         guess = log_h.detach().exp()
         agreement = -(guess * log_h.clamp(min=torch.finfo(log_h.dtype).min)).sum(1)
         terms = beta * pixels.nll + (1 - beta) * agreement
-        return _total(pixels, terms, pixels.unreliable, balance, across_ranks)
+        return total_loss(pixels, terms, pixels.unreliable, balance, across_ranks)
 
 
 def poly_schedule(step: int, total_steps: int, power: float = 0.9) -> float:
@@ -277,64 +280,7 @@ def poly_schedule(step: int, total_steps: int, power: float = 0.9) -> float:
     return float(max(0.0, 1 - step / total_steps) ** power)
 
 
-def _total(
-    pixels: _Pixels, terms: Tensor, weights: Tensor, balance: float, across_ranks: bool
-) -> Tensor:
-    """Cross-entropy on S (Eq. 10) plus lambda times the weighted mean of ``terms`` (Eq. 14)."""
-    reliable, weights = pixels.reliable.to(terms.dtype), weights.to(terms.dtype)
-    numerators = torch.stack([(pixels.nll * reliable).sum(), (terms * weights).sum()])
-    denominators = torch.stack([reliable.sum(), weights.sum()])
-    means = divide_sums(numerators, denominators, across_ranks)
-    return means[0] + balance * means[1]
-
-
-def _pixels(
-    logits: Tensor,
-    similarity: Tensor | None,
-    y_crf: Tensor,
-    y_ret: Tensor,
-    balance: float,
-    ignore_index: int,
-    align_corners: bool,
-) -> _Pixels:
-    """Check what all losses share and compute the cross-entropy of every pixel."""
-    _checks.number("balance", balance, minimum=0)
-    _checks.floating("logits", _checks.shape("logits", logits, ("B", "C", "h", "w")))
-    batch, classes = logits.shape[:2]
-    if similarity is not None:
-        _checks.shape("similarity", similarity, (batch, classes, "h", "w"))
-        _checks.floating("similarity", similarity)
-        _checks.same_device(logits=logits, similarity=similarity)
-    _check_labels("y_crf", y_crf, (batch, "H", "W"), classes, ignore_index)
-    _check_labels("y_ret", y_ret, tuple(y_crf.shape), classes, ignore_index)
-    _checks.same_device(logits=logits, y_crf=y_crf, y_ret=y_ret)
-    log_h = widen(_upsample(logits, y_crf.shape[1:], align_corners)).log_softmax(1)
-    ignored = y_crf == ignore_index
-    nll = F.nll_loss(log_h, y_crf.long(), reduction="none", ignore_index=ignore_index)
-    agree = y_crf == y_ret
-    target = y_crf.long().masked_fill(ignored, 0)
-    return _Pixels(log_h, target, nll, agree & ~ignored, ~agree & ~ignored)
-
-
-def _check_labels(
-    name: str, labels: Tensor, shape: tuple[int | str, ...], classes: int, ignore_index: int
-) -> None:
-    _checks.integral(name, _checks.shape(name, labels, shape))
-    _checks.labels_within(name, labels, 0, classes - 1, ignore_index)
-
-
-def _upsample(scores: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
-    """Scores at label resolution, bilinearly; as they are where they have it already."""
-    if scores.shape[2:] == size:
-        return scores
-    if scores.shape[0] == 0:  # interpolating no image is an error in torch
-        return widen(scores).sum((2, 3), keepdim=True).expand(-1, -1, *size)
-    # The softmax over dimension 1 would copy large maps in channels_last; these are small still.
-    scores = widen(scores).contiguous()
-    return F.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=align_corners)
-
-
-class NoiseAwareLoss(nn.Module):
+class NoiseAwareLoss(NoisyLabelLoss):
     """The noise-aware loss as a module; see :func:`noise_aware_loss`.
 
     Args:
@@ -346,7 +292,7 @@ class NoiseAwareLoss(nn.Module):
         across_ranks: True for the loss over the images of all ranks.
 
     Raises:
-        TypeError: If an option is not a number.
+        TypeError: If an option does not have its type.
         ValueError: If an option is out of range.
 
     Example:
@@ -366,13 +312,11 @@ class NoiseAwareLoss(nn.Module):
         align_corners: bool = False,
         across_ranks: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            balance, ignore_index, align_corners=align_corners, across_ranks=across_ranks
+        )
         self.gamma = _checks.number("gamma", gamma, minimum=1)
-        self.balance = _checks.number("balance", balance, minimum=0)
-        self.ignore_index = ignore_index
-        self.detach_confidence = detach_confidence
-        self.align_corners = align_corners
-        self.across_ranks = across_ranks
+        self.detach_confidence = _checks.flag("detach_confidence", detach_confidence)
 
     def forward(self, logits: Tensor, similarity: Tensor, y_crf: Tensor, y_ret: Tensor) -> Tensor:
         """Return the loss of scores ``(B, C, h, w)`` for labels ``(B, H, W)``."""
@@ -382,19 +326,19 @@ class NoiseAwareLoss(nn.Module):
             y_crf,
             y_ret,
             gamma=self.gamma,
-            balance=self.balance,
-            ignore_index=self.ignore_index,
             detach_confidence=self.detach_confidence,
-            align_corners=self.align_corners,
-            across_ranks=self.across_ranks,
+            **self.shared(),
         )
 
     def extra_repr(self) -> str:
         """Name the settings in ``repr``."""
-        return f"gamma={self.gamma}, balance={self.balance}, ignore_index={self.ignore_index}"
+        return (
+            f"gamma={self.gamma}, {super().extra_repr()}, "
+            f"detach_confidence={self.detach_confidence}"
+        )
 
 
-class EntropyRegularizationLoss(nn.Module):
+class EntropyRegularizationLoss(NoisyLabelLoss):
     """Entropy regularisation as a module; see :func:`entropy_regularization_loss`.
 
     Args:
@@ -404,50 +348,28 @@ class EntropyRegularizationLoss(nn.Module):
         across_ranks: True for the loss over the images of all ranks.
 
     Raises:
-        TypeError: If an option is not a number.
+        TypeError: If an option does not have its type.
         ValueError: If an option is out of range.
 
     Example:
         >>> y_crf, y_ret = torch.randint(0, 3, (2, 2, 16, 16))
-        >>> EntropyRegularizationLoss()(torch.rand(2, 3, 8, 8), None, y_crf, y_ret).shape
+        >>> loss = EntropyRegularizationLoss()
+        >>> loss(torch.rand(2, 3, 8, 8), y_crf=y_crf, y_ret=y_ret).shape
         torch.Size([])
     """
 
-    def __init__(
-        self,
-        balance: float = 0.1,
-        ignore_index: int = 255,
-        *,
-        align_corners: bool = False,
-        across_ranks: bool = False,
-    ) -> None:
-        super().__init__()
-        self.balance = _checks.number("balance", balance, minimum=0)
-        self.ignore_index = ignore_index
-        self.align_corners = align_corners
-        self.across_ranks = across_ranks
-
     def forward(
-        self, logits: Tensor, similarity: Tensor | None, y_crf: Tensor, y_ret: Tensor
+        self,
+        logits: Tensor,
+        similarity: Tensor | None = None,
+        y_crf: Tensor | None = None,
+        y_ret: Tensor | None = None,
     ) -> Tensor:
         """Return the loss of scores ``(B, C, h, w)`` for labels ``(B, H, W)``."""
-        return entropy_regularization_loss(
-            logits,
-            similarity,
-            y_crf,
-            y_ret,
-            balance=self.balance,
-            ignore_index=self.ignore_index,
-            align_corners=self.align_corners,
-            across_ranks=self.across_ranks,
-        )
-
-    def extra_repr(self) -> str:
-        """Name the settings in ``repr``."""
-        return f"balance={self.balance}, ignore_index={self.ignore_index}"
+        return entropy_regularization_loss(logits, similarity, y_crf, y_ret, **self.shared())
 
 
-class BootstrappingLoss(nn.Module):
+class BootstrappingLoss(NoisyLabelLoss):
     """Bootstrapping as a module; see :func:`bootstrapping_loss`. Beta is given with every call.
 
     Args:
@@ -457,50 +379,23 @@ class BootstrappingLoss(nn.Module):
         across_ranks: True for the loss over the images of all ranks.
 
     Raises:
-        TypeError: If an option is not a number.
+        TypeError: If an option does not have its type.
         ValueError: If an option is out of range.
 
     Example:
         >>> y_crf, y_ret = torch.randint(0, 3, (2, 2, 16, 16))
-        >>> BootstrappingLoss()(torch.rand(2, 3, 8, 8), None, y_crf, y_ret, beta=0.5).shape
+        >>> loss = BootstrappingLoss()
+        >>> loss(torch.rand(2, 3, 8, 8), y_crf=y_crf, y_ret=y_ret, beta=0.5).shape
         torch.Size([])
     """
-
-    def __init__(
-        self,
-        balance: float = 0.1,
-        ignore_index: int = 255,
-        *,
-        align_corners: bool = False,
-        across_ranks: bool = False,
-    ) -> None:
-        super().__init__()
-        self.balance = _checks.number("balance", balance, minimum=0)
-        self.ignore_index = ignore_index
-        self.align_corners = align_corners
-        self.across_ranks = across_ranks
 
     def forward(
         self,
         logits: Tensor,
-        similarity: Tensor | None,
-        y_crf: Tensor,
-        y_ret: Tensor,
-        beta: float,
+        similarity: Tensor | None = None,
+        y_crf: Tensor | None = None,
+        y_ret: Tensor | None = None,
+        beta: float | None = None,
     ) -> Tensor:
         """Return the loss of scores ``(B, C, h, w)`` for labels ``(B, H, W)``."""
-        return bootstrapping_loss(
-            logits,
-            similarity,
-            y_crf,
-            y_ret,
-            beta,
-            balance=self.balance,
-            ignore_index=self.ignore_index,
-            align_corners=self.align_corners,
-            across_ranks=self.across_ranks,
-        )
-
-    def extra_repr(self) -> str:
-        """Name the settings in ``repr``."""
-        return f"balance={self.balance}, ignore_index={self.ignore_index}"
+        return bootstrapping_loss(logits, similarity, y_crf, y_ret, beta, **self.shared())

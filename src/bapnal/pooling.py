@@ -298,7 +298,8 @@ def box_classification_loss(
 
     Raises:
         TypeError: If a dtype does not fit.
-        ValueError: If a shape does not fit, tensors lie on different devices, or a label is out of range (on the CPU).
+        ValueError: If a shape does not fit, tensors lie on different devices, or a label is out of
+            range (on the CPU).
 
     Example:
         >>> pool = BackgroundAwarePooling(grid_size=1)
@@ -309,7 +310,9 @@ def box_classification_loss(
     """
     bins, channels = out.foreground.shape[1:]
     _checks.shape("classifier_weight", classifier_weight, ("L + 1", channels))
-    _checks.not_empty("classifier_weight", _checks.floating("classifier_weight", classifier_weight), 0)
+    _checks.not_empty(
+        "classifier_weight", _checks.floating("classifier_weight", classifier_weight), 0
+    )
     _checks.same_device(features=out.foreground, classifier_weight=classifier_weight)
     target = join_labels(
         labels, out.background.shape[0], out.foreground.shape[0], out.foreground.device
