@@ -1,4 +1,4 @@
-"""DenseCRF: the plain form, its laws, its corners, its errors."""
+"""DenseCRF: the naive form, its laws, its corners, its errors."""
 
 import copy
 import pickle
@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import gradcheck
 
-from bapnal.crf import DenseCRF, PairwiseTerm, dense_crf, mean_field
-from bapnal.crf.plain import plain_mean_field
+from bapnal.crf import DenseCRF, PairwiseTerm, dense_crf, mean_field, points
 from comparing import close, finite
 from drawing import seeded
+from naive_crf import naive_mean_field
 
 
 def draw_images(seed, batch=2, classes=3, size=(9, 12), dtype=torch.float64):
@@ -27,15 +27,15 @@ def draw_images(seed, batch=2, classes=3, size=(9, 12), dtype=torch.float64):
     return images, scores.softmax(1)
 
 
-def plain(image, p, terms, iterations=10):
-    """One image by the plain form; ``terms`` are (weight, xy, rgb or None)."""
+def naive(image, p, terms, iterations=10):
+    """One image by the naive form; ``terms`` are (weight, xy, rgb or None)."""
     _, height, width = p.shape
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     xy = torch.stack([x, y], -1).reshape(-1, 2).float()
     rgb = image.flatten(1).T.float()
     points = [(w, xy / a if c is None else torch.cat([xy / a, rgb / c], 1)) for w, a, c in terms]
     logits = p.clamp(1e-5, 1).log().flatten(1).T
-    return plain_mean_field(points, logits, iterations).T.reshape(p.shape)
+    return naive_mean_field(points, logits, iterations).T.reshape(p.shape)
 
 
 DEFAULTS = [(3.0, 3.0, None), (4.0, 55.0, 3.0)]
@@ -47,15 +47,15 @@ DEFAULTS = [(3.0, 3.0, None), (4.0, 55.0, 3.0)]
     st.integers(1, 4),
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
 )
-def test_is_the_plain_form(seed, batch, classes, size):
+def test_is_the_naive_form(seed, batch, classes, size):
     images, p = draw_images(seed, batch, classes, size)
     q = dense_crf(images, p)
     for b in range(batch):
-        close(q[b], plain(images[b], p[b], DEFAULTS))
+        close(q[b], naive(images[b], p[b], DEFAULTS))
     close(q.sum(1), torch.ones(batch, *size))
 
 
-def test_settings_reach_the_plain_form():
+def test_settings_reach_the_naive_form():
     images, p = draw_images(1, 1)
     settings = {
         "bilateral_weight": 2.5,
@@ -65,7 +65,7 @@ def test_settings_reach_the_plain_form():
         "gaussian_xy": 2,
         "iterations": 3,
     }
-    expected = plain(images[0], p[0], [(1.5, 2.0, None), (2.5, 7.0, 20.0)], 3)
+    expected = naive(images[0], p[0], [(1.5, 2.0, None), (2.5, 7.0, 20.0)], 3)
     close(dense_crf(images, p, **settings)[0], expected)
     close(DenseCRF(**settings)(images, p)[0], expected)
 
@@ -75,12 +75,12 @@ def test_module_has_the_defaults_of_the_function():
     assert torch.equal(DenseCRF()(images, p), dense_crf(images, p))
 
 
-def test_gradients_are_those_of_the_plain_form():
+def test_gradients_are_those_of_the_naive_form():
     images, p = draw_images(3, 1, size=(6, 5))
     p.requires_grad_()
     w = torch.randn(p.shape, generator=seeded(4), dtype=torch.float64)
     fast = torch.autograd.grad((dense_crf(images, p) * w).sum(), p)[0]
-    slow = torch.autograd.grad((plain(images[0], p[0], DEFAULTS) * w[0]).sum(), p)[0]
+    slow = torch.autograd.grad((naive(images[0], p[0], DEFAULTS) * w[0]).sum(), p)[0]
     close(fast, slow)
     finite(fast)
 
@@ -185,19 +185,26 @@ def test_side_by_side_is_one_after_the_other():
     valid = torch.rand(3, 9, 12, generator=seeded(1)) < 0.8
     logits = p.clamp(1e-5, 1).log()
     terms = mean_field.common_terms(4, 55, 3, 3, 3)
+    absent = logits.clone()
+    absent[0, 2] = -torch.inf  # the first image has two classes only
+    two = p[:1, :2] / p[:1, :2].sum(1, keepdim=True)
     for half in (False, True):
-        settings = mean_field._Settings(terms, 10, "torch", half)
-        for mask in (None, valid):
-            q = mean_field._same_class_count(images, logits, mask, settings, {})
-            close(q, dense_crf(images, p, mask, half_resolution=half))
-        absent = logits.clone()
-        absent[0, 2] = -torch.inf  # the first image has two classes only
-        q = mean_field._same_class_count(images, absent, None, settings, {})
-        two = p[:1, :2] / p[:1, :2].sum(1, keepdim=True)
-        alone = dense_crf(images[:1], two, half_resolution=half)
+        settings = mean_field.checked_settings(terms, True, 10, "torch", half)
+        for drop in (False, True):
+            for mask in (None, valid):
+                q = mean_field.side_by_side(images, logits, mask, settings, {}, drop=drop)
+                close(q, dense_crf(images, p, mask, half_resolution=half))
+            q = mean_field.side_by_side(images, absent, None, settings, {}, drop=drop)
+            alone = dense_crf(images[:1], two, half_resolution=half)
+            close(q[0, :2], alone[0], tolerance=1e-3)
+            close(q[0, 2], torch.zeros(9, 12))
+            close(q[1:], dense_crf(images, p, half_resolution=half)[1:])
+        absent[:, 2] = -torch.inf
+        most = torch.tensor(2)
+        q = mean_field.side_by_side(images, absent, None, settings, {}, most)
         close(q[0, :2], alone[0], tolerance=1e-3)
-        close(q[0, 2], torch.zeros(9, 12))
-        close(q[1:], dense_crf(images, p, half_resolution=half)[1:])
+        close(q[:, 2], torch.zeros(3, 9, 12))
+        absent[1:, 2] = logits[1:, 2]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (2, 3), (15, 20), (16, 21)])
@@ -252,17 +259,17 @@ def test_images_with_fewer_classes():
     p[1, 2] = 0
     p /= p.sum(1, keepdim=True)
     for counts in ([1, 2, 3], torch.tensor([1, 2, 3])):
-        q = dense_crf(images, p, classes=counts)
+        q = dense_crf(images, p, num_classes=counts)
         for b, count in enumerate([1, 2, 3]):
             close(q[b, :count], dense_crf(images[b : b + 1], p[b : b + 1, :count])[0])
             close(q[b, count:], torch.zeros(3 - count, 9, 12))
-        assert torch.equal(q, DenseCRF()(images, p, classes=counts))
+        assert torch.equal(q, DenseCRF()(images, p, num_classes=counts))
     weighted = [
         PairwiseTerm(torch.tensor([1.0, 2.0, 3.0]), xy=3),
         PairwiseTerm(-torch.eye(3), xy=2),
     ]
     close(
-        dense_crf(images, p, terms=weighted, classes=[1, 2, 3])[1, :2],
+        dense_crf(images, p, terms=weighted, num_classes=[1, 2, 3])[1, :2],
         dense_crf(
             images[1:2],
             p[1:2, :2],
@@ -334,7 +341,7 @@ def test_one_class_and_empty_batches_and_one_pixel():
 @pytest.mark.parametrize("size", [(1, 30), (30, 1), (1, 2)])
 def test_lines_of_pixels(size):
     images, p = draw_images(16, 1, 3, size)
-    close(dense_crf(images, p)[0], plain(images[0], p[0], DEFAULTS))
+    close(dense_crf(images, p)[0], naive(images[0], p[0], DEFAULTS))
 
 
 @pytest.mark.parametrize("kind", ["constant", "grey", "noise"])
@@ -346,7 +353,7 @@ def test_plain_images(kind):
         images = images[:, :1].expand(-1, 3, -1, -1)
     else:
         images = torch.randint(0, 256, images.shape, generator=seeded(1), dtype=torch.uint8)
-    close(dense_crf(images, p)[0], plain(images[0], p[0], DEFAULTS))
+    close(dense_crf(images, p)[0], naive(images[0], p[0], DEFAULTS))
 
 
 def test_a_constant_image_with_equal_probabilities_stays():
@@ -457,7 +464,7 @@ def test_a_module_remembers_only_lattices():
         images, p = draw_images(23, 1, 3, (4, width))
         for _ in range(2):
             assert torch.equal(crf(images, p), dense_crf(images, p, iterations=2))
-    assert len(crf._cache) == mean_field.CACHED_SIZES
+    assert len(crf._cache) == points.CACHED_SIZES
     assert not crf.state_dict()
     for twin in (copy.deepcopy(crf), pickle.loads(pickle.dumps(crf))):
         assert not twin._cache
@@ -469,7 +476,8 @@ def test_a_module_remembers_only_lattices():
 def test_repr_names_the_settings():
     assert repr(DenseCRF()) == (
         "DenseCRF(bilateral_weight=4.0, bilateral_xy=55.0, bilateral_rgb=3.0, "
-        "gaussian_weight=3.0, gaussian_xy=3.0, iterations=10, backend='torch')"
+        "gaussian_weight=3.0, gaussian_xy=3.0, iterations=10, backend='torch', "
+        "half_resolution=False)"
     )
     assert "terms=[PairwiseTerm(weight=1, xy=2, guidance=None)]" in repr(
         DenseCRF(terms=[PairwiseTerm(1, xy=2)])
@@ -510,10 +518,10 @@ IMAGES, P = draw_images(0, 2, 3, (4, 5), torch.float32)
         ({"iterations": -1}, ValueError, "iterations must be >= 0, got -1"),
         ({"iterations": 1.5}, TypeError, "iterations must be an int, got float"),
         ({"backend": "numpy"}, ValueError, "backend must be one of 'torch', 'pydensecrf', got 'nu"),
-        ({"classes": [1]}, ValueError, "classes must have one number for each of 2 images"),
-        ({"classes": [1, 4]}, ValueError, "classes must be <= 3 channels, got 4"),
-        ({"classes": [1, 0]}, ValueError, r"classes\[1\] must be >= 1, got 0"),
-        ({"classes": [2, 2]}, ValueError, "probabilities must sum to 1"),
+        ({"num_classes": [1]}, ValueError, "num_classes must have one number for each of 2 images"),
+        ({"num_classes": [1, 4]}, ValueError, "num_classes must be <= 3 channels, got 4"),
+        ({"num_classes": [1, 0]}, ValueError, r"num_classes\[1\] must be >= 1, got 0"),
+        ({"num_classes": [2, 2]}, ValueError, "probabilities must sum to 1"),
         ({"terms": [(4, 3, 3)]}, TypeError, r"terms\[0\] must be a PairwiseTerm, got tuple"),
         ({"terms": [PairwiseTerm(1.0)]}, ValueError, r"terms\[0\] must have a width over"),
         ({"terms": [PairwiseTerm(1.0, xy=0)]}, ValueError, r"terms\[0\].xy must be > 0, got 0"),
@@ -565,5 +573,5 @@ def test_cuda_is_cpu():
     two = p.clone()
     two[0, 2:] = 0
     two /= two.sum(1, keepdim=True)
-    q = dense_crf(images.cuda(), two.cuda(), classes=[2, 4, 4])
-    assert (q.cpu() - dense_crf(images, two, classes=[2, 4, 4])).abs().mean() < 1e-5
+    q = dense_crf(images.cuda(), two.cuda(), num_classes=[2, 4, 4])
+    assert (q.cpu() - dense_crf(images, two, num_classes=[2, 4, 4])).abs().mean() < 1e-5

@@ -168,7 +168,7 @@ def test_backend_takes_batches_padding_classes_and_terms():
     for mask in (None, valid):
         for classes in (None, [3, 2]):
             both = [
-                DenseCRF(terms=terms, backend=backend)(images, p, mask, classes=classes)
+                DenseCRF(terms=terms, backend=backend)(images, p, mask, num_classes=classes)
                 for backend in ("torch", "pydensecrf")
             ]
             assert (both[0] - both[1]).abs().max() < 1e-4

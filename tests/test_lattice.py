@@ -1,4 +1,4 @@
-"""The permutohedral lattice: the fast form against the plain one, its laws, and the Gaussian."""
+"""The permutohedral lattice: the fast form against the naive one, its laws, and the Gaussian."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from bapnal.crf import PermutohedralLattice, lattice
-from bapnal.crf.plain import PlainLattice
+from bapnal.crf import PermutohedralLattice, filtering, keys, lattice
 from comparing import close
 from drawing import seeded
+from naive_crf import NaiveLattice
 
 
 @st.composite
@@ -22,18 +22,23 @@ def points(draw, max_points=80, max_dimensions=7):
     return (f.round() if draw(st.booleans()) else f), generator
 
 
+def digits_of(cell):
+    low, high = torch.aminmax(cell[:-1], dim=1)
+    return keys.VertexKeys(low.tolist(), high.tolist())
+
+
 def draw_values(generator, n, channels=2):
     return torch.randn(n, channels, generator=generator, dtype=torch.float64)
 
 
 @given(points())
-def test_fast_form_is_the_plain_form(drawn):
+def test_fast_form_is_the_naive_form(drawn):
     f, generator = drawn
     v = draw_values(generator, f.shape[0]).requires_grad_()
     w = draw_values(generator, f.shape[0])
-    plain, fast = PlainLattice(f), PermutohedralLattice(f)
-    assert fast.size == plain.size
-    expected, actual = plain.filter(v), fast.filter(v)
+    naive, fast = NaiveLattice(f), PermutohedralLattice(f)
+    assert fast.size == naive.size
+    expected, actual = naive.filter(v), fast.filter(v)
     close(actual, expected)
     close(
         torch.autograd.grad((actual * w).sum(), v)[0],
@@ -46,7 +51,7 @@ def test_form_for_a_gpu_is_the_form_for_a_cpu(drawn):
     f, generator = drawn
     v = draw_values(generator, f.shape[0])
     fast = PermutohedralLattice(f)
-    forms = lattice.Bags(lattice.Memory()), lattice.Gathers()
+    forms = filtering.BagOps(filtering.Workspace()), filtering.IndexOps()
     tables = [form.splat(fast, v) for form in forms]
     close(*tables)
     for blur in fast.blurs:
@@ -60,21 +65,21 @@ def test_sums_in_parts_are_the_whole(numbers, monkeypatch):
     f = 3 * torch.randn(150, 3, generator=seeded(5), dtype=torch.float64)
     f[50:] = f[50:51]  # one vertex has many points
     v = draw_values(seeded(6), 150, 5)
-    expected = PlainLattice(f).filter(v)
-    monkeypatch.setattr(lattice, "AT_ONCE", numbers)
+    expected = NaiveLattice(f).filter(v)
+    monkeypatch.setattr(filtering, "AT_ONCE", numbers)
     close(PermutohedralLattice(f).filter(v), expected)
 
 
-def test_memory_is_written_again():
+def test_a_workspace_is_written_again():
     fast = PermutohedralLattice(torch.randn(60, 2, generator=seeded(7)))
     v = torch.rand(60, 3, generator=seeded(8))
-    memory = lattice.Memory()
-    once = fast.apply(v, memory)
+    workspace = filtering.Workspace()
+    once = fast.apply(v, workspace)
     expected = once.clone()
-    again = fast.apply(2 * v, memory)
+    again = fast.apply(2 * v, workspace)
     assert again.data_ptr() == once.data_ptr()
     close(again, 2 * expected)
-    close(fast.apply(v[:, :2], memory), expected[:, :2])
+    close(fast.apply(v[:, :2], workspace), expected[:, :2])
     alone = fast.apply(v)
     fast.apply(2 * v)
     close(alone, expected)
@@ -97,26 +102,26 @@ def test_keys_that_do_not_fit_64_bits():
     f[20:] = f[:20] + 0.01
     v = draw_values(seeded(4), 40)
     cell = lattice.simplices(lattice.elevate(f.T.contiguous()))[0]
-    assert not lattice.Codes(cell).fits
-    close(PermutohedralLattice(f).filter(v), PlainLattice(f).filter(v))
+    assert not digits_of(cell).fits
+    close(PermutohedralLattice(f).filter(v), NaiveLattice(f).filter(v))
 
 
 def test_keys_that_do_not_fit_32_bits():
     f = torch.randn(50, 6, generator=seeded(3), dtype=torch.float64) * 50
     v = draw_values(seeded(4), 50)
     cell = lattice.simplices(lattice.elevate(f.T.contiguous()))[0]
-    digits = lattice.Codes(cell)
+    digits = digits_of(cell)
     assert digits.fits
     assert digits.dtype == torch.int64
-    close(PermutohedralLattice(f).filter(v), PlainLattice(f).filter(v))
+    close(PermutohedralLattice(f).filter(v), NaiveLattice(f).filter(v))
 
 
 def test_hash_collisions_are_settled(monkeypatch):
     """With all vertices in one of four places of the hash table, the neighbours are the same."""
     f = torch.randn(60, 3, generator=seeded(5), dtype=torch.float64)
     v = draw_values(seeded(6), 60)
-    monkeypatch.setattr(lattice, "_hashed", lambda codes, bits: codes & 3)
-    close(PermutohedralLattice(f).filter(v), PlainLattice(f).filter(v))
+    monkeypatch.setattr(keys, "_hashed", lambda numbers, bits: numbers & 3)
+    close(PermutohedralLattice(f).filter(v), NaiveLattice(f).filter(v))
 
 
 @given(points(max_points=30))

@@ -192,3 +192,15 @@ def labels_within(name: str, value: Tensor, low: int, high: int, ignore: int | N
     if bool(wrong.any()):
         allowed = f"{low}..{high}" + (f" or {ignore}" if ignore is not None else "")
         raise ValueError(f"{name} must be in {allowed}, got {int(value[wrong][0])}")
+
+
+def not_mapped(name: str, value: Tensor) -> Tensor:
+    """Check that a tensor on whose values the course of the computation depends is not vmapped."""
+    inner = value
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        if torch._C._functorch.is_batchedtensor(inner):
+            raise ValueError(
+                f"{name} must not be mapped by vmap, got a tensor that is: use a batch"
+            )
+        inner = torch._C._functorch.get_unwrapped(inner)
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bapnal import _checks
-from bapnal.crf.lattice import PermutohedralLattice
+from bapnal.crf.lattice import FARTHEST
+
+LARGEST_WEIGHT = 1e30
 
 
 class PairwiseTerm(NamedTuple):
@@ -36,46 +37,88 @@ class PairwiseTerm(NamedTuple):
     guidance: float | Sequence[float] | None = None
 
 
-def check_term(name: str, term: PairwiseTerm) -> None:
+class TermNames(NamedTuple):
+    """What the settings of a term are called in errors."""
+
+    term: str
+    weight: str
+    xy: str
+    guidance: str
+
+
+def names_of(position: int, common: bool) -> TermNames:
+    """The names of a term's settings: of the two that everybody uses, or of one in ``terms``."""
+    if common:
+        kind = ("gaussian", "bilateral")[position]
+        return TermNames(kind, f"{kind}_weight", f"{kind}_xy", f"{kind}_rgb")
+    name = f"terms[{position}]"
+    return TermNames(name, f"{name}.weight", f"{name}.xy", f"{name}.guidance")
+
+
+def check_term(names: TermNames, term: PairwiseTerm) -> None:
     """Check what can be checked without an image."""
     if not isinstance(term, PairwiseTerm):
-        raise TypeError(f"{name} must be a PairwiseTerm, got {type(term).__name__}")
+        raise TypeError(f"{names.term} must be a PairwiseTerm, got {type(term).__name__}")
     weight, xy, guidance = term
     if isinstance(weight, Tensor):
-        _checks.floating(f"{name}.weight", weight)
-        if weight.dim() > 2 or (weight.dim() == 2 and weight.shape[0] != weight.shape[1]):
+        _checks.floating(names.weight, weight)
+        sides = set(weight.shape)
+        if weight.dim() > 2 or len(sides) > 1 or 0 in sides:
             raise ValueError(
-                f"{name}.weight must have shape (), (C,) or (C, C), "
+                f"{names.weight} must have shape (), (C,) or (C, C), "
                 f"got {_checks.shape_text(weight.shape)}"
             )
     else:
-        _checks.number(f"{name}.weight", weight)
+        _checks.number(names.weight, weight, minimum=-LARGEST_WEIGHT, maximum=LARGEST_WEIGHT)
     if xy is None and guidance is None:
-        raise ValueError(f"{name} must have a width over positions or guidance, got neither")
+        raise ValueError(f"{names.term} must have a width over positions or guidance, got neither")
     if xy is not None:
-        _checks.number(f"{name}.xy", xy, above=0)
-    if isinstance(guidance, Sequence):
+        _checks.number(names.xy, xy, above=0)
+    if isinstance(guidance, Sequence) and not isinstance(guidance, str):
         for i, width in enumerate(guidance):
-            _checks.number(f"{name}.guidance[{i}]", width, above=0)
+            _checks.number(f"{names.guidance}[{i}]", width, above=0)
     elif guidance is not None:
-        _checks.number(f"{name}.guidance", guidance, above=0)
+        _checks.number(names.guidance, guidance, above=0)
 
 
-def check_term_fits(name: str, term: PairwiseTerm, channels: int, classes: int) -> None:
-    """Check a term against the channels of the guidance and the classes."""
-    weight, _, guidance = term
-    if isinstance(weight, Tensor) and weight.numel() > 1 and weight.shape[0] != classes:
-        raise ValueError(
-            f"{name}.weight must have one entry for each of {classes} classes, "
-            f"got {_checks.shape_text(weight.shape)}"
-        )
+def check_term_fits(names: TermNames, term: PairwiseTerm, images: Tensor, classes: int) -> None:
+    """Check a term against the images, which are its guidance, and the classes."""
+    weight, xy, guidance = term
+    channels = images.shape[1]
+    if isinstance(weight, Tensor):
+        _checks.same_device(**{names.weight: weight, "images": images})
+        if weight.dim() > 0 and weight.shape[0] != classes and weight.shape != (1,):
+            raise ValueError(
+                f"{names.weight} must have one entry for each of {classes} classes, "
+                f"got {_checks.shape_text(weight.shape)}"
+            )
     if isinstance(guidance, Sequence) and len(guidance) != channels:
         raise ValueError(
-            f"{name}.guidance must have one width for each of {channels} channels, "
+            f"{names.guidance} must have one width for each of {channels} channels, "
             f"got {len(guidance)}"
         )
     if guidance is not None and channels == 0:
-        raise ValueError(f"{name}.guidance needs a guidance with channels, got 0")
+        raise ValueError(f"{names.guidance} needs a guidance with channels, got 0")
+    farthest = FARTHEST[point_dtype(images)]
+    if xy is not None:
+        _check_width(names.xy, xy, max(images.shape[2:]) - 1, farthest)
+    if guidance is not None and images.dtype == torch.uint8:
+        widths = guidance if isinstance(guidance, Sequence) else [guidance]
+        _check_width(names.guidance, min(widths), 255, farthest)
+
+
+def _check_width(name: str, width: float, extent: int, farthest: int) -> None:
+    """No point may be too many widths away from 0: see ``FARTHEST``."""
+    if extent / farthest > width:
+        raise ValueError(
+            f"{name} must be >= {extent / farthest:.3g}, a 2^{farthest.bit_length() - 1}th of what "
+            f"it is the width over ({extent}), got {width}"
+        )
+
+
+def point_dtype(images: Tensor) -> torch.dtype:
+    """The dtype of the points of a lattice over images."""
+    return torch.float64 if images.dtype == torch.float64 else torch.float32
 
 
 def weight_of_classes(weight: float | Tensor, classes: int) -> float | Tensor:
@@ -91,33 +134,16 @@ def term_features(term: PairwiseTerm, positions: Tensor, guidance: Tensor) -> Te
     if term.xy is not None:
         columns.append(positions / term.xy)
     if isinstance(term.guidance, Sequence):
-        columns.append(guidance / guidance.new_tensor(term.guidance))
+        widths = zip(guidance.unbind(1), term.guidance, strict=True)
+        columns.append(torch.stack([channel / width for channel, width in widths], dim=1))
     elif term.guidance is not None:
         columns.append(guidance / term.guidance)
     return torch.cat(columns, dim=1)
 
 
-def normalized(lattice: PermutohedralLattice, dtype: torch.dtype) -> PermutohedralLattice:
-    """The lattice of the kernel divided by the roots of both pixels' sums over all pixels.
-
-    The factors go into the weights of splat and slice. A constant factor of the lattice cancels.
-    """
-    scaled = copy.copy(lattice)
-    if lattice.points == 0:
-        return scaled
-    scaled.weights = lattice.weights.to(dtype)
-    scaled.splat_weights = lattice.splat_weights.to(dtype)
-    scaled.blur_weights = lattice.blur_weights.to(dtype)
-    total = scaled.apply(scaled.weights.new_ones(lattice.points, 1))
-    root = (total + 1e-20).rsqrt()
-    scaled.weights = scaled.weights * root
-    scaled.splat_weights = scaled.splat_weights * root[:, 0].index_select(0, lattice.splat_points)
-    return scaled
-
-
 def message(weight: Tensor, filtered: Tensor) -> Tensor:
     """What a term adds to -U, from its weight and the filtered marginals ``(n, C)``."""
-    weight = weight.to(filtered)
+    weight = weight.to(filtered.dtype)
     if weight.dim() < 2:
         return filtered * weight
     return -filtered @ ((weight + weight.mT) / 2)
