@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import platform
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,11 +33,10 @@ from torch.nn import functional as F
 from bapnal import PseudoLabelGenerator
 from bapnal.crf import DenseCRF
 from bapnal.crf.plain import plain_mean_field
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-from devkit import Devkit
-from networks import TimmFeatures
-from record import about, write_json
+from bapnal.label.backbone import TimmFeatures
+from bapnal.label.files import write_json
+from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.engine.runs import about
 
 try:
     import pydensecrf.densecrf as densecrf

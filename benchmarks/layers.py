@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +25,8 @@ from torch.utils.benchmark import Timer
 
 from bapnal import BackgroundAwarePooling, NoiseAwareLoss
 from bapnal.boxes import box_bins, box_cells
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-from record import about, write_json
+from bapnal.label.files import write_json
+from bapnal_recipes.engine.runs import about
 
 IMAGE = (321, 321)
 

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +27,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bapnal import BackgroundAwarePooling, NoiseAwareLoss, box_classification_loss
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "voc2012"))
-from deeplab import build_features, build_segmenter
-from record import Meter, about, write_json
+from bapnal.label.files import write_json
+from bapnal_recipes.engine.runs import Meter, about
+from bapnal_recipes.models.deeplab import build_features, build_segmenter
 
 CLASSES = 21
 SIDE = 321

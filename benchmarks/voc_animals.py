@@ -1,4 +1,4 @@
-"""The paper's experiments on real pictures by the scripts of ``examples/voc2012``, at a CPU's size.
+"""The paper's experiments on real pictures by the modules of ``examples/recipes``, at a CPU's size.
 
     python benchmarks/voc_animals.py --root VOCdevkit/VOC2012
 
@@ -6,14 +6,13 @@ EfficientNet-Lite0 stands for VGG-16, and trainings are short; everything else i
 do. Parts can be named, ``--parts classifiers labels``, and shared out by ``--only``, which picks
 the jobs whose name holds a text. What is finished is not run again, so a broken run continues.
 Weights and label maps go to ``--work``, result files to ``--out``, which
-``examples/voc2012/tables.py`` makes a page of.
+``bapnal_recipes.voc2012.tables`` makes a page of.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,18 +23,19 @@ import timm
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples/voc2012"))
-import evaluate
-import generate_labels
-import search
-import train_classifier
-import train_segmentation
-from devkit import default_root
-from generate_labels import CrfSettings, GeneratorSettings
-from networks import load_by_position, packaged_weights
-from record import whole, write_json
-from train_classifier import load_classifier
-from training import Logging, Machines
+from bapnal.label.backbone import load_by_position, packaged_weights
+from bapnal.label.files import whole, write_json
+from bapnal_recipes.data.voc import default_root
+from bapnal_recipes.engine.training import Logging, Machines
+from bapnal_recipes.voc2012 import (
+    evaluate,
+    generate_labels,
+    search,
+    train_classifier,
+    train_segmentation,
+)
+from bapnal_recipes.voc2012.generate_labels import CrfSettings, GeneratorSettings
+from bapnal_recipes.voc2012.train_classifier import load_classifier
 
 ANIMALS = (0, 8, 10, 12, 13, 17)  # what the scores are averaged over
 UNSEEN = ("cow", "horse")

@@ -14,7 +14,6 @@ as they are measured, and a rerun continues.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,12 +34,13 @@ from bapnal import (
     definite_background,
     grid_prototypes,
 )
+from bapnal.label.backbone import TimmFeatures
+from bapnal.label.files import write_json
 from bapnal.pooling import PooledFeatures
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-from devkit import Devkit, SegmentationScore, loosen
-from networks import TimmFeatures
-from record import Meter, result, write_json
+from bapnal_recipes.data.dataset import loosen
+from bapnal_recipes.data.metrics import SegmentationScore
+from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.engine.runs import Meter, result
 
 ANIMALS = (0, 8, 10, 12, 13, 17)
 CLASSES = 21

@@ -11,7 +11,6 @@ from ~S, and how much of that flows through sigma. ``tables.py`` does not read t
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import rich
@@ -22,12 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal import confidence_map, noise_aware_loss
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples/voc2012"))
-from devkit import VOID, Devkit, default_root
-from record import Meter, result, write_json
-from train_segmentation import LabelledPictures, label_folder, load_segmenter
+from bapnal.label.files import write_json
+from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.voc import Devkit, default_root
+from bapnal_recipes.engine.runs import Meter, result
+from bapnal_recipes.voc2012.train_segmentation import LabelledPictures, label_folder, load_segmenter
 
 BINS = 1000
 SCALE = 20.0  # of the cosine classifier

@@ -1,13 +1,12 @@
 """Draw the pictures of the documentation into ``docs/generated``; those that are there stay.
 
-    python docs/make_images.py
+    PYTHONPATH=examples python docs/make_images.py
 
-``conf.py`` calls this at the start of a build. Delete the folder to draw them again.
+``conf.py`` runs this at the start of a build. Delete the folder to draw them again.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
 STAGES = {"1  classifier": "#dbe9f6", "2  labels": "#e3f1dc", "3  segmentation": "#fbe6cf"}
 PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
 
@@ -85,7 +83,7 @@ def photos(path: Path) -> None:
 
     import label_photo
     from bapnal import DenseCRF, PseudoLabelGenerator
-    from networks import TimmFeatures
+    from bapnal.label.backbone import TimmFeatures
 
     network = TimmFeatures("tf_efficientnet_lite0", stride=8, normalize=True).eval()
     generate = PseudoLabelGenerator(
@@ -135,7 +133,7 @@ def short_run(path: Path) -> None:
     import quickstart
     import shapes
     import stages
-    from devkit import BoxDataset
+    from bapnal_recipes.data.dataset import BoxDataset
 
     with TemporaryDirectory() as folder:
         root, labels = Path(folder) / "devkit", Path(folder) / "labels"

@@ -29,9 +29,13 @@ import report
 import shapes
 import stages
 from bapnal import DenseCRF, PseudoLabelGenerator
-from devkit import Augmentation, BoxDataset, Devkit, Segmentation, collate
-from networks import SmallFeatures, TimmFeatures
-from record import claim, whole, write_json
+from bapnal.label.backbone import TimmFeatures
+from bapnal.label.files import claim, whole, write_json
+from bapnal_recipes.data.augmentation import Augmentation
+from bapnal_recipes.data.dataset import BoxDataset, collate
+from bapnal_recipes.data.metrics import Segmentation
+from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.models.small import SmallFeatures
 
 LABEL_ROWS = (
     ("Boxes", "Box filled with its class", None, "box"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import colorsys
 import html
 import io
 import math
@@ -17,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from devkit import VOID
-from record import whole
+from bapnal.label.files import whole
+from bapnal_recipes.data.label_maps import class_colours
 
 LARGEST = 320  # pixels; larger pictures are shrunk
 
@@ -77,37 +76,6 @@ class Report(NamedTuple):
     meanings: list[tuple[str, str]]
     classes: dict[int, str]
     notes: list[str]
-
-
-def class_colours() -> np.ndarray:
-    """Return a colour for each class, 0 black and 255 white; ``(256, 3)`` uint8."""
-    colours = np.full((256, 3), 255, dtype=np.uint8)
-    colours[0] = 0
-    for label in range(1, 255):
-        hue = (0.02 + 0.381966 * (label - 1)) % 1  # the golden angle keeps neighbours apart
-        bright, dark, pale = (0.6 + 0.2 * (label % 2), 1.0), (0.75, 0.65), (0.35, 1.0)
-        rgb = colorsys.hsv_to_rgb(hue, *(bright, dark, pale)[label // 8 % 3])
-        colours[label] = [round(255 * value) for value in rgb]
-    return colours
-
-
-def grey_map(values: Tensor) -> Tensor:
-    """Return a map in [0, 1], ``(H, W)``, as a picture from dark blue over green to yellow."""
-    stops = torch.tensor(
-        [[13, 8, 60], [45, 80, 140], [30, 155, 138], [110, 205, 90], [253, 231, 60]]
-    )
-    place = values.float().clamp(0, 1) * (len(stops) - 1)
-    low = place.floor().long().clamp(max=len(stops) - 2)
-    rest = (place - low)[..., None]
-    return (stops[low] * (1 - rest) + stops[low + 1] * rest).permute(2, 0, 1).to(torch.uint8)
-
-
-def label_map(image: Tensor, labels: Tensor) -> Tensor:
-    """Return classes as colours over the dimmed picture; what is ignored is white."""
-    colours = torch.from_numpy(class_colours())[labels].permute(2, 0, 1).float()
-    dimmed = 0.45 * image.float().mean(0, keepdim=True).expand(3, -1, -1)
-    shown = torch.where(labels == 0, dimmed, 0.25 * dimmed + 0.85 * colours)
-    return torch.where(labels == VOID, 255.0, shown).clamp(0, 255).to(torch.uint8)
 
 
 def agreement_map(image: Tensor, reliable: Tensor) -> Tensor:

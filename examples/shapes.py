@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from devkit import voc_palette
-from record import claim, whole
+from bapnal.label.files import claim, whole
+from bapnal_recipes.data.label_maps import voc_palette
 
 CLASSES = ("arrow", "crescent", "key", "ladder", "ring", "star")
 FINE = 4  # outlines are drawn at this multiple of the resolution and averaged

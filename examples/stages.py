@@ -24,16 +24,9 @@ from bapnal import (
     box_classification_loss,
     poly_schedule,
 )
-from devkit import (
-    VOID,
-    BoxDataset,
-    Segmentation,
-    SegmentationScore,
-    collate,
-    fill_boxes,
-    read_label_map,
-    write_label_map,
-)
+from bapnal_recipes.data.dataset import BoxDataset, collate
+from bapnal_recipes.data.label_maps import VOID, fill_boxes, read_label_map, write_label_map
+from bapnal_recipes.data.metrics import Segmentation, SegmentationScore
 
 LOSSES = ("plain", "ignore", "nal", "truth")
 Progress = Callable[[int, int], None]  # called with steps done and steps in all

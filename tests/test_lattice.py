@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+from assertions import close
 from bapnal.crf import PermutohedralLattice, lattice
 from bapnal.crf.plain import PlainLattice
-from comparing import close
-from drawing import seeded
+from strategies import seeded
 
 
 @st.composite
