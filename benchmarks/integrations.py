@@ -109,7 +109,7 @@ def main(
     """Measure the cost of the noise-aware loss.
 
     Args:
-        size: Height and width of the pictures.
+        size: Height and width of the images.
         pictures: In a batch.
         repeats: Steps of each kind.
         names: Which networks.

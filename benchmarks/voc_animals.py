@@ -1,4 +1,4 @@
-"""The paper's experiments on real pictures by the modules of ``examples/recipes``, at a CPU's size.
+"""The paper's experiments on real images by the modules of ``examples/recipes``, at a CPU's size.
 
     python benchmarks/voc_animals.py --root VOCdevkit/VOC2012
 
@@ -41,7 +41,7 @@ ANIMALS = (0, 8, 10, 12, 13, 17)  # what the scores are averaged over
 UNSEEN = ("cow", "horse")
 UNSEEN_CLASSES = (10, 13)
 QUIET = Logging(tensorboard=False)
-# Without a trained classifier nothing is learned, so A is only compared within a picture.
+# Without a trained classifier nothing is learned, so A is only compared within an image.
 AGNOSTIC = GeneratorSettings(
     background_threshold=None, attention_minmax=True, unary_softmax=3.0, cam_normalization="box"
 )
@@ -65,11 +65,11 @@ class Settings:
         root: A folder in devkit layout.
         work: Where weights and label maps are kept.
         out: Where result files go.
-        parts: Which parts, in their order: classifiers, searches, labels, rivals, facts, unseen,
+        parts: Which parts, in their order: classifiers, searches, labels, baselines, facts, unseen,
             conditions, grids, segmentation, loose, noisy.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.
-        workers: Processes that read pictures.
+        workers: Processes that read images.
     """
 
     root: Path = field(default_factory=default_root)
@@ -106,7 +106,7 @@ def _classifier(s: Settings, name: str, settings: train_classifier.Settings) -> 
 
 
 def searches(s: Settings) -> Iterator[Job]:
-    """The generator's settings on 100 training pictures: once, then with N and the CRF too."""
+    """The generator's settings on 100 training images: once, then with N and the CRF too."""
     for pool in ("bap", "gap"):
         coarse = replace(
             search.PRESETS["standard"][1],
@@ -133,7 +133,7 @@ def _classifiers(s: Settings) -> Iterator[str]:
 
 
 def labels(s: Settings) -> Iterator[Job]:
-    """Y_crf and Y_ret: of all training pictures for stage 3, and of val for each classifier.
+    """Y_crf and Y_ret: of all training images for stage 3, and of val for each classifier.
 
     Settings that were searched for with the first seed serve the others.
     """
@@ -223,7 +223,7 @@ def unseen(s: Settings) -> Iterator[Job]:
     runs = {
         "weights": ("network", "bap_0"),
         "without": ("agnostic", "without"),
-        "mixed": ("network", "without"),  # by weights where all classes of a picture have some
+        "mixed": ("network", "without"),  # by weights where all classes of an image have some
         "seen": ("agnostic", "bap_0"),
         "imagenet": ("agnostic", None),
     }

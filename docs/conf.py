@@ -64,7 +64,7 @@ def draw_images(app):
 
 
 def setup(app):
-    """Draw the pictures that the pages show, before the pages are read."""
+    """Draw the images that the pages show, before the pages are read."""
     app.connect("builder-inited", draw_images)
     app.connect("autodoc-skip-member", without_field_numbers)
     app.connect("doctree-read", shorten_diffs)

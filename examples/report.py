@@ -19,7 +19,7 @@ from torch import Tensor
 from bapnal.label.files import whole
 from bapnal_recipes.data.label_maps import class_colours
 
-LARGEST = 320  # pixels; larger pictures are shrunk
+LARGEST = 320  # pixels; larger images are shrunk
 
 
 class Row(NamedTuple):
@@ -28,9 +28,9 @@ class Row(NamedTuple):
     Attributes:
         group: Heading that the line belongs under.
         name: What was measured.
-        train: mIoU on the training pictures, one a seed, in [0, 1].
-        val: The same on the validation pictures.
-        coverage: Share of the validation pixels that have a label, one a seed; empty for all.
+        train: mIoU on the training images, one per seed, in [0, 1].
+        val: The same on the validation images.
+        coverage: Share of the validation pixels that have a label, one per seed; empty for all.
     """
 
     group: str
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One picture of an example.
+    """One image of an example.
 
     Attributes:
         title: Short caption.
@@ -63,7 +63,7 @@ class Report(NamedTuple):
         title: Heading.
         lead: Sentence below it.
         rows: The table.
-        examples: Panels of each picture shown.
+        examples: Panels of each image shown.
         meanings: Title and explanation of each kind of panel.
         classes: Names of the classes 1..L that occur in the examples.
         notes: Facts about the run, such as settings and times.
@@ -79,7 +79,7 @@ class Report(NamedTuple):
 
 
 def agreement_map(image: Tensor, reliable: Tensor) -> Tensor:
-    """Return the dimmed picture with what is not reliable in orange."""
+    """Return the dimmed image with what is not reliable in orange."""
     dimmed = 0.6 * image.float().mean(0, keepdim=True).expand(3, -1, -1)
     orange = torch.tensor([255.0, 122.0, 26.0])[:, None, None]
     return torch.where(reliable, dimmed, orange).to(torch.uint8)
@@ -254,10 +254,10 @@ ul {{ color: var(--soft); padding-left: 1.2rem; }}
 <thead><tr><th></th><th>train</th><th class="val">val</th><th>pixels labelled</th></tr></thead>
 <tbody>{table}</tbody>
 </table></div>
-<h2>Validation pictures</h2>
+<h2>Validation images</h2>
 <div class="legend">{legend}</div>
 {examples}
-<h2>What the pictures show</h2>
+<h2>What the images show</h2>
 <dl>{meanings}</dl>
 <h2>About this run</h2>
 <ul>{notes}</ul>

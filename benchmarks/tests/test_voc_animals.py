@@ -1,4 +1,4 @@
-"""The driver of the experiments on real pictures: its jobs, their order and what it copies.
+"""The driver of the experiments on real images: its jobs, their order and what it copies.
 
 The scripts that it runs are tested elsewhere; here they only note what they were asked for.
 """
@@ -82,7 +82,7 @@ def test_jobs_can_be_named(asked, settings):
         *("box", "evaluate_labels_val_box.json"),
         *("wssl", "evaluate_labels_val_wssl.json"),
     ]
-    with pytest.raises(ValueError, match=r"parts must be among classifiers, .*, got rival"):
+    with pytest.raises(ValueError, match=r"parts must be among classifiers, .*, got baseline"):
         voc_animals.main(voc_animals.Settings(parts=("rival",), **more))
 
 

@@ -69,7 +69,7 @@ def test_the_report_needs_nothing_else_and_shows_every_panel(finished):
     page = (output / "report.html").read_text()
     assert "http" not in page
     assert page.count("data:image/png;base64,") == 2 * len(quickstart.MEANINGS)
-    assert page.count("<svg") == 2  # boxes on the pictures alone
+    assert page.count("<svg") == 2  # boxes on the images alone
     for row in rows:
         assert printed(row.name) in page
     for title, _ in quickstart.MEANINGS:
@@ -128,7 +128,7 @@ def test_bad_arguments_say_what_arrived(tmp_path):
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
-    """A devkit with the class names of VOC, from drawn pictures."""
+    """A devkit with the class names of VOC, from drawn images."""
     root = shapes.write_shapes(tmp_path_factory.mktemp("voc"), 6, 2, 64, seed=1)
     for path in (root / "Annotations").glob("*.xml"):
         text = path.read_text()
@@ -138,21 +138,21 @@ def voc(tmp_path_factory):
     return root
 
 
-def real_pictures(output, root, **options):
+def real_images(output, root, **options):
     settings = {"steps": 1, "seeds": 1, "examples": 1, "weights": "random", **options}
     settings.setdefault("network", "lcnet_035")
     return quickstart.main(output, root=root, **settings)
 
 
 def test_a_devkit_runs_through_the_same_stages(tmp_path, voc):
-    rows = real_pictures(tmp_path, voc, classes=("bird", "car"))
+    rows = real_images(tmp_path, voc, classes=("bird", "car"))
     assert len(rows) == 9
     assert json.loads((tmp_path / "results.json").read_text())["stage 1"]["optimizer"] == "sgd"
 
 
 def test_an_unknown_class_is_named(tmp_path, voc):
     with pytest.raises(ValueError, match=r"classes must be among aeroplane, .*, got wolf"):
-        real_pictures(tmp_path, voc, classes=("wolf",))
+        real_images(tmp_path, voc, classes=("wolf",))
 
 
 def test_a_broken_annotation_is_named_and_no_result_is_written(tmp_path, voc):
@@ -300,7 +300,7 @@ def test_colours_tell_classes_apart():
 
 
 @pytest.mark.skipif("BAPNAL_VOC_ROOT" not in os.environ, reason="BAPNAL_VOC_ROOT is not set")
-def test_real_pictures(tmp_path):
+def test_real_images(tmp_path):
     source = Path(os.environ["BAPNAL_VOC_ROOT"]).resolve()
     root = tmp_path / "few"
     (root / "ImageSets/Segmentation").mkdir(parents=True)
@@ -309,5 +309,5 @@ def test_real_pictures(tmp_path):
     names = Devkit(source).names("val")
     for split, few in (("train", names[:3]), ("val", names[3:5])):
         (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(few))
-    rows = real_pictures(tmp_path / "output", root, weights=None, network="tf_efficientnet_lite0")
+    rows = real_images(tmp_path / "output", root, weights=None, network="tf_efficientnet_lite0")
     assert rows[2].val[0] > rows[0].val[0] - 0.3  # labels after a single step are still labels

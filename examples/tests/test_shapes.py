@@ -23,14 +23,14 @@ def root(tmp_path_factory):
     return shapes.write_shapes(tmp_path_factory.mktemp("shapes"), 12, 4, 64, seed=5)
 
 
-def test_same_seed_same_files_other_seed_other_pictures(root, tmp_path):
+def test_same_seed_same_files_other_seed_other_images(root, tmp_path):
     again = shapes.write_shapes(tmp_path / "again", 12, 4, 64, seed=5)
     assert files(root) == files(again)
-    one, other = (shapes.draw_picture(seed, 0, 64) for seed in (5, 6))
+    one, other = (shapes.draw_image(seed, 0, 64) for seed in (5, 6))
     assert not np.array_equal(one.image, other.image)
 
 
-def test_a_picture_does_not_depend_on_how_many_are_drawn(root, tmp_path):
+def test_an_image_does_not_depend_on_how_many_are_drawn(root, tmp_path):
     fewer = shapes.write_shapes(tmp_path / "fewer", 3, 1, 64, seed=5)
     name = "JPEGImages/0005_000002.jpg"
     assert (fewer / name).read_bytes() == (root / name).read_bytes()
@@ -57,8 +57,8 @@ def test_the_folder_reads_as_a_devkit_and_agrees_with_what_was_drawn(root):
     assert len(devkit.names("train")) == 8
     assert len(devkit.names("val")) == 4
     for index, name in enumerate(devkit.names("train") + devkit.names("val")):
-        drawn = shapes.draw_picture(5, index, 64)
-        image, annotation = devkit.picture(name)
+        drawn = shapes.draw_image(5, index, 64)
+        image, annotation = devkit.annotated(name)
         assert annotation.boxes.tolist() == drawn.boxes.tolist()
         assert annotation.labels.tolist() == drawn.labels.tolist()
         assert torch.equal(devkit.mask(name), torch.from_numpy(drawn.mask).long())
@@ -67,27 +67,27 @@ def test_the_folder_reads_as_a_devkit_and_agrees_with_what_was_drawn(root):
 
 
 def test_boxes_are_tight_around_what_is_seen():
-    picture = shapes.draw_picture(1, 3)
-    for label in set(picture.labels.tolist()):
-        rows, columns = np.nonzero(picture.mask == label)
-        boxes = picture.boxes[picture.labels == label]
+    scene = shapes.draw_image(1, 3)
+    for label in set(scene.labels.tolist()):
+        rows, columns = np.nonzero(scene.mask == label)
+        boxes = scene.boxes[scene.labels == label]
         assert (boxes[:, 0].min(), boxes[:, 1].min()) == (columns.min(), rows.min())
         assert (boxes[:, 2].max(), boxes[:, 3].max()) == (columns.max() + 1, rows.max() + 1)
 
 
-def test_all_classes_occur_several_a_picture_and_a_box_is_a_bad_mask():
-    pictures = [shapes.draw_picture(0, index, 96) for index in range(40)]
+def test_all_classes_occur_several_an_image_and_a_box_is_a_bad_mask():
+    scenes = [shapes.draw_image(0, index, 96) for index in range(40)]
     score = SegmentationScore(len(shapes.CLASSES) + 1)
-    for picture in pictures:
-        boxes = torch.from_numpy(picture.boxes).float()
-        filled = fill_boxes(boxes, torch.from_numpy(picture.labels), picture.mask.shape)
-        score.update(filled, torch.from_numpy(picture.mask))
+    for scene in scenes:
+        boxes = torch.from_numpy(scene.boxes).float()
+        filled = fill_boxes(boxes, torch.from_numpy(scene.labels), scene.mask.shape)
+        score.update(filled, torch.from_numpy(scene.mask))
     result = score.compute()
-    assert {int(label) for picture in pictures for label in picture.labels} == set(range(1, 7))
-    assert np.mean([len(picture.labels) for picture in pictures]) > 2
+    assert {int(label) for scene in scenes for label in scene.labels} == set(range(1, 7))
+    assert np.mean([len(scene.labels) for scene in scenes]) > 2
     assert 0.2 < result.miou < 0.5
-    # Every picture keeps some definite background.
-    assert all((picture.mask == 0).mean() > 0.25 for picture in pictures)
+    # Every image keeps some definite background.
+    assert all((scene.mask == 0).mean() > 0.25 for scene in scenes)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_outlines_have_holes(outline, holes, monkeypatch):
     for seed in range(20):
         alpha = shapes._silhouette(np.random.default_rng(seed), 1, 200) > 0.5
         if alpha[0].any() or alpha[-1].any() or alpha[:, 0].any() or alpha[:, -1].any():
-            continue  # cut by the picture's border
+            continue  # cut by the image's border
         regions = ndimage.label(~alpha)[1]
         assert regions - 1 >= holes
         assert holes or regions == 1

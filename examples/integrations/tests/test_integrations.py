@@ -13,10 +13,10 @@ FOLDER = Path(__file__).parent.parent
 CLASSES = 4
 
 
-def toy(seed=0, size=64, pictures=2):
+def toy(seed=0, size=64, batch=2):
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(pictures, 3, size, size, generator=generator)
-    y_crf = torch.randint(CLASSES, (pictures, size, size), generator=generator)
+    images = torch.randn(batch, 3, size, size, generator=generator)
+    y_crf = torch.randint(CLASSES, (batch, size, size), generator=generator)
     y_ret = torch.where(torch.rand(y_crf.shape, generator=generator) < 0.8, y_crf, 0)
     return images, y_crf, y_ret
 

@@ -30,7 +30,7 @@ def an_object(name="dog", x1=1, y1=1, x2=20, y2=10, difficult=0):
 
 @pytest.fixture
 def root(tmp_path):
-    """One picture of 20 x 10 with a dog all over it and a difficult cat in a corner."""
+    """One image of 20 x 10 with a dog all over it and a difficult cat in a corner."""
     for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation", "SegmentationClassAug"):
         (tmp_path / folder).mkdir(parents=True)
     Image.new("RGB", (20, 10), (200, 100, 50)).save(tmp_path / "JPEGImages/a.png")
@@ -49,7 +49,7 @@ def rewrite(root, text):
 
 
 def test_boxes_become_half_open_and_labels_count_from_one(root):
-    image, annotation = Devkit(root).picture("a")
+    image, annotation = Devkit(root).annotated("a")
     assert image.shape == (3, 10, 20)
     assert image.dtype == torch.uint8
     assert image[:, 0, 0].tolist() == [200, 100, 50]
@@ -102,19 +102,19 @@ def test_mask_and_splits(root):
         ),
         (
             f"<annotation>{an_object()}{an_object(x2=30)}</annotation>",
-            r"a\.xml: box 1 must lie in the picture of 20 x 10, got .*xmax=30",
+            r"a\.xml: box 1 must lie in the image of 20 x 10, got .*xmax=30",
         ),
     ],
 )
 def test_a_bad_annotation_is_named(root, text, message):
     rewrite(root, text)
     with pytest.raises(ValueError, match=message):
-        Devkit(root).picture("a")
+        Devkit(root).annotated("a")
 
 
 def test_a_box_a_pixel_too_large_is_cut(root):
     rewrite(root, f"<annotation>{an_object(x1=0, x2=21)}</annotation>")
-    assert Devkit(root).picture("a")[1].boxes.tolist() == [[0, 0, 20, 10]]
+    assert Devkit(root).annotated("a")[1].boxes.tolist() == [[0, 0, 20, 10]]
 
 
 def test_what_is_missing_is_named(root):
@@ -134,13 +134,13 @@ def test_what_is_missing_is_named(root):
 
 
 def test_broken_files_are_named(root):
-    (root / "JPEGImages/a.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"a\.png must be a picture: cannot identify"):
+    (root / "JPEGImages/a.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"a\.png must be an image: cannot identify"):
         Devkit(root).image("a")
     Image.new("RGB", (200, 100)).save(root / "JPEGImages/a.jpg")
     whole = (root / "JPEGImages/a.jpg").read_bytes()
     (root / "JPEGImages/a.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"a\.jpg must be a picture: .*(?i:truncated)"):
+    with pytest.raises(ValueError, match=r"a\.jpg must be an image: .*(?i:truncated)"):
         Devkit(root).image("a")
     Image.new("RGB", (20, 10)).save(root / "SegmentationClassAug/a.png")
     with pytest.raises(ValueError, match=r"a\.png must hold class indices, got .* mode RGB"):
@@ -245,7 +245,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["maps", "results"]
 
 
-def test_label_maps_survive_a_file_and_must_have_the_size_of_the_picture(root):
+def test_label_maps_survive_a_file_and_must_have_the_size_of_the_image(root):
     labels = torch.arange(200).reshape(10, 20)
     write_label_map(root / "maps/a.png", labels)
     assert torch.equal(read_label_map(root / "maps/a.png"), labels)
@@ -269,7 +269,7 @@ def block_sample(size=40):
     return Sample("block", image, box, labels, torch.ones(size, size, dtype=torch.bool), maps)
 
 
-def test_augmentation_moves_picture_boxes_and_maps_together():
+def test_augmentation_moves_image_boxes_and_maps_together():
     torch.manual_seed(0)
     augment = Augmentation(32, scale=(0.7, 1.4), jitter=0)
     flipped = padded = dropped = 0
@@ -301,7 +301,7 @@ def test_augmentation_keeps_the_sample_it_was_given():
     assert all(torch.equal(a, b) for a, b in zip(before, sample[1:], strict=True))
 
 
-def test_pictures_without_boxes_can_be_varied():
+def test_images_without_boxes_can_be_varied():
     sample = block_sample()._replace(boxes=torch.zeros(0, 4), labels=torch.zeros(0).long())
     assert Augmentation(16)(sample).boxes.shape == (0, 4)
 
@@ -316,7 +316,7 @@ def test_collate_pads_right_and_below_and_marks_it():
     assert [len(boxes) for boxes in batch.boxes] == [2, 2]
 
 
-def test_kept_pictures_are_read_once(root):
+def test_kept_images_are_read_once(root):
     data = BoxDataset(Devkit(root), ["a"], keep=True)
     first = data[0]
     (root / "Annotations/a.xml").unlink()
@@ -330,7 +330,7 @@ def test_smaller_boxes_lie_on_top():
     assert filled.tolist() == expected
 
 
-def test_score_is_one_confusion_matrix_over_all_pictures():
+def test_score_is_one_confusion_matrix_over_all_images():
     from torchmetrics.functional.classification import multiclass_jaccard_index
 
     generator = torch.Generator().manual_seed(0)
@@ -384,7 +384,7 @@ def test_real_devkit():
     devkit = Devkit(Path(os.environ["BAPNAL_VOC_ROOT"]))
     score = SegmentationScore(21)
     for name in devkit.names("val")[:20]:
-        image, annotation = devkit.picture(name)
+        image, annotation = devkit.annotated(name)
         assert len(annotation.boxes) > 0
         filled = fill_boxes(annotation.boxes, annotation.labels, tuple(image.shape[1:]))
         score.update(filled, devkit.mask(name))

@@ -291,7 +291,7 @@ def test_heads_reach_as_many_pixels_at_any_stride(stride):
 
 
 def published_vgg(x, state, fifth_pooling=False, fc6_dilation=1):
-    """VGG-16 at stride 8, written down layer by layer, on pictures that are normalised."""
+    """VGG-16 at stride 8, written down layer by layer, on images that are normalised."""
     layers = [name for name in state if name.startswith("conv") and name.endswith("weight")]
     assert len(layers) == 13
     for i, name in enumerate(layers, start=1):

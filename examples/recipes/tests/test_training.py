@@ -37,26 +37,26 @@ SILENT = Logging(tensorboard=False, interval=2)
 
 
 class Noise(Dataset):
-    """Pictures of one number each, with noise that stands for augmentation."""
+    """Images of one number each, with noise that stands for augmentation."""
 
-    def __init__(self, pictures=10, broken=()):
-        self.pictures = pictures
+    def __init__(self, count=10, broken=()):
+        self.count = count
         self.broken = broken
 
     def __len__(self):
-        return self.pictures
+        return self.count
 
     def __getitem__(self, index):
         if index in self.broken:
             raise FileNotFoundError(f"{index}.jpg does not exist")
-        image = torch.full((3, 4, 4), index / self.pictures) + 0.1 * torch.rand(3, 4, 4)
+        image = torch.full((3, 4, 4), index / self.count) + 0.1 * torch.rand(3, 4, 4)
         valid = torch.ones(4, 4, dtype=torch.bool)
         boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
         return Sample(str(index), image, boxes, labels, valid, torch.zeros(0, 4, 4).long())
 
 
 class Late(Noise):
-    """Noise with one picture that is broken the second time it is read."""
+    """Noise with one image that is broken the second time it is read."""
 
     def __init__(self, broken):
         super().__init__()
@@ -76,7 +76,7 @@ def names(dataset, batch_size, steps, **options):
     return [batches[step].names for step in range(steps)]
 
 
-def test_every_epoch_goes_through_all_pictures_in_another_order():
+def test_every_epoch_goes_through_all_images_in_another_order():
     batches = names(Noise(10), 5, 4)
     first, second = (list(chain(*batches[i : i + 2])) for i in (0, 2))
     assert sorted(first) == sorted(second) == sorted(map(str, range(10)))
@@ -119,7 +119,7 @@ def test_reading_leaves_random_numbers_and_threads_as_they_were():
     assert threads == torch.get_num_threads()
 
 
-def test_pictures_are_read_by_one_thread_as_in_workers():
+def test_images_are_read_by_one_thread_as_in_workers():
     class Threads(Noise):
         def __getitem__(self, index):
             found.append(torch.get_num_threads())
@@ -137,7 +137,7 @@ def test_pictures_are_read_by_one_thread_as_in_workers():
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_read_is_one_plain_error(workers):
+def test_an_image_that_cannot_be_read_is_one_plain_error(workers):
     with pytest.raises(FileNotFoundError, match=r"^7\.jpg does not exist$"):
         list(Batches(Noise(10, broken=[7]), 5, 0).load(range(2), workers))
 
@@ -315,7 +315,7 @@ def test_channels_last_changes_the_layout_alone(tmp_path):
         ({"checkpoint_interval": 0}, "checkpoint_interval must be at least 1, got 0"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
         ({"logging": Logging(interval=0)}, r"log_interval must be at least 1, got 0"),
-        ({"dataset": Noise(0)}, "a picture for each of 1 devices, got 0 pictures in batches of 4"),
+        ({"dataset": Noise(0)}, "an image for each of 1 devices, got 0 images in batches of 4"),
     ],
 )
 def test_arguments_out_of_range_are_named_before_anything_is_written(tmp_path, options, message):
@@ -339,26 +339,26 @@ def test_machines_that_are_not_there_are_named(options, message):
         launch(Machines(**options))
 
 
-def test_scalars_and_pictures_are_logged_and_only_once(tmp_path):
+def test_scalars_and_images_are_logged_and_only_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     drawn = []
 
-    def pictures(network, batch, step):
+    def images(network, batch, step):
         drawn.append(step)
         assert not network.training
         assert not network(batch.images).requires_grad
         return {"first": batch.images[0].clamp(0, 1)}
 
-    options = {"logging": Logging(interval=2), "pictures": pictures}
+    options = {"logging": Logging(interval=2), "images": images}
     with pytest.raises(Stop):
         train(tmp_path, loss=stopping(8), **options)
-    assert same(train(tmp_path, **options), train(tmp_path / "silent"))  # pictures change nothing
+    assert same(train(tmp_path, **options), train(tmp_path / "silent"))  # images change nothing
     board = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [2, 4, 5, 6, 8, 10, 12]
     rates = [event.value for event in board.Scalars("rate/last")]
     assert rates == pytest.approx([0.2 * (1 - (s - 1) / 12) for s in (2, 4, 5, 6, 8, 10, 12)])
-    assert all(event.value > 0 for event in board.Scalars("pictures per second"))
+    assert all(event.value > 0 for event in board.Scalars("images per second"))
     assert [event.step for event in board.Images("first")] == [5, 10, 12]
     assert drawn == [4, 9, 11]
 
@@ -397,16 +397,16 @@ def test_wandb_gets_what_tensorboard_gets(tmp_path, monkeypatch):
     run = types.SimpleNamespace(
         log=lambda entries, step: logged.append((step, entries)), finish=lambda: ended.append(1)
     )
-    fake = types.SimpleNamespace(init=lambda **_: run, Image=lambda picture: picture.shape)
+    fake = types.SimpleNamespace(init=lambda **_: run, Image=lambda image: image.shape)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train(
         tmp_path,
         steps=2,
         logging=Logging(tensorboard=False, wandb=True),
-        pictures=lambda network, batch, step: {"first": batch.images[0]},
+        images=lambda network, batch, step: {"first": batch.images[0]},
     )
     assert [step for step, _ in logged] == [2, 2]
-    assert set(logged[0][1]) == {"loss", "pictures per second", "rate/first", "rate/last"}
+    assert set(logged[0][1]) == {"loss", "images per second", "rate/first", "rate/last"}
     assert logged[1][1] == {"first": (3, 4, 4)}
     assert ended
 
@@ -493,7 +493,7 @@ def test_two_ranks_end_with_the_weights_of_one(tmp_path, two_ranks):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("broken", [0, 4])
 def test_what_one_rank_runs_into_ends_all_of_them(two_ranks, broken):
-    last = training.batch_indices(10, 5, 0, 5)  # of the last step: rank 0 has 2 of 5 pictures
+    last = training.batch_indices(10, 5, 0, 5)  # of the last step: rank 0 has 2 of 5 images
     name = f"{last[broken]}.jpg"
     endings = two_ranks(Late(last[broken]))
     assert endings == [f"FileNotFoundError('{name} does not exist')", "SystemExit(1)"]
@@ -543,7 +543,7 @@ def test_what_only_rank_zero_does_ends_all_ranks(two_ranks):
         "OSError('/file/run/settings.json could not be written: Not a directory')",
         "ValueError('--wandb needs the package wandb: pip install wandb')",
         "OSError('/file/run/logs could not be written: Not a directory')",
-        "ValueError('batches must hold a picture for each of 2 devices, got 10 pictures in "
+        "ValueError('batches must hold an image for each of 2 devices, got 10 images in "
         "batches of 1')",
     ]
     assert one == ["went on" if end == "went on" else "SystemExit(1)" for end in zero]

@@ -1,4 +1,4 @@
-"""The rivals' labels: what each is on pictures where that can be said, and what is refused."""
+"""The baselines' labels: what each is on images where that can be said, and what is refused."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_grab_cut_draws_from_its_seed_alone(image):
     assert after(3) == first
 
 
-def test_grab_cut_of_the_whole_picture_is_the_whole_picture(image):
+def test_grab_cut_of_the_whole_image_is_the_whole_image(image):
     assert baselines.grab_cut(image, torch.tensor([0.0, 0.0, 80.0, 60.0])).all()
 
 
@@ -103,7 +103,7 @@ def test_grab_cut_of_almost_everything_and_of_one_pixel(image, box):
     assert baselines.grab_cut(image, torch.tensor(box)).any()
 
 
-def test_grab_cut_of_a_flat_picture():
+def test_grab_cut_of_a_flat_image():
     flat = torch.full((3, *SIZE), 100, dtype=torch.uint8)
     found = baselines.grab_cut(flat, DISC_BOX)
     assert found.any()
@@ -281,7 +281,7 @@ def test_box_that_no_proposal_touches_is_filled(tmp_path):
     )
 
 
-def test_regions_that_a_picture_lacks_do_not_count(tmp_path):
+def test_regions_that_an_image_lacks_do_not_count(tmp_path):
     found = baselines.read_proposals(write_mcg(tmp_path / "a.mat", members=([1, 99], [99], [0])))
     assert found[0].corners.tolist() == [[0, 0, 20, 20]]
 
@@ -358,15 +358,15 @@ def test_bad_masks_are_refused(tmp_path):
     write_png(tmp_path / "b.png", np.full(SIZE, 7))
     with pytest.raises(ValueError, match=r"b\.png must hold 0\.\.6 or 255, got 7"):
         read(tmp_path, BOXES, labels, name="b")
-    (tmp_path / "c.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"c\.png must be a picture"):
+    (tmp_path / "c.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"c\.png must be an image"):
         read(tmp_path, BOXES, labels, name="c")
     Image.new("RGB", SIZE[::-1]).save(tmp_path / "d.png")
     with pytest.raises(ValueError, match=r"d\.png must have size \(60, 80\), got \(60, 80, 3\)"):
         read(tmp_path, BOXES, labels, name="d")
 
 
-def test_picture_without_boxes_has_no_labels(image, tmp_path):
+def test_image_without_boxes_has_no_labels(image, tmp_path):
     boxes, labels = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     assert not baselines.box_crf(image, boxes, labels, DenseCRF(iterations=1)).any()
     assert not baselines.stack_masks([], boxes, labels, SIZE).any()

@@ -1,4 +1,4 @@
-"""Every evaluation on pictures small enough to count by hand."""
+"""Every evaluation on images small enough to count by hand."""
 
 import json
 import tarfile
@@ -26,8 +26,8 @@ CLASSES = ("red", "green")
 CPU = Machines(accelerator="cpu")
 
 
-def write_picture(root, name, colours, mask=None, boxes=()):
-    """A picture in a devkit; colours (H, W, 3), mask (H, W), boxes (x1, y1, x2, y2, class)."""
+def write_image(root, name, colours, mask=None, boxes=()):
+    """An image in a devkit; colours (H, W, 3), mask (H, W), boxes (x1, y1, x2, y2, class)."""
     for folder in ("JPEGImages", "Annotations", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.array(colours, np.uint8)).save(root / f"JPEGImages/{name}.png")
@@ -59,7 +59,7 @@ def write_maps(folder, **maps):
 def labelled(tmp_path):
     """Eight pixels: four of the background, two red, one green, one without a truth."""
     root, folder = tmp_path / "devkit", tmp_path / "labels"
-    write_picture(root, "a", black(2, 4), [[0, 0, 1, 1], [0, 0, 2, 255]])
+    write_image(root, "a", black(2, 4), [[0, 0, 1, 1], [0, 0, 2, 255]])
     write_maps(folder, crf=[[0, 0, 1, 1], [0, 1, 1, 1]], ret=[[0, 1, 1, 1], [0, 1, 2, 2]])
     settings = evaluate.Labels(folder, tmp_path / "x.json", root, "val", CLASSES)
     return settings, evaluate.main(settings)
@@ -93,9 +93,9 @@ def test_the_result_says_what_was_measured(labelled):
     assert found["peak_memory_bytes"]["host"] > 0
 
 
-def test_some_classes_can_be_averaged_and_skipped_pictures_are_left_out(labelled, tmp_path):
+def test_some_classes_can_be_averaged_and_skipped_images_are_left_out(labelled, tmp_path):
     settings, _ = labelled
-    write_picture(settings.root, "b", black(2, 4), [[0] * 4] * 2)
+    write_image(settings.root, "b", black(2, 4), [[0] * 4] * 2)
     made = {"kind": "labels", "settings": {"method": "network"}, "scores": {"skipped": ["b"]}}
     (settings.folder / "result.json").write_text(json.dumps(made))
     chosen = evaluate.Labels(
@@ -158,12 +158,12 @@ class Colours(nn.Module):
 
 
 @pytest.fixture
-def pictures(tmp_path, monkeypatch):
-    """Two pictures of another size each, and a segmenter that is not read from a file."""
+def photos(tmp_path, monkeypatch):
+    """Two images of another size each, and a segmenter that is not read from a file."""
     generator = np.random.default_rng(0)
     for name, size in (("a", (20, 24)), ("b", (17, 30))):
         colours = generator.integers(0, 256, (*size, 3))
-        write_picture(tmp_path / "devkit", name, colours, generator.integers(0, 3, size))
+        write_image(tmp_path / "devkit", name, colours, generator.integers(0, 3, size))
     made = {"kind": "segmentation", "settings": {"network": "deeplab_v2"}}
     (tmp_path / "result.json").write_text(json.dumps(made))
     loaded = (Colours(), CLASSES, {"network": "deeplab_v2"})
@@ -214,17 +214,17 @@ def test_logits_are_averaged_where_the_classifier_is_by_dot_products():
     assert sizes == [(4, 3), (4, 3), (8, 6), (8, 6)]
 
 
-def test_all_modes_are_scored_in_one_pass(pictures, monkeypatch):
+def test_all_modes_are_scored_in_one_pass(photos, monkeypatch):
     calls = []
     forward = Colours.forward
     monkeypatch.setattr(
         Colours, "forward", lambda self, x: calls.append(x.shape[2]) or forward(self, x)
     )
-    found = evaluate.main(segmentation(pictures, scales=(0.5, 1.0)))
+    found = evaluate.main(segmentation(photos, scales=(0.5, 1.0)))
     assert sorted(calls) == [8, 8, 10, 10, 17, 17, 20, 20]
     assert found["crf"] == [4, 67, 3, 3, 1]
     assert found["subject"]["settings"] == {"network": "deeplab_v2"}
-    devkit, network = Devkit(pictures / "devkit", CLASSES), Colours()
+    devkit, network = Devkit(photos / "devkit", CLASSES), Colours()
     confusion = torch.zeros(3, 3)
     for name in ("a", "b"):
         labels = network(devkit.image(name)[None])[0].argmax(1)[0]
@@ -235,42 +235,42 @@ def test_all_modes_are_scored_in_one_pass(pictures, monkeypatch):
     assert set(found["scores"]) == set(evaluate.MODES)
 
 
-def test_the_archive_is_what_the_test_server_accepts(pictures):
-    for mask in (pictures / "devkit/SegmentationClassAug").iterdir():
+def test_the_archive_is_what_the_test_server_accepts(photos):
+    for mask in (photos / "devkit/SegmentationClassAug").iterdir():
         mask.unlink()
-    (pictures / "devkit/ImageSets/Segmentation/val.txt").rename(
-        pictures / "devkit/ImageSets/Segmentation/test.txt"
+    (photos / "devkit/ImageSets/Segmentation/val.txt").rename(
+        photos / "devkit/ImageSets/Segmentation/test.txt"
     )
     with pytest.raises(ValueError, match="predictions must be given for the split test"):
-        evaluate.main(segmentation(pictures, split="test"))
-    predictions, archive = pictures / "predictions", pictures / "results.tgz"
+        evaluate.main(segmentation(photos, split="test"))
+    predictions, archive = photos / "predictions", photos / "results.tgz"
     with pytest.raises(ValueError, match="archive needs predictions"):
-        evaluate.main(segmentation(pictures, split="test", archive=archive))
+        evaluate.main(segmentation(photos, split="test", archive=archive))
     options = {"split": "test", "modes": ("single",), "competition": "comp5"}
-    settings = segmentation(pictures, predictions=predictions, archive=archive, **options)
+    settings = segmentation(photos, predictions=predictions, archive=archive, **options)
     assert evaluate.main(settings)["scores"] == {}
     with tarfile.open(archive, "r:gz") as opened:
         inside = {member.name: opened.extractfile(member) for member in opened.getmembers()}
         folder = "results/VOC2012/Segmentation/comp5_test_cls"
         assert list(inside) == [f"{folder}/a.png", f"{folder}/b.png"]
-        picture = Image.open(inside[f"{folder}/b.png"])
-        assert picture.mode == "P"
-        assert picture.getpalette()[: 3 * 256] == voc_palette().flatten().tolist()
-        image = Devkit(pictures / "devkit").image("b")[None]
-        assert np.array_equal(np.array(picture), Colours()(image)[0].argmax(1)[0])
+        png = Image.open(inside[f"{folder}/b.png"])
+        assert png.mode == "P"
+        assert png.getpalette()[: 3 * 256] == voc_palette().flatten().tolist()
+        image = Devkit(photos / "devkit").image("b")[None]
+        assert np.array_equal(np.array(png), Colours()(image)[0].argmax(1)[0])
 
 
-def test_what_train_segmentation_wrote_is_read(pictures, monkeypatch):
+def test_what_train_segmentation_wrote_is_read(photos, monkeypatch):
     monkeypatch.undo()
     kept = train_segmentation.Settings(network="small", head="linear", stride=4)
     network = build_segmenter("small", 3, head="linear", stride=4).eval()
     content = {"settings": plain(kept), "classes": list(CLASSES), "loss": 0.0}
-    torch.save({**content, "network": network.state_dict()}, pictures / "segmenter.pt")
-    evaluate.main(segmentation(pictures, predictions=pictures / "p", modes=("single", "multi")))
-    image = Devkit(pictures / "devkit").image("b")[None]
+    torch.save({**content, "network": network.state_dict()}, photos / "segmenter.pt")
+    evaluate.main(segmentation(photos, predictions=photos / "p", modes=("single", "multi")))
+    image = Devkit(photos / "devkit").image("b")[None]
     with torch.no_grad():
         scores = F.interpolate(network(image)[0], (17, 30), mode="bilinear")
-    found = read_label_map(pictures / "p/single/b.png")
+    found = read_label_map(photos / "p/single/b.png")
     assert torch.equal(found, scores.argmax(1)[0])
 
 
@@ -286,19 +286,19 @@ class Red(nn.Module):
 
 @pytest.fixture
 def colours(tmp_path, monkeypatch):
-    """A picture with a red box, a green box, and one that is more green than red but called red."""
-    picture = black(6, 8)
-    picture[1:5, 1:3] = (200, 0, 0)
-    picture[1:5, 3] = (80, 0, 0)
-    picture[1:3, 5:7] = (0, 200, 0)
-    picture[4:6, 5:7] = (100, 150, 0)
+    """An image with a red box, a green box, and one that is more green than red but called red."""
+    pixels = black(6, 8)
+    pixels[1:5, 1:3] = (200, 0, 0)
+    pixels[1:5, 3] = (80, 0, 0)
+    pixels[1:3, 5:7] = (0, 200, 0)
+    pixels[4:6, 5:7] = (100, 150, 0)
     mask = np.zeros((6, 8), int)
     mask[1:5, 1:3] = 1
     mask[1, 1:4] = 255
     mask[2:4, 4] = 1
     mask[1:3, 5] = 2
     boxes = [(1, 1, 5, 5, "red"), (5, 1, 7, 3, "green"), (5, 4, 7, 6, "red")]
-    write_picture(tmp_path / "devkit", "a", picture, mask, boxes)
+    write_image(tmp_path / "devkit", "a", pixels, mask, boxes)
     weight = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     loaded = train_classifier.Classifier(Red(), weight, CLASSES, {})
     monkeypatch.setattr(evaluate, "load_classifier", lambda _: loaded)
@@ -325,7 +325,7 @@ def test_precision_of_activation_maps(colours):
     assert lower == pytest.approx(100 * 6 / 13, abs=1e-3)
     by_box = measured(evaluate.Cams, colours, cam_normalization="box")["precision"]["per_class"]
     assert by_box["red"] == 60.0
-    write_picture(colours / "devkit", "empty", black(4, 4), [[0] * 4] * 4)
+    write_image(colours / "devkit", "empty", black(4, 4), [[0] * 4] * 4)
     green = measured(evaluate.Cams, colours, score_classes=(2,))["precision"]
     assert green["mean"] == green["per_class"]["green"] == 50.0
 
@@ -335,25 +335,25 @@ def test_accuracy_of_the_box_classifier(colours):
     assert scores["boxes"] == 3
     assert scores["accuracy"] == pytest.approx(200 / 3, abs=1e-3)
     assert scores["per_class"] == {"red": 50.0, "green": 100.0}
-    write_picture(colours / "devkit", "empty", black(4, 4), [[0] * 4] * 4)
+    write_image(colours / "devkit", "empty", black(4, 4), [[0] * 4] * 4)
     assert measured(evaluate.Boxes, colours) == scores
     assert measured(evaluate.Boxes, colours, score_classes=(2,))["accuracy"] == 100.0
 
 
 def test_a_box_is_never_called_background(colours):
-    picture = np.full((4, 4, 3), (90, 20, 200))
+    pixels = np.full((4, 4, 3), (90, 20, 200))
     (colours / "devkit/ImageSets/Segmentation/val.txt").unlink()
-    write_picture(colours / "devkit", "b", picture, None, [(1, 1, 3, 3, "red")])
+    write_image(colours / "devkit", "b", pixels, None, [(1, 1, 3, 3, "red")])
     assert measured(evaluate.Boxes, colours)["accuracy"] == 100.0
 
 
 def test_boxes_can_be_pooled_without_what_looks_like_background(colours, monkeypatch):
     """Of a box that is a little red on a greenish background only the red counts."""
-    picture = np.zeros((4, 8, 3))
-    picture[...] = (0, 100, 0)
-    picture[1:3, 2] = (180, 0, 0)
+    pixels = np.zeros((4, 8, 3))
+    pixels[...] = (0, 100, 0)
+    pixels[1:3, 2] = (180, 0, 0)
     (colours / "devkit/ImageSets/Segmentation/val.txt").unlink()
-    write_picture(colours / "devkit", "b", picture, None, [(2, 1, 6, 3, "red")])
+    write_image(colours / "devkit", "b", pixels, None, [(2, 1, 6, 3, "red")])
     assert measured(evaluate.Boxes, colours)["accuracy"] == 0.0
     assert measured(evaluate.Boxes, colours, background=True)["accuracy"] == 100.0
 
@@ -394,25 +394,25 @@ def test_a_mask_of_another_size_is_named_not_the_labels(colours, kind):
     write_label_map(colours / "labels/crf/a.png", torch.zeros(6, 8, dtype=torch.long))
     write_label_map(colours / "devkit/SegmentationClassAug/a.png", torch.zeros(6, 9))
     paths = (colours / "labels", colours / "x.json", colours / "devkit", "val")
-    said = r"Aug/a\.png must have the size of its picture, 8 x 6, got 9 x 6"
+    said = r"Aug/a\.png must have the size of its image, 8 x 6, got 9 x 6"
     with pytest.raises(ValueError, match=said):
         evaluate.main(kind(*paths, classes=CLASSES))
     with pytest.raises(ValueError, match=said):
         measured(evaluate.Cams, colours)
 
 
-def test_a_segmentation_is_not_scored_by_a_mask_of_another_size(pictures):
-    write_label_map(pictures / "devkit/SegmentationClassAug/a.png", torch.zeros(20, 20))
-    with pytest.raises(ValueError, match=r"Aug/a\.png must have the size of its picture, 24 x 20"):
-        evaluate.main(segmentation(pictures))
+def test_a_segmentation_is_not_scored_by_a_mask_of_another_size(photos):
+    write_label_map(photos / "devkit/SegmentationClassAug/a.png", torch.zeros(20, 20))
+    with pytest.raises(ValueError, match=r"Aug/a\.png must have the size of its image, 24 x 20"):
+        evaluate.main(segmentation(photos))
 
 
-def test_filling_rates_of_a_box_outside_the_picture_are_refused(colours):
+def test_filling_rates_of_a_box_outside_the_image_are_refused(colours):
     write_label_map(colours / "labels/crf/a.png", torch.zeros(6, 8, dtype=torch.long))
     path = colours / "devkit/Annotations/a.xml"
     path.write_text(path.read_text().replace("<xmax>5<", "<xmax>50<"))
     paths = (colours / "labels", colours / "x.json", colours / "devkit", "val")
-    with pytest.raises(ValueError, match=r"a\.xml: box 0 must lie in the picture of 8 x 6"):
+    with pytest.raises(ValueError, match=r"a\.xml: box 0 must lie in the image of 8 x 6"):
         evaluate.main(evaluate.Filling(*paths, classes=CLASSES))
 
 
@@ -445,7 +445,7 @@ def test_what_train_classifier_wrote_is_read(colours, monkeypatch):
     features, weight = SmallFeatures().eval(), torch.randn(3, 96)
     content = {"settings": plain(kept), "classes": list(CLASSES), "loss": 0.0, "weight": weight}
     torch.save({**content, "features": features.state_dict()}, colours / "classifier.pt")
-    image, annotation = Devkit(colours / "devkit", CLASSES).picture("a")
+    image, annotation = Devkit(colours / "devkit", CLASSES).annotated("a")
     with torch.no_grad():
         x = features(image[None])[0]  # the cells of three boxes on a map of 2 x 2
     cells = (x[:, :, 0].mean(1), x[:, 0, 1], x[:, 1, 1])

@@ -1,4 +1,4 @@
-"""Stage 2 on twelve drawn pictures: what is written, what a rerun does, what is refused."""
+"""Stage 2 on twelve drawn images: what is written, what a rerun does, what is refused."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def names(settings):
 
 
 def copied(settings, tmp_path):
-    """The same on pictures that a test may break."""
+    """The same on images that a test may break."""
     root = shapes.write_shapes(tmp_path / "own", 12, 4, 64)
     return replace(settings, root=root)
 
@@ -89,11 +89,11 @@ def files(folder):
 
 
 def outside_of_their_boxes(settings, folder):
-    """Pixels with a class whose boxes are elsewhere, over all pictures."""
+    """Pixels with a class whose boxes are elsewhere, over all images."""
     devkit, wrong = Devkit(settings.root, settings.classes), 0
     for name in names(settings):
         found = read_label_map(settings.out / folder / f"{name}.png")
-        _, annotation = devkit.picture(name)
+        _, annotation = devkit.annotated(name)
         allowed = found == 0
         for box, label in zip(annotation.boxes, annotation.labels, strict=True):
             x1, y1, x2, y2 = box.long().tolist()
@@ -114,7 +114,7 @@ def test_network_writes_both_maps_where_they_agree_and_the_unaries(settings, cla
     generate = PseudoLabelGenerator(DenseCRF(iterations=2))
     devkit = Devkit(settings.root, settings.classes)
     for name in names(settings):
-        image, annotation = devkit.picture(name)
+        image, annotation = devkit.annotated(name)
         with torch.no_grad():
             features = trained.features.eval()(image[None])
         y = generate(image[None], features, trained.weight, [annotation.boxes], [annotation.labels])
@@ -170,7 +170,7 @@ def test_other_settings_do_not_mix_with_labels_that_are_there(settings, classifi
         main(mine)
 
 
-def test_pictures_are_shared_out_among_processes(settings, monkeypatch, tmp_path):
+def test_images_are_shared_out_among_processes(settings, monkeypatch, tmp_path):
     """Two processes write what one does; here one after the other."""
     main(replace(settings, out=tmp_path / "one"))
     launch = generate_labels.launch
@@ -217,25 +217,25 @@ def test_two_real_processes(settings, tmp_path):
     assert files(settings.out) == files(tmp_path / "one")
 
 
-def test_broken_pictures_are_skipped_and_counted(settings, tmp_path):
+def test_broken_images_are_skipped_and_counted(settings, tmp_path):
     mine = copied(settings, tmp_path)
     cut, odd, *fine = names(mine)
-    picture = mine.root / "JPEGImages" / f"{cut}.jpg"
+    photo = mine.root / "JPEGImages" / f"{cut}.jpg"
     annotation = mine.root / "Annotations" / f"{odd}.xml"
-    pixels, text = picture.read_bytes(), annotation.read_text()
-    picture.write_bytes(pixels[: len(pixels) // 2])
+    pixels, text = photo.read_bytes(), annotation.read_text()
+    photo.write_bytes(pixels[: len(pixels) // 2])
     annotation.write_text(text.replace("<xmax>", "<xmax>99"))
     scores = main(mine)["scores"]
     assert scores["skipped"] == [cut, odd]
     assert scores["pictures"] == 2
-    assert "must be a picture" in scores["errors"][cut]
-    assert "must lie in the picture" in scores["errors"][odd]
+    assert "must be an image" in scores["errors"][cut]
+    assert "must lie in the image" in scores["errors"][odd]
     assert {path.stem for path in (mine.out / "crf").iterdir()} == set(fine)
-    with pytest.raises(ValueError, match=rf"2 of 4 pictures skipped.*{cut}, {odd}"):
+    with pytest.raises(ValueError, match=rf"2 of 4 images skipped.*{cut}, {odd}"):
         generate_labels.command(mine)
     kept = json.loads((mine.out / "result.json").read_text())["scores"]
     assert kept["pictures_timed"] == 2  # the speed of those that were labelled
-    picture.write_bytes(pixels)
+    photo.write_bytes(pixels)
     annotation.write_text(text)
     scores = main(mine)["scores"]
     assert scores["skipped"] == []
@@ -257,7 +257,7 @@ def test_full_disk_ends_the_run(settings, monkeypatch):
     assert main(settings)["scores"]["pictures"] == 4
 
 
-def test_picture_without_boxes_is_background(settings, tmp_path):
+def test_image_without_boxes_is_background(settings, tmp_path):
     mine = copied(settings, tmp_path)
     name = names(mine)[0]
     (mine.root / "Annotations" / f"{name}.xml").write_text("<annotation/>")
@@ -362,7 +362,7 @@ def masks(settings, folder):
 
 
 @pytest.mark.parametrize("method", ["box", "grabcut", "wssl", "mcg", "sdi", "masks"])
-def test_rivals_stay_in_their_boxes(settings, method, tmp_path):
+def test_baselines_stay_in_their_boxes(settings, method, tmp_path):
     mine = replace(
         settings,
         method=method,
@@ -376,7 +376,7 @@ def test_rivals_stay_in_their_boxes(settings, method, tmp_path):
     found = {name: read_label_map(mine.out / "labels" / f"{name}.png") for name in names(mine)}
     boxes = {}
     for name in found:
-        image, annotation = devkit.picture(name)
+        image, annotation = devkit.annotated(name)
         boxes[name] = fill_boxes(annotation.boxes, annotation.labels, tuple(image.shape[1:]))
     same = [torch.equal(found[name], boxes[name]) for name in found]
     assert all(same) if method == "box" else not all(same)
@@ -395,7 +395,7 @@ def test_masks_of_objects_in_the_order_of_the_annotation(settings, tmp_path):
     mine = replace(copied(settings, tmp_path), method="masks", masks=folder, difficult=False)
     devkit = Devkit(mine.root, mine.classes)
     for name in names(mine):
-        image, annotation = devkit.picture(name)
+        image, annotation = devkit.annotated(name)
         for i in range(len(annotation.labels)):
             if i == 0:  # the first object is difficult: no mask of it is asked for
                 path = mine.root / "Annotations" / f"{name}.xml"
@@ -480,7 +480,7 @@ def test_missing_inputs_are_refused(settings, tmp_path):
     folder = masks(settings, tmp_path / "masks")
     mine = replace(settings, method="masks", masks=folder)
     Image.new("L", (60, 64)).save(folder / f"{second}.png")
-    refused(mine, rf"{second}\.png must have the size of its picture, 64 x 64, got 60 x 64")
+    refused(mine, rf"{second}\.png must have the size of its image, 64 x 64, got 60 x 64")
     (folder / f"{first}.png").unlink()
     (folder / f"{second}.png").unlink()
     refused(mine, missing, FileNotFoundError)
@@ -511,10 +511,10 @@ def test_a_mask_that_is_cut_off_is_named(settings, tmp_path, size):
     folder = masks(settings, tmp_path / "masks")
     path = folder / f"{names(settings)[1]}.png"
     path.write_bytes(path.read_bytes()[:size])
-    refused(replace(settings, method="masks", masks=folder), rf"{path.name} must be a picture: ")
+    refused(replace(settings, method="masks", masks=folder), rf"{path.name} must be an image: ")
 
 
-def test_bad_proposals_of_one_picture_skip_it(settings, tmp_path):
+def test_bad_proposals_of_one_image_skip_it(settings, tmp_path):
     folder = proposals(settings, tmp_path / "proposals")
     name = names(settings)[1]
     (folder / f"{name}.mat").write_text("no matrix" * 50)

@@ -28,7 +28,7 @@ BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bnd
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """Twelve pictures: train is 0..2, val 8..11; lists of SBD give 2..9, its masks 3..7."""
+    """Twelve images: train is 0..2, val 8..11; lists of SBD give 2..9, its masks 3..7."""
     top = tmp_path_factory.mktemp("drawn")
     root = shapes.write_shapes(top / "VOCdevkit/VOC2012", 12, 4, 48)
     write_list(root / "ImageSets/Segmentation/train.txt", NAMES[:3])
@@ -78,13 +78,13 @@ def test_train_aug_is_made_by_the_rule_once(top, root, capsys):
     found = main(settings(top))
     path = root / "ImageSets/Segmentation/train_aug.txt"
     assert read_names(path) == NAMES[:8]
-    assert found["scores"]["train_aug"] == "8 pictures (VOC 2012 has 10,582), written"
+    assert found["scores"]["train_aug"] == "8 images (VOC 2012 has 10,582), written"
     assert found["scores"]["wrong"] == []
     assert command(settings(top)) == 0
-    assert "12 pictures checked, nothing is wrong" in capsys.readouterr().out
+    assert "12 images checked, nothing is wrong" in capsys.readouterr().out
     again = main(settings(top))
-    assert again["scores"]["train_aug"] == "8 pictures (VOC 2012 has 10,582), as by the rule"
-    assert "train_aug: 8 pictures (VOC 2012 has 10,582), as by" in capsys.readouterr().out
+    assert again["scores"]["train_aug"] == "8 images (VOC 2012 has 10,582), as by the rule"
+    assert "train_aug: 8 images (VOC 2012 has 10,582), as by" in capsys.readouterr().out
 
 
 def test_the_result_tells_what_the_devkit_holds(top, root):
@@ -98,15 +98,15 @@ def test_the_result_tells_what_the_devkit_holds(top, root):
     assert [part["pictures"] for part in (train, aug, val, everything)] == [3, 8, 4, 12]
     assert [part["masks"] for part in (train, aug, val, everything)] == [3, 3, 4, 7]
     devkit = Devkit(root, shapes.CLASSES)
-    pictures = [devkit.picture(name) for name in NAMES[:3]]
-    boxes = torch.cat([annotation.boxes for _, annotation in pictures])
-    labels = torch.cat([annotation.labels for _, annotation in pictures])
+    images = [devkit.annotated(name) for name in NAMES[:3]]
+    boxes = torch.cat([annotation.boxes for _, annotation in images])
+    labels = torch.cat([annotation.labels for _, annotation in images])
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) / 48**2
     assert train["boxes"] == len(boxes)
     assert train["difficult"] == 1
     assert train["median_box_share"] == pytest.approx(np.median(areas))
     covered = torch.zeros(3, 48, 48)
-    for i, (_, annotation) in enumerate(pictures):
+    for i, (_, annotation) in enumerate(images):
         for x1, y1, x2, y2 in annotation.boxes.long().tolist():
             covered[i, y1:y2, x1:x2] = 1
     assert train["covered_share"] == pytest.approx(float(covered.mean()))
@@ -137,7 +137,7 @@ def test_a_differing_train_aug_stays_unless_forced(top, root, capsys):
 def test_check_only_writes_nothing(top, root, capsys):
     before = files(root)
     assert command(settings(top, check_only=True)) == 0
-    assert "train_aug: 8 pictures (VOC 2012 has 10,582) by the rule, not written" in (
+    assert "train_aug: 8 images (VOC 2012 has 10,582) by the rule, not written" in (
         capsys.readouterr().out
     )
     assert command(settings(top, check_only=True, sbd=None)) == 0
@@ -184,7 +184,7 @@ def test_broken_masks_of_sbd_are_listed_and_not_written(top, root):
         (
             f"{NAMES[3]}.mat does not exist",
             f"{NAMES[4]}.mat must hold a mask of SBD: ",
-            f"{NAMES[5]}.mat must have the size of its picture, 48 x 48, got 8 x 9",
+            f"{NAMES[5]}.mat must have the size of its image, 48 x 48, got 8 x 9",
             f"{NAMES[6]}.mat must hold a map of classes 0..6 as uint8, got shape (48, 48) "
             "of uint8 with maximum 7",
         ),
@@ -195,7 +195,7 @@ def test_broken_masks_of_sbd_are_listed_and_not_written(top, root):
     assert written == [False, False, False, False, True]
 
 
-def break_picture(root, name):
+def break_image(root, name):
     path = root / "JPEGImages" / f"{name}.jpg"
     path.write_bytes(path.read_bytes()[:600])
 
@@ -211,11 +211,11 @@ def an_object(*corners, name="ring"):
 
 
 BREAK = {
-    "no picture": (
+    "no image": (
         lambda root, name: (root / "JPEGImages" / f"{name}.jpg").unlink(),
         "JPEGImages/{}.jpg does not exist",
     ),
-    "truncated picture": (break_picture, "JPEGImages/{}.jpg must be a picture: "),
+    "truncated image": (break_image, "JPEGImages/{}.jpg must be an image: "),
     "no annotation": (
         lambda root, name: (root / "Annotations" / f"{name}.xml").unlink(),
         "Annotations/{}.xml does not exist",
@@ -231,7 +231,7 @@ BREAK = {
     ),
     "box outside": (
         lambda root, name: annotate(root, name, an_object(1, 1, 9, 9) + an_object(1, 1, 9, 50)),
-        "Annotations/{}.xml: box 1 must lie in the picture of 48 x 48, got xmin=1 ymin=1 xmax=9 "
+        "Annotations/{}.xml: box 1 must lie in the image of 48 x 48, got xmin=1 ymin=1 xmax=9 "
         "ymax=50",
     ),
     "no boxes": (
@@ -240,13 +240,13 @@ BREAK = {
     ),
     "other size": (
         lambda root, name: annotate(root, name, an_object(1, 1, 9, 9), size=(48, 64)),
-        "Annotations/{}.xml must state the size of its picture, 48 x 48, got 48 x 64",
+        "Annotations/{}.xml must state the size of its image, 48 x 48, got 48 x 64",
     ),
     "mask of another size": (
         lambda root, name: write_label_map(
             root / "SegmentationClassAug" / f"{name}.png", torch.zeros(48, 47)
         ),
-        "SegmentationClassAug/{}.png must have the size of its picture, 48 x 48, got 47 x 48",
+        "SegmentationClassAug/{}.png must have the size of its image, 48 x 48, got 47 x 48",
     ),
     "mask with another class": (
         lambda root, name: write_label_map(
@@ -258,12 +258,12 @@ BREAK = {
 
 
 @pytest.mark.parametrize("case", BREAK)
-def test_what_is_wrong_with_a_picture_is_one_line(root, case):
+def test_what_is_wrong_with_an_image_is_one_line(root, case):
     destroy, message = BREAK[case]
     devkit = Devkit(root, shapes.CLASSES)
-    assert prepare.check_picture(devkit, NAMES[8]).wrong == []
+    assert prepare.check_image(devkit, NAMES[8]).wrong == []
     destroy(root, NAMES[8])
-    (line,) = prepare.check_picture(devkit, NAMES[8]).wrong
+    (line,) = prepare.check_image(devkit, NAMES[8]).wrong
     assert message.format(NAMES[8]) in line
     assert "\n" not in line
 
@@ -279,7 +279,7 @@ def test_everything_wrong_is_listed_and_counted(top, root, capsys):
     assert printed.err == "prepare.py: 12 things are wrong, see above\n"
     for name, (_, message) in zip(NAMES, BREAK.values(), strict=False):
         assert printed.out.count(message.format(name)) == 1
-    assert "odd.txt must hold one picture name a line, got 'a/b'" in printed.out
+    assert "odd.txt must hold one image name a line, got 'a/b'" in printed.out
     assert f"two.txt must hold each name once, got {NAMES[4]!r} 2 times" in printed.out
     assert len(json.loads((top / "out/result.json").read_text())["scores"]["wrong"]) == 12
 
@@ -310,7 +310,7 @@ def test_a_long_list_is_cut_but_kept_in_the_result(top, root, capsys, monkeypatc
     assert "... and 1 more in" in out
 
 
-def test_pictures_of_no_split_and_of_the_test_split_need_no_boxes(top, root):
+def test_images_of_no_split_and_of_the_test_split_need_no_boxes(top, root):
     for name in ("extra", "unseen"):
         Image.new("RGB", (9, 9)).save(root / "JPEGImages" / f"{name}.jpg")
     write_list(root / "ImageSets/Segmentation/test.txt", ["unseen"])
@@ -319,7 +319,7 @@ def test_pictures_of_no_split_and_of_the_test_split_need_no_boxes(top, root):
     assert found["splits"]["test"]["pictures"] == 1
     assert found["splits"]["test"]["covered_share"] is None
     assert found["splits"]["all"]["pictures"] == 14
-    break_picture(root, "extra")
+    break_image(root, "extra")
     (root / "Annotations/lost.xml").write_text("<annotation></annotation>")
     wrong = main(settings(top))["scores"]["wrong"]
     assert ["extra.jpg must be a pic" in wrong[0], "lost.jpg does not exist" in wrong[1]] == (
@@ -327,19 +327,19 @@ def test_pictures_of_no_split_and_of_the_test_split_need_no_boxes(top, root):
     )
 
 
-def test_a_picture_of_train_and_val_is_told(top, root):
+def test_an_image_of_train_and_val_is_told(top, root):
     write_list(root / "ImageSets/Segmentation/train.txt", [*NAMES[:3], NAMES[9]])
     wrong = main(settings(top))["scores"]["wrong"]
-    assert wrong == [f"train.txt and val.txt must not share pictures, share 1: {NAMES[9]}"]
+    assert wrong == [f"train.txt and val.txt must not share images, share 1: {NAMES[9]}"]
 
 
-def test_train_aug_is_not_made_of_pictures_that_are_missing(top, root):
+def test_train_aug_is_not_made_of_images_that_are_missing(top, root):
     (root / "Annotations" / f"{NAMES[3]}.xml").unlink()
     (root / "JPEGImages" / f"{NAMES[5]}.jpg").unlink()
     found = main(settings(top))["scores"]
     assert found["train_aug"] == "cannot be made"
     assert found["wrong"][0] == (
-        "train_aug must have 8 pictures with annotations, 2 of them lack one or both: "
+        "train_aug must have 8 images with annotations, 2 of them lack one or both: "
         f"{NAMES[3]}, {NAMES[5]}"
     )
     assert not (root / "ImageSets/Segmentation/train_aug.txt").exists()
@@ -361,19 +361,19 @@ def test_the_whole_of_voc_gives_10582(tmp_path, monkeypatch):
     write_list(tmp_path / "SBD/train.txt", sbd[:8498])
     write_list(tmp_path / "SBD/val.txt", sbd[8498:])
     devkit = Devkit(root)
-    with pytest.raises(ValueError, match=r"must have 10,582 pictures with .*, 10,582 of .*: s0, s"):
+    with pytest.raises(ValueError, match=r"must have 10,582 images with .*, 10,582 of .*: s0, s"):
         prepare.train_aug(devkit, tmp_path / "SBD")
     monkeypatch.setattr(prepare, "_has_files", lambda devkit, name: True)
     assert prepare.train_aug(devkit, tmp_path / "SBD") == sorted(train + others)
     write_list(tmp_path / "SBD/train.txt", sbd[1:8498])
     with pytest.raises(
-        ValueError, match=r"10,582 pictures, got 10,581: .* SBD train has 8,497 of 8,498, SBD val"
+        ValueError, match=r"10,582 images, got 10,581: .* SBD train has 8,497 of 8,498, SBD val"
     ):
         prepare.train_aug(devkit, tmp_path / "SBD")
     wrong = []
     write_list(root / "ImageSets/Segmentation/train_aug.txt", train)
     prepare._splits(devkit, wrong)
-    assert wrong == ["train_aug.txt must have 10,582 pictures, got 1,464"]
+    assert wrong == ["train_aug.txt must have 10,582 images, got 1,464"]
 
 
 def test_missing_parts_are_one_line_and_nothing_is_written(top, root, capsys):
@@ -483,7 +483,7 @@ def test_torchvision_unpacks_the_archives_that_it_has_fetched(drawn, tmp_path, m
     monkeypatch.setattr(prepare.SBDataset, "url", nowhere)
     monkeypatch.setattr(prepare.SBDataset, "md5", md5(sbd))
     found = main(settings(new, sbd=None, download=True, masks=True))
-    assert found["scores"]["train_aug"].startswith("8 pictures")
+    assert found["scores"]["train_aug"].startswith("8 images")
     assert found["scores"]["wrong"] == []
     assert found["scores"]["splits"]["train_aug"]["masks"] == 8
 
@@ -498,7 +498,7 @@ def md5(path):
 
 def test_the_script_exits_with_1_if_anything_is_wrong(top, root, monkeypatch, capsys):
     annotate(root, NAMES[1], an_object(1, 1, 9, 9).replace("<bnd", "<difficult>1</difficult><bnd"))
-    break_picture(root, NAMES[2])
+    break_image(root, NAMES[2])
     given = ["--root", root, "--sbd", top / "SBD", "--out", top / "out", "--no-difficult"]
     given = ["prepare.py", *map(str, given), "--classes", *shapes.CLASSES]
     monkeypatch.setattr(sys, "argv", given)

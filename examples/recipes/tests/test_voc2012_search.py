@@ -59,7 +59,7 @@ def planted(drawn, classifier, tmp_path):
         (tmp_path / folder).symlink_to(drawn / folder)
     devkit, generate = Devkit(tmp_path, shapes.CLASSES), make_generator(PLANTED, NO_CRF)
     for name in devkit.names("train"):
-        image, (boxes, labels, _) = devkit.picture(name)
+        image, (boxes, labels, _) = devkit.annotated(name)
         with torch.no_grad():
             features = classifier.features(image[None]).half().float()
         y = generate(image[None], features, classifier.weight, [boxes], [labels])
@@ -124,7 +124,7 @@ def test_an_interrupted_search_goes_on(planted, tmp_path, monkeypatch):
 
 
 def search_as_rank(fabric, given, names):
-    """Search in one of several processes, with other pictures in each; note how that ended."""
+    """Search in one of several processes, with other images in each; note how that ended."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "launch", lambda machines: fabric)
         try:
@@ -195,7 +195,7 @@ def test_a_row_is_what_the_generator_and_the_score_say(planted, classifier, tmp_
     devkit, generate = Devkit(planted, shapes.CLASSES), make_generator(generator, crf)
     scores = {key: SegmentationScore(7, (0, 1, 2)) for key in ("miou", "retrieval", "both")}
     for name in bench.names[:3]:
-        image, (boxes, labels, _) = devkit.picture(name)
+        image, (boxes, labels, _) = devkit.annotated(name)
         with torch.no_grad():
             features = classifier.features(image[None]).half().float()
         y = generate(image[None], features, classifier.weight, [boxes], [labels])
@@ -209,25 +209,25 @@ def test_a_row_is_what_the_generator_and_the_score_say(planted, classifier, tmp_
 
 
 def test_a_quarter_of_the_resolution_is_the_same_scene(planted, tmp_path):
-    picture = read(planted, tmp_path).pictures[0]
-    view = search.coarsened(picture)
+    entry = read(planted, tmp_path).images[0]
+    view = search.coarsened(entry)
     assert view.image.shape == (1, 3, 16, 16)
-    assert torch.equal(view.boxes, picture.boxes / 4)
-    assert torch.equal(view.truth, picture.truth[2::4, 2::4])
-    odd = search.coarsened(picture._replace(truth=picture.truth[:63, :50]))
+    assert torch.equal(view.boxes, entry.boxes / 4)
+    assert torch.equal(view.truth, entry.truth[2::4, 2::4])
+    odd = search.coarsened(entry._replace(truth=entry.truth[:63, :50]))
     assert odd.truth.shape == (15, 12)
     scale = torch.tensor([12 / 50, 15 / 63, 12 / 50, 15 / 63])
-    torch.testing.assert_close(odd.boxes, picture.boxes * scale)
+    torch.testing.assert_close(odd.boxes, entry.boxes * scale)
 
 
 def test_features_too_large_for_half_precision_are_kept(planted, classifier, tmp_path):
-    assert read(planted, tmp_path, count=1).pictures[0].features.dtype == torch.float16
+    assert read(planted, tmp_path, count=1).images[0].features.dtype == torch.float16
     with torch.no_grad():
         classifier.features.layers[-1].weight.mul_(1e9)
-    assert read(planted, tmp_path, count=1).pictures[0].features.dtype == torch.float32
+    assert read(planted, tmp_path, count=1).images[0].features.dtype == torch.float32
 
 
-def test_pictures_are_spread_evenly_and_have_masks(planted, tmp_path):
+def test_images_are_spread_evenly_and_have_masks(planted, tmp_path):
     names = Devkit(planted).names("train")
     (planted / "SegmentationClassAug" / f"{names[2]}.png").unlink()
     kept = [name for name in names if name != names[2]]

@@ -45,11 +45,11 @@ def write(path, kind, settings, scores, **more):
 class Runs:
     """Writes result files as the scripts do, of one data set and backbone."""
 
-    def __init__(self, folder, root, backbone, score_classes=(), pictures=None, **classifier):
+    def __init__(self, folder, root, backbone, score_classes=(), images=None, **classifier):
         self.folder = folder
         self.root = Path(root)
         self.score_classes = score_classes
-        self.pictures = pictures or paper.PICTURES
+        self.images = images or paper.IMAGES
         self.first = replace(
             train_classifier.Settings(), root=self.root, backbone=backbone, **classifier
         )
@@ -72,7 +72,7 @@ class Runs:
             found["both"] |= {"coverage": 95.0, "miou_strict": 70.0}
         evaluation = evaluate.Labels(out, out / f"{split}.json", self.root, split)
         evaluation = replace(evaluation, score_classes=self.score_classes)
-        found |= {"pictures": self.pictures[split], "left_out": 0}
+        found |= {"pictures": self.images[split], "left_out": 0}
         self.evaluation(out / f"{split}.json", "labels", evaluation, found, "labels", settings)
         return settings
 
@@ -87,7 +87,7 @@ class Runs:
         evaluation = evaluate.Segmentation(out / "segmenter.pt", out / "val.json", self.root)
         evaluation = replace(evaluation, score_classes=self.score_classes)
         found = {test: self.miou(value) for test, value in tests.items()}
-        more = {"pictures": self.pictures["val"], "crf": [4, 121, 5, 3, 3]}
+        more = {"pictures": self.images["val"], "crf": [4, 121, 5, 3, 3]}
         path = out / "val.json"
         self.evaluation(path, "segmentation", evaluation, found, "segmentation", settings, **more)
         return settings
@@ -199,13 +199,13 @@ def test_another_backbone_never_stands_in_our_column(tmp_path):
     assert cell(text, "Table 1", "Box", "elsewhere: val") == "63.4"
     said = re.search(r"\*\*elsewhere\*\*: (.*)", text).group(1)
     assert said.startswith(
-        "voc-animals, labels by tf_efficientnet_lite0; pictures: 200 of val; classes"
+        "voc-animals, labels by tf_efficientnet_lite0; images: 200 of val; classes"
     )
     assert "epochs 4 (there 15)" in said
     assert "stride 16 (there 8)" in said
 
 
-def test_all_of_voc_with_fewer_classes_or_pictures_is_not_the_papers(tmp_path):
+def test_all_of_voc_with_fewer_classes_or_images_is_not_the_papers(tmp_path):
     for i, options in enumerate(({"score_classes": ANIMALS}, {"pictures": {"val": 1448}})):
         runs = Runs(tmp_path / f"runs{i}", "/data/VOCdevkit/VOC2012", "vgg16", **options)
         runs.labels("bap", {"crf": 79.0}, runs.classifier("bap_0"))
@@ -579,7 +579,7 @@ def test_markdown_cells_keep_their_text():
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A devkit of drawn pictures, some without boxes, and everything that figures come from."""
+    """A devkit of drawn images, some without boxes, and everything that figures come from."""
     folder = tmp_path_factory.mktemp("drawn")
     root = shapes.write_shapes(folder / "shapes", 6, 2, 64, seed=3)
     devkit = Devkit(root, shapes.CLASSES)
@@ -629,7 +629,7 @@ def drawn(tmp_path_factory):
     return runs
 
 
-def test_every_figure_is_drawn_from_drawn_pictures(tmp_path, drawn):
+def test_every_figure_is_drawn_from_drawn_images(tmp_path, drawn):
     several = animals(tmp_path / "more")
     classifier_evaluations(several)
     labels = several.labels("base", {"crf": 1.0}, several.classifier("base"))
@@ -644,10 +644,10 @@ def test_every_figure_is_drawn_from_drawn_pictures(tmp_path, drawn):
         data = one.path.read_bytes()
         assert len(data) <= figures.LARGEST, one.path
         if one.path.suffix == ".png":
-            with Image.open(one.path) as picture:
-                colours = picture.convert("RGB").getcolors(1 << 24)
+            with Image.open(one.path) as image:
+                colours = image.convert("RGB").getcolors(1 << 24)
                 assert len(colours) > 20, one.path
-                assert picture.width <= 4 * 244
+                assert image.width <= 4 * 244
         else:
             assert data.count(b"<path") > 3
     text = page.to_html("# A\n\n![b](figures/" + found[0].path.name + ")", tmp_path)

@@ -139,7 +139,7 @@ def test_it_learns_and_the_classifier_comes_back(finished, root):
     with torch.no_grad():
         losses = []
         for name in devkit.names("train"):
-            image, annotation = devkit.picture(name)
+            image, annotation = devkit.annotated(name)
             out = pool(classifier.features(image[None]), [annotation.boxes], (64, 64))
             pair = (classifier.weight, [annotation.labels])
             losses.append(train_classifier.box_classification_loss(out, *pair))
@@ -268,12 +268,12 @@ def test_gap_and_bap_differ_and_so_does_every_other_setting_of_the_pooling(setti
     for i in range(len(found)):
         for j in range(i):
             assert not torch.equal(found[i], found[j]), (changes[i], changes[j])
-    # Where no picture has background enough, BAP is GAP.
+    # Where no image has background enough, BAP is GAP.
     same = weights_of(change(settings, out=tmp_path / "gap", min_background=1.0))["classifier"]
     assert torch.equal(same, found[1])
 
 
-def test_pictures_of_classes_left_out_are_not_trained_on(settings):
+def test_images_of_classes_left_out_are_not_trained_on(settings):
     devkit = Devkit(settings.root, shapes.CLASSES)
     everything = train_classifier.training_names(settings, devkit)
     assert len(everything) == 8
@@ -286,7 +286,7 @@ def test_pictures_of_classes_left_out_are_not_trained_on(settings):
 
 @pytest.fixture
 def few(root, tmp_path):
-    """A devkit of two pictures, free to be spoilt."""
+    """A devkit of two images, free to be spoilt."""
     few = tmp_path / "few"
     for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
         (few / folder).mkdir(parents=True)
@@ -330,8 +330,8 @@ def first(folder):
 
 def test_what_is_wrong_with_the_data_is_one_line(settings, few, capsys):
     settings = change(settings, root=few, iterations=1)
-    annotation, picture = first(few / "Annotations"), first(few / "JPEGImages")
-    text, pixels = annotation.read_text(), picture.read_bytes()
+    annotation, photo = first(few / "Annotations"), first(few / "JPEGImages")
+    text, pixels = annotation.read_text(), photo.read_bytes()
     objects = text[text.index("<object>") : text.rindex("</object>") + len("</object>")]
 
     line = line_of(change(settings, root=few / "nothing"), capsys)
@@ -344,7 +344,7 @@ def test_what_is_wrong_with_the_data_is_one_line(settings, few, capsys):
     annotation.write_text(text.replace(objects, ""))
     other.write_text(whole[: whole.index("<object>")] + "</annotation>")
     assert line_of(settings, capsys) == (
-        "split train must hold at least one box, got none in 2 pictures"
+        "split train must hold at least one box, got none in 2 images"
     )
     other.write_text(whole)
     annotation.write_text(text.replace("<name>", "<name>un", 1))
@@ -353,13 +353,13 @@ def test_what_is_wrong_with_the_data_is_one_line(settings, few, capsys):
     assert line_of(settings, capsys) == f"{annotation} does not exist"
     assert not settings.out.exists()  # nothing is written before all annotations were read
     annotation.write_text(text.replace("<xmax>", "<xmax>9", 1))
-    assert "box 0 must lie in the picture of 64 x 64, got xmin=" in line_of(settings, capsys)
+    assert "box 0 must lie in the image of 64 x 64, got xmin=" in line_of(settings, capsys)
     annotation.write_text(text)
-    picture.write_bytes(pixels[: len(pixels) // 2])
-    assert f"{picture} must be a picture: " in line_of(settings, capsys)
-    picture.unlink()
-    assert line_of(settings, capsys) == f"{picture} does not exist"
-    Image.new("RGB", (64, 64)).save(picture)  # black, but a picture
+    photo.write_bytes(pixels[: len(pixels) // 2])
+    assert f"{photo} must be an image: " in line_of(settings, capsys)
+    photo.unlink()
+    assert line_of(settings, capsys) == f"{photo} does not exist"
+    Image.new("RGB", (64, 64)).save(photo)  # black, but an image
     assert main(settings)["scores"]["steps"] == 1
 
 
@@ -391,9 +391,9 @@ def test_settings_out_of_range_are_one_line(settings, capsys, options, message):
     assert not settings.out.exists()
 
 
-def test_less_than_a_picture_for_each_rank_is_too_little():
+def test_less_than_an_image_for_each_rank_is_too_little():
     plan = {"seed": 0, "steps": 1, "batch_size": 1, "pictures": 8}
-    with pytest.raises(ValueError, match="batches must hold a picture for each of 2 devices"):
+    with pytest.raises(ValueError, match="batches must hold an image for each of 2 devices"):
         training._check(plan, 1, 0, SILENT, ranks=2)
 
 

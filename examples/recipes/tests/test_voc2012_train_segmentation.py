@@ -25,12 +25,12 @@ from bapnal_recipes.voc2012.train_segmentation import (
     LOSSES,
     PRESETS,
     ConfidenceKeeper,
-    LabelledPictures,
+    LabelledImages,
     Objective,
     Settings,
     load_segmenter,
     main,
-    training_pictures,
+    training_images,
 )
 from strategies import seeded
 
@@ -240,12 +240,12 @@ def test_it_learns(settings):
 def test_the_true_mask_stands_for_both_maps(settings, tmp_path):
     first, *others = names_of(settings)
     path = write_list(tmp_path / "list.txt", [first])
-    data = training_pictures(change(settings, true_masks=path))
-    plain = LabelledPictures(data.devkit, data.names, data.folders, data.true)
+    data = training_images(change(settings, true_masks=path))
+    plain = LabelledImages(data.devkit, data.names, data.folders, data.true)
     mask = data.devkit.mask(first)
     for labels in plain[0].maps:
         assert torch.equal(labels, mask)
-    untouched = LabelledPictures(data.devkit, data.names, data.folders)
+    untouched = LabelledImages(data.devkit, data.names, data.folders)
     assert not torch.equal(untouched[0].maps, plain[0].maps)
     for i in range(1, len(others) + 1):
         assert torch.equal(untouched[i].maps, plain[i].maps)
@@ -264,7 +264,7 @@ def test_full_supervision_needs_no_label_maps(settings, tmp_path):
 def test_only_the_maps_of_the_loss_are_read(settings, own_labels, loss, maps):
     for folder in {"crf", "ret"} - set(maps):
         shutil.rmtree(own_labels / folder)
-    data = training_pictures(change(settings, labels=own_labels, loss=loss))
+    data = training_images(change(settings, labels=own_labels, loss=loss))
     assert [folder.name for folder in data.folders] == list(maps)
     assert data[0].maps.shape == (len(maps), 32, 32)
 
@@ -280,13 +280,13 @@ def test_another_folder_may_give_the_second_map(settings, labels, tmp_path, monk
         "sam/labels": Path("sam/labels"),
         absolute: Path(absolute),
     }.items():
-        data = training_pictures(change(settings, second=second))
+        data = training_images(change(settings, second=second))
         assert data.folders == [labels / "crf", expected]
     with pytest.raises(FileNotFoundError, match=rf"^{labels}/no/map or no/map must be a folder wi"):
-        training_pictures(change(settings, second="no/map"))
+        training_images(change(settings, second="no/map"))
     (tmp_path / "sam/result.json").write_text('{"settings": {"classes": ["cat"]}}')
     with pytest.raises(ValueError, match=r"classes must be those of sam/result\.json, cat, got ar"):
-        training_pictures(change(settings, second="sam/labels"))
+        training_images(change(settings, second="sam/labels"))
 
 
 def train_as_rank(fabric, settings):
@@ -350,12 +350,12 @@ def test_confidence_maps_are_kept_and_change_nothing(settings):
 def test_the_figure_of_the_paper_gets_its_epochs():
     _, paper = PRESETS["paper"]
     fabric = type("Rank", (), {"is_global_zero": True})
-    data = LabelledPictures(None, range(10_582), [Path("crf")])
+    data = LabelledImages(None, range(10_582), [Path("crf")])
     keeper = ConfidenceKeeper(paper, fabric, None, data, 45 * 529, None)
     assert sorted(step / 529 for step in keeper.moments) == [0, 11, 22, 33, 45]
 
 
-def test_numbers_and_pictures_are_logged(settings):
+def test_numbers_and_images_are_logged(settings):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     main(change(settings, logging=Logging(interval=2), iterations=4))
@@ -465,7 +465,7 @@ MISTAKES = [
     ({"frozen": 1, "train_batch_norm": True}, "frozen must be 0 where batch norm is trained"),
     ({"root": Path("no/devkit")}, "no/devkit must hold a folder JPEGImages, has none"),
     ({"split": "most"}, "most.txt does not exist; splits there: train, val"),
-    ({"confidence_of": ("0000_000099",)}, "confidence_of must name pictures of train, got"),
+    ({"confidence_of": ("0000_000099",)}, "confidence_of must name images of train, got"),
     (
         {"labels": Path("none")},
         "none/crf or crf must be a folder with the label maps that loss 'nal' ",
@@ -497,25 +497,25 @@ def test_lists_and_label_maps_that_do_not_fit_are_named(settings, own_labels, tm
     path = write_list(tmp_path / "list.txt", [first, "cat", "dog"])
     fails(
         ValueError,
-        "list.txt must name pictures of train, but 2 of 3 are not, the first of them 'cat'",
+        "list.txt must name images of train, but 2 of 3 are not, the first of them 'cat'",
         true_masks=path,
     )
     path = write_list(tmp_path / "list.txt", [first, first])
     fails(ValueError, f"must hold each name once, got '{first}' 2 times", true_masks=path)
     for name in (second, third):
         (own_labels / f"ret/{name}.png").unlink()
-    missing = f"ret must hold a label map for each picture, has none for 2 of 8, .* {second}"
+    missing = f"ret must hold a label map for each image, has none for 2 of 8, .* {second}"
     fails(FileNotFoundError, missing)
     main(change(settings, loss="crf", out=tmp_path / "one map"))
     true = write_list(tmp_path / "list.txt", [second, third])
     main(change(settings, true_masks=true, out=tmp_path / "some masks"))
     write_label_map(own_labels / f"crf/{first}.png", torch.zeros(SIDE, SIDE - 8))
-    fails(ValueError, rf"{first}.png must have the size of its picture, 48 x 48, got 40 x 48",
+    fails(ValueError, rf"{first}.png must have the size of its image, 48 x 48, got 40 x 48",
           loss="crf")  # fmt: skip
     Image.new("RGB", (SIDE, SIDE)).save(own_labels / f"crf/{first}.png")
     fails(ValueError, f"{first}.png must hold class indices, got mode RGB", loss="crf")
     (own_labels / f"crf/{first}.png").write_bytes(b"half a file")
-    fails(ValueError, f"{first}.png must be a picture", loss="crf")
+    fails(ValueError, f"{first}.png must be an image", loss="crf")
 
 
 def test_a_mask_of_another_size_is_named(settings, root, tmp_path):

@@ -178,7 +178,7 @@ def freeze_batch_norm(network: nn.Module) -> None:
 
 
 def unit_range(images: Tensor) -> Tensor:
-    """Return uint8 pictures as floats in [0, 1], and floats as they are."""
+    """Return uint8 images as floats in [0, 1], and floats as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 

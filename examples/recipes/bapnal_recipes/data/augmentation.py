@@ -18,12 +18,12 @@ GREY = (124, 116, 104)  # what padding is filled with: the mean of natural image
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training pictures vary; applied to picture, boxes and label maps alike.
+    """How training images vary; applied to image, boxes and label maps alike.
 
     Args:
-        crop: Side of the square crop; smaller pictures are padded.
+        crop: Side of the square crop; smaller images are padded.
         scale: Range of the random zoom.
-        flip: Whether to mirror half of the pictures.
+        flip: Whether to mirror half of the images.
         jitter: Strength of the colour changes; 0 for none.
         min_side: Boxes with less than this many pixels left along a side are dropped.
     """
@@ -37,7 +37,7 @@ class Augmentation:
     def __call__(self, sample: Sample) -> Sample:
         """Return a varied copy of ``sample``."""
         height, width = sample.image.shape[1:]
-        # Padding is labelled 255 everywhere, so one more map of zeros tells where the picture is.
+        # Padding is labelled 255 everywhere, so one more map of zeros tells where the image is.
         everywhere = torch.cat([(~sample.valid).long()[None] * VOID, sample.maps])
         parts = (
             tv_tensors.Image(sample.image),

@@ -16,7 +16,7 @@ from bapnal_recipes.data.voc import Devkit
 
 
 class Sample(NamedTuple):
-    """One picture with its boxes, and whatever label maps go with it.
+    """One image with its boxes, and whatever label maps go with it.
 
     Attributes:
         name: Its name in the devkit.
@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pictures padded to one size; fields as in :class:`Sample`, boxes and labels as lists."""
+    """Images padded to one size; fields as in :class:`Sample`, boxes and labels as lists."""
 
     names: list[str]
     images: Tensor
@@ -47,19 +47,19 @@ class Batch(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the padded pictures."""
+        """Height and width of the padded images."""
         return self.images.shape[2], self.images.shape[3]
 
 
 class BoxDataset(Dataset[Sample]):
-    """Pictures with boxes, and on request with label maps; each is read when asked for.
+    """Images with boxes, and on request with label maps; each is read when asked for.
 
     Args:
-        devkit: Where the pictures are.
+        devkit: Where the images are.
         names: Which of them.
         augment: How to vary them; None leaves them as they are.
-        label_maps: Folders of PNG label maps ``NAME.png`` to go with each picture.
-        masks: Whether the true masks go with each picture, after ``label_maps``.
+        label_maps: Folders of PNG label maps ``NAME.png`` to go with each image.
+        masks: Whether the true masks go with each image, after ``label_maps``.
         keep: Keep what was read in memory, for data sets that fit there.
         difficult: Whether to keep the boxes that are marked as difficult.
         margin: By how much to loosen the boxes; see :func:`loosen`.
@@ -88,11 +88,11 @@ class BoxDataset(Dataset[Sample]):
         self.margin = margin
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return one picture, varied if so asked."""
+        """Return one image, varied if so asked."""
         if self.kept is None:
             sample = self._read(self.names[index])
         else:
@@ -102,7 +102,7 @@ class BoxDataset(Dataset[Sample]):
         return self.augment(sample) if self.augment else sample
 
     def _read(self, name: str) -> Sample:
-        image, annotation = self.devkit.picture(name)
+        image, annotation = self.devkit.annotated(name)
         size = (image.shape[1], image.shape[2])
         chosen = torch.ones_like(annotation.difficult) if self.difficult else ~annotation.difficult
         boxes = loosen(annotation.boxes[chosen], self.margin, size)
@@ -120,13 +120,13 @@ class BoxDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Pad pictures on the right and below to one size, and keep boxes and labels as lists."""
+    """Pad images on the right and below to one size, and keep boxes and labels as lists."""
     height = max(sample.image.shape[1] for sample in samples)
     width = max(sample.image.shape[2] for sample in samples)
 
-    def pad(picture: Tensor, fill: int | bool) -> Tensor:
-        lack = (0, width - picture.shape[-1], 0, height - picture.shape[-2])
-        return torch.nn.functional.pad(picture, lack, value=fill) if any(lack) else picture
+    def pad(plane: Tensor, fill: int | bool) -> Tensor:
+        lack = (0, width - plane.shape[-1], 0, height - plane.shape[-2])
+        return torch.nn.functional.pad(plane, lack, value=fill) if any(lack) else plane
 
     return Batch(
         [sample.name for sample in samples],
@@ -144,7 +144,7 @@ def loosen(boxes: Tensor, margin: float, size: tuple[int, int]) -> Tensor:
     Args:
         boxes: ``(K, 4)``, xyxy.
         margin: How far, as a share of the box's width (left and right) and height.
-        size: Height and width of the picture, at whose border the boxes end.
+        size: Height and width of the image, at whose border the boxes end.
 
     Returns:
         ``(K, 4)``.

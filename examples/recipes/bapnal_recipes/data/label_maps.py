@@ -25,10 +25,10 @@ def read_label_map(path: Path) -> Tensor:
 
 def write_label_map(path: Path, labels: Tensor) -> None:
     """Write a PNG of class indices with the VOC palette, whole or not at all."""
-    picture = Image.fromarray(labels.to("cpu", torch.uint8).numpy())
-    picture.putpalette(voc_palette().flatten().tolist())
+    image = Image.fromarray(labels.to("cpu", torch.uint8).numpy())
+    image.putpalette(voc_palette().flatten().tolist())
     with whole(path) as unfinished:
-        picture.save(unfinished, format="PNG")
+        image.save(unfinished, format="PNG")
 
 
 def voc_palette() -> np.ndarray:
@@ -74,7 +74,7 @@ def class_colours() -> np.ndarray:
 
 
 def grey_map(values: Tensor) -> Tensor:
-    """Return a map in [0, 1], ``(H, W)``, as a picture from dark blue over green to yellow."""
+    """Return a map in [0, 1], ``(H, W)``, as an image from dark blue over green to yellow."""
     stops = torch.tensor(
         [[13, 8, 60], [45, 80, 140], [30, 155, 138], [110, 205, 90], [253, 231, 60]]
     )
@@ -85,7 +85,7 @@ def grey_map(values: Tensor) -> Tensor:
 
 
 def label_map(image: Tensor, labels: Tensor) -> Tensor:
-    """Return classes as colours over the dimmed picture; what is ignored is white."""
+    """Return classes as colours over the dimmed image; what is ignored is white."""
     colours = torch.from_numpy(class_colours())[labels].permute(2, 0, 1).float()
     dimmed = 0.45 * image.float().mean(0, keepdim=True).expand(3, -1, -1)
     shown = torch.where(labels == 0, dimmed, 0.25 * dimmed + 0.85 * colours)

@@ -28,7 +28,7 @@ class Segmentation(NamedTuple):
 
 
 class SegmentationScore:
-    """Intersection over union from one confusion matrix over all pictures.
+    """Intersection over union from one confusion matrix over all images.
 
     Pixels whose truth is 255 do not count. Neither do those predicted as 255: what is reported
     for such labels belongs together with their coverage.
@@ -49,7 +49,7 @@ class SegmentationScore:
         self.confusion = MulticlassConfusionMatrix(num_classes + 1, validate_args=False)
 
     def update(self, predicted: Tensor, truth: Tensor) -> None:
-        """Count the pixels of some pictures; both of one shape.
+        """Count the pixels of some images; both of one shape.
 
         Raises:
             ValueError: If the shapes differ or a value is no class.

@@ -1,6 +1,6 @@
-"""Read pictures, boxes and masks from a folder in the layout of the PASCAL VOC devkit.
+"""Read images, boxes and masks from a folder in the layout of the PASCAL VOC devkit.
 
-Training reads pictures and boxes. Masks are for evaluation (and for a ceiling to compare with).
+Training reads images and boxes. Masks are for evaluation (and for a ceiling to compare with).
 
     ROOT/JPEGImages/NAME.jpg                  (or .png)
     ROOT/Annotations/NAME.xml                 boxes, 1-based with inclusive corners
@@ -38,7 +38,7 @@ def default_root() -> Path:
 
 
 class Annotation(NamedTuple):
-    """The boxes of one picture.
+    """The boxes of one image.
 
     Attributes:
         boxes: ``(K, 4)`` float, xyxy, half open, in pixels.
@@ -83,7 +83,7 @@ class Devkit:
         return read_names(path)
 
     def image_path(self, name: str) -> Path:
-        """Return where the picture is."""
+        """Return where the image is."""
         for suffix in (".jpg", ".png"):
             path = self.root / "JPEGImages" / f"{name}{suffix}"
             if path.is_file():
@@ -91,7 +91,7 @@ class Devkit:
         raise FileNotFoundError(f"{self.root / 'JPEGImages' / name}.jpg does not exist")
 
     def image(self, name: str) -> Tensor:
-        """Return a picture as uint8 RGB, ``(3, H, W)``."""
+        """Return an image as uint8 RGB, ``(3, H, W)``."""
         path = self.image_path(name)
         pixels = np.array(open_image(path).convert("RGB"))
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
@@ -101,7 +101,7 @@ class Devkit:
         return self.root / "Annotations" / f"{name}.xml"
 
     def annotation(self, name: str) -> Annotation:
-        """Return the boxes and labels of a picture.
+        """Return the boxes and labels of an image.
 
         Raises:
             FileNotFoundError: If there is no annotation.
@@ -142,13 +142,13 @@ class Devkit:
             )
         return self.classes.index(name) + 1
 
-    def picture(self, name: str) -> tuple[Tensor, Annotation]:
-        """Return picture and boxes, with the boxes checked against the picture's size."""
+    def annotated(self, name: str) -> tuple[Tensor, Annotation]:
+        """Return image and boxes, with the boxes checked against the image's size."""
         image, annotation = self.image(name), self.annotation(name)
         return image, self.inside(name, annotation, (image.shape[1], image.shape[2]))
 
     def inside(self, name: str, annotation: Annotation, size: tuple[int, int]) -> Annotation:
-        """Return the boxes cut at the border of a picture of ``size``, height and width.
+        """Return the boxes cut at the border of an image of ``size``, height and width.
 
         Raises:
             ValueError: If a box is outside by more than the pixel that annotators are off by.
@@ -159,7 +159,7 @@ class Devkit:
         if outside.any():
             i = int(outside.nonzero()[0])
             raise ValueError(
-                f"{self.annotation_path(name)}: box {i} must lie in the picture of "
+                f"{self.annotation_path(name)}: box {i} must lie in the image of "
                 f"{width} x {height}, got {_voc_text(annotation.boxes[i])}"
             )
         return annotation._replace(boxes=annotation.boxes.clamp(min=0).minimum(limit))
@@ -178,7 +178,7 @@ class Devkit:
         return any((self.root / folder / f"{name}.png").is_file() for folder in folders)
 
     def size(self, name: str) -> tuple[int, int]:
-        """Return height and width of a picture, from the head of its file."""
+        """Return height and width of an image, from the head of its file."""
         (width, height), _ = image_head(self.image_path(name))
         return height, width
 
@@ -190,25 +190,23 @@ class Devkit:
             ValueError: If it is none, or not of ``size``, where that is given.
         """
         path = self.mask_path(name)
-        picture = open_image(path)
-        if picture.mode not in ("P", "L"):
-            raise ValueError(
-                f"{path} must hold class indices, got a picture of mode {picture.mode}"
-            )
-        mask = torch.from_numpy(np.array(picture)).long()
+        image = open_image(path)
+        if image.mode not in ("P", "L"):
+            raise ValueError(f"{path} must hold class indices, got an image of mode {image.mode}")
+        mask = torch.from_numpy(np.array(image)).long()
         wrong = mask[(mask > len(self.classes)) & (mask != VOID)]
         if wrong.numel():
             raise ValueError(f"{path} must hold 0..{len(self.classes)} or 255, got {int(wrong[0])}")
         if size is not None and tuple(mask.shape) != size:
             raise ValueError(
-                f"{path} must have the size of its picture, {size[1]} x {size[0]}, "
+                f"{path} must have the size of its image, {size[1]} x {size[0]}, "
                 f"got {mask.shape[1]} x {mask.shape[0]}"
             )
         return mask
 
 
 def read_names(path: Path) -> list[str]:
-    """Read a list of picture names, one a line.
+    """Read a list of image names, one per line.
 
     Raises:
         ValueError: If it is no such list, is empty, or holds a name twice.
@@ -219,9 +217,9 @@ def read_names(path: Path) -> list[str]:
         raise ValueError(f"{path} must be a text file: {error}") from error
     for name in names:
         if "/" in name or "\\" in name or name in (".", ".."):
-            raise ValueError(f"{path} must hold one picture name a line, got {name!r}")
+            raise ValueError(f"{path} must hold one image name a line, got {name!r}")
     if not names:
-        raise ValueError(f"{path} must name at least one picture, got none")
+        raise ValueError(f"{path} must name at least one image, got none")
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{path} must hold each name once, got {name!r} {times} times")

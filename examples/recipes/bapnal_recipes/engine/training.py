@@ -1,8 +1,8 @@
 """How every network here is trained: on one device or many, and so that it can be taken up again.
 
-What a step sees depends on the seed and the number of the step alone: which pictures, how each is
+What a step sees depends on the seed and the number of the step alone: which images, how each is
 varied, and what is drawn inside the network. So a run gives the same weights with any number of
-processes that read pictures, whether it was interrupted or not, and up to rounding on any number of
+processes that read images, whether it was interrupted or not, and up to rounding on any number of
 devices.
 """
 
@@ -45,7 +45,7 @@ from bapnal_recipes.engine.runs import read_result
 
 Settings = TypeVar("Settings")
 Loss = Callable[[nn.Module, Batch, int], Tensor]
-Pictures = Callable[[nn.Module, Batch, int], dict[str, Tensor]]
+ImageLog = Callable[[nn.Module, Batch, int], dict[str, Tensor]]
 
 CHECKPOINT = "last.ckpt"
 EXPECTED = (ImportError, OSError, ValueError)  # errors that the user can do something about
@@ -63,7 +63,7 @@ class Machines:
         devices: How many devices of each machine, a process each; "auto" for all.
         num_nodes: How many machines.
         precision: Of the numbers: "32-true", "16-mixed" or "bf16-mixed".
-        workers: Processes that read pictures for each device, at most one less than there are
+        workers: Processes that read images for each device, at most one less than there are
             cores.
     """
 
@@ -79,7 +79,7 @@ class Logging:
     """What is written on the way, to the folder logs of the output.
 
     Args:
-        tensorboard: Loss, rates, pictures per second and pictures for TensorBoard.
+        tensorboard: Loss, rates, images per second and images for TensorBoard.
         wandb: The same for Weights & Biases; needs the package wandb.
         interval: Steps from one entry to the next.
     """
@@ -142,9 +142,9 @@ def above(name: str, value: float, bound: float) -> None:
         raise ValueError(f"{name} must be above {bound}, got {value}")
 
 
-def steps_per_epoch(pictures: int, batch_size: int) -> int:
-    """Return how many batches go through all pictures; an incomplete last one is dropped."""
-    return max(1, pictures // batch_size)
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Return how many batches go through all images; an incomplete last one is dropped."""
+    return max(1, count // batch_size)
 
 
 def draw(seed: int, *parts: int) -> int:
@@ -152,12 +152,10 @@ def draw(seed: int, *parts: int) -> int:
     return int(np.random.SeedSequence((seed, *parts)).generate_state(1, np.uint64)[0])
 
 
-def batch_indices(pictures: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Return which pictures make up a batch: every epoch goes through all in another order."""
-    epoch, place = divmod(step, steps_per_epoch(pictures, batch_size))
-    order = torch.randperm(
-        pictures, generator=torch.Generator().manual_seed(draw(seed, ORDER, epoch))
-    )
+def batch_indices(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Return which images make up a batch: every epoch goes through all in another order."""
+    epoch, place = divmod(step, steps_per_epoch(count, batch_size))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(draw(seed, ORDER, epoch)))
     return order[place * batch_size : (place + 1) * batch_size].tolist()
 
 
@@ -166,7 +164,7 @@ class Batches(Dataset[Batch]):
 
     Args:
         dataset: Gives one :class:`devkit.Sample` an index, varied by torch's random numbers.
-        batch_size: Pictures in a batch, of all ranks together.
+        batch_size: Images in a batch, of all ranks together.
         seed: Of order and variation.
         rank: Which share.
         world_size: How many shares.
@@ -239,7 +237,7 @@ def _length(dataset: Dataset[Sample]) -> int:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in the processes that read pictures: sums over pixels are rounded as threads share them.
+    """As in the processes that read images: sums over pixels are rounded as threads share them.
 
     Without this, the mean in colour jitter can differ in its last bit between workers and none.
     """
@@ -308,7 +306,7 @@ def fit(
     seed: int,
     workers: int,
     logging: Logging,
-    pictures: Pictures | None = None,
+    images: ImageLog | None = None,
     numbers: Callable[[], dict[str, float]] = dict,
     channels_last: bool = False,
 ) -> Trained:
@@ -322,18 +320,18 @@ def fit(
         network: What to train. On GPUs, batch normalisation that is trained is synchronised over
             the ranks; on the CPU there is no such layer, and each rank normalises on its own.
         optimizer: Over its parameters. Groups are logged as their ``"name"``.
-        dataset: Pictures, varied by torch's random numbers.
-        batch_size: Pictures in a batch, of all ranks together.
+        dataset: Images, varied by torch's random numbers.
+        batch_size: Images in a batch, of all ranks together.
         steps: Batches, all together.
         rate: Factor of every group's learning rate, by step from 0.
         loss: Of the network, its share of a batch and the step; a scalar, already normalised over
             the ranks, as the losses of bapnal are with ``across_ranks=True``.
         folder: For checkpoints and logs.
         checkpoint_interval: Steps that an interruption may cost.
-        seed: Of the pictures' order and variation, and of random numbers inside the network.
-        workers: Processes that read pictures.
+        seed: Of the images' order and variation, and of random numbers inside the network.
+        workers: Processes that read images.
         logging: What to log.
-        pictures: Of the bare network, a batch and the step: pictures ``(3, H, W)`` to log with
+        images: Of the bare network, a batch and the step: images ``(3, H, W)`` to log with
             every checkpoint, by name.
         numbers: Asked after a step that is logged: what to log besides loss, rates and speed.
         channels_last: Keep the channels of a position together, which is faster for most networks.
@@ -406,11 +404,11 @@ def fit(
                 log.scalars(done, {"loss": found, **numbers()}, optimizer, batch_size)
             bar.update(task, completed=done)
             if keep:
-                if pictures is not None:
+                if images is not None:
                     drawn = {}
                     if fabric.is_global_zero:
-                        drawn = _drawn(fabric, network, pictures, batch, step)
-                    log.pictures(done, drawn)
+                        drawn = _drawn(fabric, network, images, batch, step)
+                    log.images(done, drawn)
                 content = {
                     "network": network.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -434,8 +432,8 @@ def _check(
     at_least("log_interval", logging.interval, 1)
     if min(plan["batch_size"], plan["pictures"]) < ranks:
         raise ValueError(
-            f"batches must hold a picture for each of {ranks} devices, got "
-            f"{plan['pictures']} pictures in batches of {plan['batch_size']}"
+            f"batches must hold an image for each of {ranks} devices, got "
+            f"{plan['pictures']} images in batches of {plan['batch_size']}"
         )
 
 
@@ -571,18 +569,18 @@ def _bar(fabric: Fabric) -> Progress:
 
 @torch.no_grad()
 def _drawn(
-    fabric: Fabric, network: nn.Module, pictures: Pictures, batch: Batch, step: int
+    fabric: Fabric, network: nn.Module, images: ImageLog, batch: Batch, step: int
 ) -> dict[str, Tensor]:
     """Let the script draw with the network as it is for evaluation."""
     network.eval()
     with fabric.autocast():
-        drawn = pictures(network, batch, step)
+        drawn = images(network, batch, step)
     network.train()
     return drawn
 
 
 class _Log(AbstractContextManager["_Log"]):
-    """Scalars and pictures for TensorBoard and Weights & Biases, written by rank zero."""
+    """Scalars and images for TensorBoard and Weights & Biases, written by rank zero."""
 
     def __init__(self, folder: Path, logging: Logging, step: int, together: Together) -> None:
         self.board = self.run = None
@@ -608,7 +606,7 @@ class _Log(AbstractContextManager["_Log"]):
         now = time.perf_counter()
         speed = (step - self.step) * batch_size / max(now - self.time, 1e-9)
         self.step, self.time = step, now
-        entries = {**numbers, "pictures per second": speed}
+        entries = {**numbers, "images per second": speed}
         for i, group in enumerate(optimizer.param_groups):
             entries[f"rate/{group.get('name', i)}"] = group["lr"]
         with self._writing():
@@ -617,15 +615,15 @@ class _Log(AbstractContextManager["_Log"]):
             if self.run is not None:
                 self.run.log(entries, step=step)
 
-    def pictures(self, step: int, drawn: dict[str, Tensor]) -> None:
-        """Log pictures, ``(3, H, W)``, uint8 or in [0, 1]."""
+    def images(self, step: int, drawn: dict[str, Tensor]) -> None:
+        """Log images, ``(3, H, W)``, uint8 or in [0, 1]."""
         with self._writing():
-            for name, picture in drawn.items() if self.board else ():
-                self.board.add_image(name, picture.cpu(), step)
+            for name, image in drawn.items() if self.board else ():
+                self.board.add_image(name, image.cpu(), step)
             if self.run is not None:
                 import wandb
 
-                images = {name: wandb.Image(picture.cpu()) for name, picture in drawn.items()}
+                images = {name: wandb.Image(image.cpu()) for name, image in drawn.items()}
                 self.run.log(images, step=step)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

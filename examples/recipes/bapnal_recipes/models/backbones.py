@@ -1,7 +1,7 @@
 """VGG-16 and ResNet-101 as the segmentation literature modifies them, and their weights.
 
-Both take pictures ``(B, 3, H, W)``, uint8 RGB or floats in [0, 1], and return features at stride 8.
-They normalise pictures themselves, as the weights they were given expect: torchvision's scale and
+Both take images ``(B, 3, H, W)``, uint8 RGB or floats in [0, 1], and return features at stride 8.
+They normalise images themselves, as the weights they were given expect: torchvision's scale and
 shift channels to mean 0 and deviation 1, Caffe's want BGR in 0..255 with a mean taken off. Which of
 the two a file holds is read from the names in it. BGR weights are turned into RGB ones on loading,
 mean and scale travel with the state dict.
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bapnal.label.backbone import freeze_batch_norm, read_state, unit_range
 
-# Mean and scale of pictures in [0, 1], channels in RGB.
+# Mean and scale of images in [0, 1], channels in RGB.
 TORCHVISION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CAFFE = ((122.675 / 255, 116.669 / 255, 104.008 / 255), (1 / 255, 1 / 255, 1 / 255))
 VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -319,7 +319,7 @@ def take(
 def add_normalization(
     network: nn.Module, mean: tuple[float, ...], scale: tuple[float, ...]
 ) -> None:
-    """Let a network hold the mean and the scale of its pictures, in its state dict too."""
+    """Let a network hold the mean and the scale of its images, in its state dict too."""
     for name, values in normalization(mean, scale).items():
         network.register_buffer(name, values)
 
@@ -333,5 +333,5 @@ def normalization(mean: tuple[float, ...], scale: tuple[float, ...]) -> dict[str
 
 
 def normalized(network: nn.Module, images: Tensor) -> Tensor:
-    """Return pictures as the weights of a network expect them."""
+    """Return images as the weights of a network expect them."""
     return (unit_range(images) - network.mean) / network.scale

@@ -29,7 +29,7 @@ def build_features(
 
     Args:
         name: ``"vgg16"`` as in AffinityNet, ``"small"`` (a few convolutions at stride 4, whatever
-            ``stride`` says, untrained), or a name of timm's, of a network that takes pictures of
+            ``stride`` says, untrained), or a name of timm's, of a network that takes images of
             any size: its last three stages, brought to one stride and joined.
         weights: Path of a state dict; None for the network's ImageNet weights, which torchvision
             or timm fetch; ``"random"`` for none.
@@ -40,7 +40,7 @@ def build_features(
             each stage. VGG-16 is dilated anyway.
 
     Returns:
-        A module with attributes ``channels`` and ``pretrained`` that takes pictures
+        A module with attributes ``channels`` and ``pretrained`` that takes images
         ``(B, 3, H, W)``, uint8 RGB or floats in [0, 1].
 
     Raises:
@@ -129,7 +129,7 @@ class Segmenter(nn.Module):
     """Features, a head that sees further, and a classifier on every position.
 
     Args:
-        features: Gives features ``(B, D', h, w)`` of pictures; pretrained, as a rule.
+        features: Gives features ``(B, D', h, w)`` of images; pretrained, as a rule.
         head: Makes of them the vectors that are classified; ``(B, D, h, w)``.
         classifier: A ``CosineClassifier``, or a 1 x 1 convolution without bias for dot products.
     """

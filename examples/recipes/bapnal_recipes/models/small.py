@@ -44,7 +44,7 @@ class SmallFeatures(nn.Module):
 
 def _convolution(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Module:
     return nn.Sequential(
-        # Zeros around the picture would tell the network where it is in the picture.
+        # Zeros around the image would tell the network where it is in the image.
         nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, 1, False, "replicate"),
         nn.BatchNorm2d(outputs),
         nn.ReLU(),

@@ -1,6 +1,6 @@
 """What the paper compares its labels with: ways from boxes to pixels that learn nothing.
 
-Every function takes one picture with its boxes and returns labels that stay in the boxes of their
+Every function takes one image with its boxes and returns labels that stay in the boxes of their
 class. Where boxes overlap, the smaller one is on top. A box that is not at whole pixels is rounded,
 and holds at least one pixel.
 """
@@ -34,7 +34,7 @@ def grab_cut(image: Tensor, box: Tensor, *, iterations: int = 5, seed: int = 0) 
 
     Returns:
         ``(H, W)`` bool. The whole box where nothing of it is left, and where it covers the whole
-        picture, so that nothing shows what the background looks like.
+        image, so that nothing shows what the background looks like.
     """
     filled = rectangle(box, tuple(image.shape[1:]))
     if filled.all():
@@ -176,7 +176,7 @@ class Proposals(NamedTuple):
 
 
 def read_proposals(path: Path) -> list[Proposals]:
-    """Read the segment proposals of one picture from a .mat file.
+    """Read the segment proposals of one image from a .mat file.
 
     Understood are MCG's files, with or without a structure around them: ``superpixels``
     ``(H, W)`` and ``labels``, a cell array with the superpixels of every candidate; masks
@@ -253,13 +253,13 @@ def best_proposals(
     Args:
         found: Segments.
         boxes: ``(K, 4)``.
-        size: Height and width of the picture.
+        size: Height and width of the image.
 
     Returns:
         One ``(H, W)`` bool a box, kept to it; the whole box where no segment touches it.
 
     Raises:
-        ValueError: If the segments are of a picture of another size.
+        ValueError: If the segments are of an image of another size.
     """
     for entry in found:
         if entry.regions.shape != size:
@@ -286,11 +286,11 @@ def _overlap(box: Array, others: Array) -> Array:
 
 
 def mask_files(folder: Path, name: str, numbers: Sequence[int]) -> list[Path]:
-    """Find the masks of a picture, made by whatever means.
+    """Find the masks of an image, made by whatever means.
 
     Args:
         folder: Where they are.
-        name: Of the picture.
+        name: Of the image.
         numbers: Of its objects in the annotation, counted from 0.
 
     Returns:
@@ -322,17 +322,17 @@ def read_masks(
 
     Args:
         files: From :func:`mask_files`.
-        name: Of the picture.
+        name: Of the image.
         boxes: ``(K, 4)``.
         labels: ``(K,)``.
-        size: Height and width of the picture.
+        size: Height and width of the image.
         num_classes: L.
 
     Returns:
         ``(H, W)`` long.
 
     Raises:
-        ValueError: If a file is no mask, or of another size than the picture.
+        ValueError: If a file is no mask, or of another size than the image.
     """
     maps = [read_label_map(path) for path in files]
     for path, found in zip(files, maps, strict=True):

@@ -2,10 +2,11 @@
 
     python -m bapnal_recipes.voc2012.evaluate labels --folder runs/voc2012/labels --split train \
         --out runs/voc2012/labels/train.json
-    python -m bapnal_recipes.voc2012.evaluate segmentation --segmenter runs/voc2012/nal/segmenter.pt \
-        --out runs/voc2012/nal/val.json
-    python -m bapnal_recipes.voc2012.evaluate segmentation --segmenter runs/voc2012/nal/segmenter.pt \
-        --split test --modes multi+crf --archive results.tgz --out runs/voc2012/nal/test.json
+    python -m bapnal_recipes.voc2012.evaluate segmentation \
+        --segmenter runs/voc2012/nal/segmenter.pt --out runs/voc2012/nal/val.json
+    python -m bapnal_recipes.voc2012.evaluate segmentation \
+        --segmenter runs/voc2012/nal/segmenter.pt --split test --modes multi+crf \
+        --archive results.tgz --out runs/voc2012/nal/test.json
 
 The others are ``cams`` (precision of class activation maps), ``boxes`` (accuracy of the box
 classifier), ``filling`` (how much of each box its object fills) and ``runtime``. All shares are in
@@ -74,7 +75,7 @@ class Labels:
         folder: Where generate_labels.py wrote; holds ``crf`` and ``ret``, or ``labels``.
         out: Result file.
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
-        split: Which pictures.
+        split: Which images.
         classes: Names of the classes 1..L.
         score_classes: Which classes to average over, 0 for the background; none for all.
     """
@@ -95,9 +96,9 @@ class Segmentation:
         segmenter: The ``segmenter.pt`` of train_segmentation.py.
         out: Result file.
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
-        split: Which pictures; without masks, as in the official test split, nothing is measured.
+        split: Which images; without masks, as in the official test split, nothing is measured.
         modes: One scale or several, each with or without a CRF, all in one pass.
-        scales: Of the picture, in the modes that begin with "multi"; each also mirrored.
+        scales: Of the image, in the modes that begin with "multi"; each also mirrored.
         crf: Bilateral weight, its width over positions and over colours, Gaussian weight and width;
             by default 4 67 3 3 1 for deeplab_v2 and 4 121 5 3 3 for every other network.
         iterations: Mean-field steps of the CRF.
@@ -107,7 +108,7 @@ class Segmentation:
         archive: File for the test server, such as results.tgz, of the last of the modes; needs
             ``predictions``.
         competition: What the server calls it: comp5 trains on VOC data alone, comp6 on others too.
-        machines: Where it runs; pictures are shared out among the devices.
+        machines: Where it runs; images are shared out among the devices.
     """
 
     segmenter: Path
@@ -130,7 +131,7 @@ class Segmentation:
 class Cams:
     """Measure class activation maps (suppl. Table 2): the precision of what they activate.
 
-    A pixel is activated for a class that the picture shows where the map of Eq. 5, which is 0
+    A pixel is activated for a class that the image shows where the map of Eq. 5, which is 0
     outside the boxes of the class, is above a threshold. Right is what lies in the true mask of the
     class; pixels without a truth do not count.
 
@@ -138,7 +139,7 @@ class Cams:
         classifier: The ``classifier.pt`` of train_classifier.py.
         out: Result file.
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
-        split: Which pictures; the paper's are "train".
+        split: Which images; the paper's are "train".
         threshold: Above which a pixel is activated, as a share of the maximum. The paper does not
             say which it takes, so numbers compare between classifiers, not with the paper's.
         cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box.
@@ -166,7 +167,7 @@ class Boxes:
         classifier: The ``classifier.pt`` of train_classifier.py.
         out: Result file.
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
-        split: Which pictures; the paper's are "val".
+        split: Which images; the paper's are "val".
         background: Pool what is likely object in the box (Eq. 4) instead of the whole box.
         grid_size: N of the grid of the background's prototypes, with ``background``.
         score_classes: Boxes of which classes count, of 1..L; none for all.
@@ -193,7 +194,7 @@ class Filling:
         folder: Where generate_labels.py wrote.
         out: Result file.
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
-        split: Which pictures.
+        split: Which images.
         kind: Which of its label maps; by default ``crf`` where it is, otherwise ``labels``.
         classes: Names of the classes 1..L.
         score_classes: Boxes of which classes count, of 1..L; none for all.
@@ -210,18 +211,18 @@ class Filling:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Time how long labels take a picture (suppl. Table 4).
+    """Time how long labels take an image (suppl. Table 4).
 
     Args:
         classifier: The ``classifier.pt`` of train_classifier.py.
         out: Result file.
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
-        split: Which pictures; the paper's are "val".
+        split: Which images; the paper's are "val".
         pictures: How many of those with boxes are timed.
         warm_up: How many are worked on before, untimed.
         generator: Settings of the labels.
         crf: Settings of the CRF.
-        rivals: Which other ways to labels are timed too.
+        baselines: Which other ways to labels are timed too.
         machines: Where it runs; one device.
     """
 
@@ -386,7 +387,7 @@ def evaluate_segmentation(settings: Segmentation) -> dict:
 
 
 class Predictor:
-    """The class of every pixel of a picture, in several modes that share what they can.
+    """The class of every pixel of an image, in several modes that share what they can.
 
     Cosines are averaged over scales and mirror images before the temperature; of a network with a
     classifier by dot products, the logits.
@@ -394,7 +395,7 @@ class Predictor:
     Args:
         network: Gives logits and cosines.
         modes: Of :data:`MODES`.
-        scales: Of the picture, where there are several.
+        scales: Of the image, where there are several.
         crf: On top, in the modes that have one.
         align_corners: How scores are upsampled.
         fabric: For its precision; None for float32.
@@ -420,7 +421,7 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the labels ``(H, W)`` of one picture ``(1, 3, H, W)`` for each mode."""
+        """Return the labels ``(H, W)`` of one image ``(1, 3, H, W)`` for each mode."""
         means: dict[str, Tensor] = {}
         bases = [mode.removesuffix("+crf") for mode in self.modes]
         if "single" in bases or 1.0 in self.scales:
@@ -441,7 +442,7 @@ class Predictor:
         return found
 
     def scores(self, images: Tensor, scale: float, mirrored: bool) -> Tensor:
-        """Return the cosines, or the logits, at the size of the picture; ``(1, C, H, W)``."""
+        """Return the cosines, or the logits, at the size of the image; ``(1, C, H, W)``."""
         size = [images.shape[2], images.shape[3]]
         resized = images
         if scale != 1:
@@ -460,7 +461,7 @@ def write_archive(path: Path, folder: Path, names: Sequence[str], results: str) 
     Args:
         path: The archive, gzipped tar.
         folder: Holds ``NAME.png``.
-        names: Of the pictures.
+        names: Of the images.
         results: What the server calls it, such as ``comp6_test``.
     """
     with whole(path) as unfinished, tarfile.open(unfinished, "w:gz") as archive:
@@ -477,7 +478,7 @@ def evaluate_cams(settings: Cams) -> dict:
     """Measure the precision of class activation maps; see :class:`Cams`.
 
     The scores are ``precision`` and ``recall``, each with ``mean`` and ``per_class`` (None for
-    classes of which nothing is activated, or which no picture holds).
+    classes of which nothing is activated, or which no image holds).
     """
     if not 0 <= settings.threshold < 1:
         raise ValueError(f"threshold must be in [0, 1), got {settings.threshold}")
@@ -498,7 +499,7 @@ def evaluate_cams(settings: Cams) -> dict:
     together = Together(fabric)
     with Meter() as meter, together.alike():
         for name in _shared_out(names, fabric, "cams"):
-            image, annotation = devkit.picture(name)
+            image, annotation = devkit.annotated(name)
             truth = devkit.mask(name, (image.shape[1], image.shape[2]))
             image = image[None].to(fabric.device)
             boxes, labels = [annotation.boxes.to(fabric.device)], [annotation.labels]
@@ -544,7 +545,7 @@ def evaluate_boxes(settings: Boxes) -> dict:
     together = Together(fabric)
     with Meter() as meter, together.alike():
         for name in _shared_out(names, fabric, "boxes"):
-            image, annotation = devkit.picture(name)
+            image, annotation = devkit.annotated(name)
             boxes = [annotation.boxes.to(fabric.device)]
             pooled = background_aware_pooling(
                 features(image[None].to(fabric.device)),
@@ -575,7 +576,7 @@ def evaluate_filling(settings: Filling) -> dict:
     """List the filling rates of all boxes; see :class:`Filling`.
 
     The scores have, under ``per_class``, the ``labels`` and the ``truth`` of each class: lists of
-    shares in [0, 1], one a box in the same order. ``mean`` has their means over all boxes, and
+    shares in [0, 1], one per box in the same order. ``mean`` has their means over all boxes, and
     ``difference`` the mean absolute difference between the two.
     """
     devkit = Devkit(settings.root, settings.classes)
@@ -643,8 +644,9 @@ def filling_rate(labels: Tensor, box: Tensor, label: int, truth: Tensor) -> floa
 def evaluate_runtime(settings: Runtime) -> dict:
     """Time each part of label generation; see :class:`Runtime`.
 
-    The scores are seconds a picture, the mean over the pictures: ``features``, ``unaries``,
-    ``crf``, ``retrieval``, their sum ``total``, ``labels`` (all but the features) and the rivals.
+    The scores are seconds per image, the mean over the images: ``features``, ``unaries``,
+    ``crf``, ``retrieval``, their sum ``total``, ``labels`` (all but the features) and the
+    baselines.
     ``quartiles`` has the first and the third of each, ``pictures`` how many were timed.
     """
     if settings.pictures < 1 or settings.warm_up < 0:
@@ -667,7 +669,7 @@ def evaluate_runtime(settings: Runtime) -> dict:
     rows: list[dict[str, float]] = []
     with Meter() as meter:
         for name in _bar(_with_boxes(devkit, names, settings), "runtime"):
-            image, annotation = devkit.picture(name)
+            image, annotation = devkit.annotated(name)
             stopwatch.start()
             images = image[None].to(device)
             boxes, labels = [annotation.boxes.to(device)], [annotation.labels.to(device)]
@@ -703,7 +705,7 @@ class _Stopwatch:
         self.device = device
 
     def start(self) -> None:
-        """Begin with a new picture."""
+        """Begin with a new image."""
         self.seconds: dict[str, float] = {}
         self._last = self._now()
 
@@ -731,7 +733,7 @@ class _Stopwatch:
 
 
 def _with_boxes(devkit: Devkit, names: Sequence[str], settings: Runtime) -> list[str]:
-    """Pictures with at least one box: those to warm up with, then those to time."""
+    """Images with at least one box: those to warm up with, then those to time."""
     found = []
     for name in names:
         if len(devkit.annotation(name).labels):
@@ -826,7 +828,7 @@ def _labels_of(folder: Path, name: str, truth: Tensor, num_classes: int) -> Tens
 
 
 def _shared_out(names: Sequence[str], fabric: Fabric, title: str) -> Iterable[str]:
-    """This process's share of the pictures, with a progress bar on the first."""
+    """This process's share of the images, with a progress bar on the first."""
     mine = names[fabric.global_rank :: fabric.world_size]
     return _bar(mine, title, hidden=not fabric.is_global_zero)
 

@@ -1,6 +1,6 @@
 """Draw the paper's figures from our results.
 
-Plots are SVG. Figures that show pictures of the data set are PNG of at most 400 kB; they need the
+Plots are SVG. Figures that show images of the data set are PNG of at most 400 kB; they need the
 devkit, and the folders that the results name, on this machine.
 """
 
@@ -60,7 +60,7 @@ class Drawn(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One picture in a figure.
+    """One image in a figure.
 
     Attributes:
         title: Below it.
@@ -79,8 +79,8 @@ def draw_all(
     Args:
         archive: All results.
         folder: Where to write.
-        photographs: Whether to draw figures that show pictures of the data set.
-        examples: How many pictures such a figure shows.
+        photographs: Whether to draw figures that show images of the data set.
+        examples: How many images such a figure shows.
     """
     return [_draw(one, archive, folder, photographs, examples) for one in FIGURES]
 
@@ -242,7 +242,7 @@ PLOTS: dict[str, Callable[[Archive, Path], str | None]] = {
 
 
 def grid(path: Path, examples: Sequence[Sequence[Panel]], legend: Mapping[int, str]) -> None:
-    """Write pictures with their titles, a few lines for each example; a PNG of limited size.
+    """Write images with their titles, a few lines for each example; a PNG of limited size.
 
     Args:
         path: Where to.
@@ -279,9 +279,9 @@ def _render(examples: Sequence[Sequence[Panel]], width: int, legend: Mapping[int
     top = 0
     for line, height in zip(lines, heights, strict=True):
         for k, panel in enumerate(line):
-            picture = Image.fromarray(panel.pixels.permute(1, 2, 0).contiguous().numpy())
+            image = Image.fromarray(panel.pixels.permute(1, 2, 0).contiguous().numpy())
             tall = _shape(width)(panel)
-            small = picture.resize((width, tall), Image.Resampling.LANCZOS)
+            small = image.resize((width, tall), Image.Resampling.LANCZOS)
             place(k * (width + gap), top, np.asarray(small))
             write(k * (width + gap) + width / 2, top + tall + text, panel.title, "center")
         top += height
@@ -292,8 +292,8 @@ def _render(examples: Sequence[Sequence[Panel]], width: int, legend: Mapping[int
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dots)
     buffer.seek(0)
-    with Image.open(buffer) as picture:
-        flat = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    with Image.open(buffer) as image:
+        flat = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     flat.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
@@ -305,10 +305,10 @@ def _shape(width: int) -> Callable[[Panel], int]:
 
 
 def with_boxes(image: Tensor, annotation: Annotation) -> Tensor:
-    """Return a picture with its boxes drawn on it."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    draw = ImageDraw.Draw(picture)
-    thick = max(1, round(max(picture.size) / 150))
+    """Return an image with its boxes drawn on it."""
+    canvas = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    draw = ImageDraw.Draw(canvas)
+    thick = max(1, round(max(canvas.size) / 150))
     for (x1, y1, x2, y2), label in zip(
         annotation.boxes.tolist(), annotation.labels.tolist(), strict=True
     ):
@@ -320,14 +320,14 @@ def with_boxes(image: Tensor, annotation: Annotation) -> Tensor:
         ]
         draw.rectangle(corners, outline="white", width=2 * thick)
         draw.rectangle(corners, outline=tuple(class_colours()[label].tolist()), width=thick)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 class Source(NamedTuple):
-    """A devkit and some of its pictures.
+    """A devkit and some of its images.
 
     Attributes:
-        devkit: Where the pictures are.
+        devkit: Where the images are.
         names: Which.
     """
 
@@ -335,13 +335,13 @@ class Source(NamedTuple):
     names: list[str]
 
     def legend(self) -> dict[int, str]:
-        """Names of the classes that the boxes of the pictures name."""
+        """Names of the classes that the boxes of the images name."""
         labels = {x for name in self.names for x in self.devkit.annotation(name).labels.tolist()}
         return {label: self.devkit.classes[label - 1] for label in sorted(labels)}
 
-    def picture(self, name: str) -> tuple[Tensor, Panel]:
-        """Return a picture as it is, and a panel with its boxes."""
-        image, annotation = self.devkit.picture(name)
+    def annotated(self, name: str) -> tuple[Tensor, Panel]:
+        """Return an image as it is, and a panel with its boxes."""
+        image, annotation = self.devkit.annotated(name)
         return image, Panel("boxes", with_boxes(image, annotation))
 
     def truth(self, name: str, image: Tensor) -> list[Panel]:
@@ -355,20 +355,20 @@ class Source(NamedTuple):
 def _source(
     settings: Mapping[str, Any], split: str, wanted: int, folders: Sequence[Path]
 ) -> Source:
-    """Choose pictures of a split, evenly spread, that all folders have files of."""
+    """Choose images of a split, evenly spread, that all folders have files of."""
     devkit = Devkit(settings["root"], tuple(settings.get("classes") or VOC_CLASSES))
     names = devkit.names(split)
     for folder in folders:
         there = {path.stem for path in folder.iterdir()}
         names = [name for name in names if name in there]
     if not names:
-        raise FileNotFoundError(f"no picture of {split} has all of these labels")
+        raise FileNotFoundError(f"no image of {split} has all of these labels")
     wanted = min(wanted, len(names))
     return Source(devkit, [names[(2 * i + 1) * len(names) // (2 * wanted)] for i in range(wanted)])
 
 
 def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
-    """Show labels beside the rivals' and the truth."""
+    """Show labels beside the baselines' and the truth."""
     found: dict[tuple[str, str], list[Run]] = {}
     for run in archive.runs:
         maps = [archive.folder(run) / kind for kind in ("crf", "labels")]
@@ -389,7 +389,7 @@ def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
     last = next(reversed(folders))
     shown = []
     for name in source.names:
-        image, first = source.picture(name)
+        image, first = source.annotated(name)
         panels = [first]
         for title, folder in folders.items():
             labels = read_label_map(folder / f"{name}.png")
@@ -442,7 +442,7 @@ def unaries(archive: Archive, path: Path, examples: int) -> str | None:
     source = _source(run.settings, run.settings["split"], examples, folders)
     shown = []
     for name in source.names:
-        image, first = source.picture(name)
+        image, first = source.annotated(name)
         with np.load(folder / "unaries" / f"{name}.npz") as arrays:
             u_0 = torch.from_numpy(arrays["background"]).float()
             u_c = torch.from_numpy(arrays["foreground"]).float()
@@ -489,7 +489,7 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
     source = _source(both["bap"].settings, both["bap"].settings["split"], examples, [])
     shown = []
     for name in source.names:
-        image, first = source.picture(name)
+        image, first = source.annotated(name)
         annotation = source.devkit.annotation(name)
         panels = [first]
         for pool, one in classifiers.items():
@@ -526,7 +526,7 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
     source = Source(Devkit(run.settings["root"], classes), sorted(moments)[:examples])
     shown = []
     for name in source.names:
-        image, first = source.picture(name)
+        image, first = source.annotated(name)
         crf, ret = (read_label_map(one / f"{name}.png") for one in maps)
         panels = [
             first,
@@ -545,7 +545,7 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
 
 @torch.inference_mode()
 def predictions(archive: Archive, path: Path, examples: int) -> str | None:
-    """Show what segmentation networks make of pictures that they have not seen."""
+    """Show what segmentation networks make of images that they have not seen."""
     from bapnal_recipes.voc2012.train_segmentation import load_segmenter
 
     found: dict[tuple[str, str], dict[str, Run]] = {}
@@ -575,7 +575,7 @@ def predictions(archive: Archive, path: Path, examples: int) -> str | None:
     shown = []
     for name in source.names:
         image = source.devkit.image(name)
-        panels = [Panel("picture", image)]
+        panels = [Panel("image", image)]
         for title, (one, _, trained) in networks.items():
             aligned = bool(trained.get("align_corners", False))
             logits = F.interpolate(

@@ -1,9 +1,10 @@
-"""Stage 2: make pixel labels from boxes, by the paper's method and by its rivals.
+"""Stage 2: make pixel labels from boxes, by the paper's method and by its baselines.
 
-    python -m bapnal_recipes.voc2012.generate_labels paper --classifier runs/voc2012/bap/classifier.pt \
-        --out runs/voc2012/labels_bap
+    python -m bapnal_recipes.voc2012.generate_labels paper \
+        --classifier runs/voc2012/bap/classifier.pt --out runs/voc2012/labels_bap
     python -m bapnal_recipes.voc2012.generate_labels agnostic --out runs/voc2012/labels_agnostic
-    python -m bapnal_recipes.voc2012.generate_labels paper --method grabcut --out runs/voc2012/grabcut
+    python -m bapnal_recipes.voc2012.generate_labels paper --method grabcut \
+        --out runs/voc2012/grabcut
 
 The methods ``network`` and ``agnostic`` write, in the palette of the devkit,
 
@@ -13,7 +14,7 @@ The methods ``network`` and ``agnostic`` write, in the palette of the devkit,
     OUT/unaries/NAME.npz      on request: u_0 as background (H, W), u_c as foreground (P, H, W),
                               and their classes (P,)
 
-and all others ``OUT/labels/NAME.png``. Labels never leave the boxes of their class. A picture that
+and all others ``OUT/labels/NAME.png``. Labels never leave the boxes of their class. An image that
 cannot be read is reported and skipped. After an interruption the same command goes on from there.
 """
 
@@ -70,7 +71,7 @@ class GeneratorSettings:
         grid_size: N of the attention's grid.
         background: What u_0 is: "attention", "cam" ("w/o u_0" in Table 1), or "both", their mean.
         background_threshold: A below this share of its maximum becomes 0; None keeps A.
-        attention_minmax: Scale A inside the boxes of a picture to [0, 1] first.
+        attention_minmax: Scale A inside the boxes of an image to [0, 1] first.
         cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box alone.
         unary_softmax: None divides the unaries by their sum; a number is the scale of a softmax.
         align_corners: How maps are upsampled.
@@ -131,7 +132,7 @@ class Settings:
         root: The devkit, such as VOCdevkit/VOC2012; by default the environment variable
             BAPNAL_VOC_ROOT, where set.
         out: Where to write.
-        split: Which pictures: a file of ImageSets/Segmentation.
+        split: Which images: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
         method: "network": class activation maps and attention of a trained classifier.
             "agnostic": attention alone, without class weights, on the features of a classifier or
@@ -155,7 +156,7 @@ class Settings:
         difficult: Whether to keep objects marked as difficult.
         margin: Loosen boxes by this share of their sides on each side.
         seed: Of GrabCut.
-        machines: Where it runs; pictures are shared out among the processes.
+        machines: Where it runs; images are shared out among the processes.
     """
 
     root: Path = field(default_factory=default_root)
@@ -207,7 +208,7 @@ PRESETS = {
 
 
 class Done(NamedTuple):
-    """What became of one picture.
+    """What became of one image.
 
     Attributes:
         name: Its name.
@@ -241,7 +242,7 @@ def read_search(path: Path, settings: Settings) -> Settings:
 
 
 def main(settings: Settings) -> dict:
-    """Label all pictures of a split; the result also goes to ``OUT/result.json``.
+    """Label all images of a split; the result also goes to ``OUT/result.json``.
 
     Raises:
         FileNotFoundError: If a file that the method needs is not there.
@@ -271,7 +272,7 @@ def main(settings: Settings) -> dict:
 
 
 def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> tuple[list[Done], float]:
-    """Label this process's share of the pictures; return what became of them, and the time."""
+    """Label this process's share of the images; return what became of them, and the time."""
     label = make_labeller(settings, fabric)
     path = settings.out / "settings.json"
     files.claim(path, _identity(settings), write=fabric.is_global_zero)
@@ -289,7 +290,7 @@ def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> tuple[
 
 
 def _check(settings: Settings) -> list[str]:
-    """Find what is wrong with the settings before anything is computed; return the pictures."""
+    """Find what is wrong with the settings before anything is computed; return the images."""
     if settings.method not in get_args(Method):
         raise ValueError(
             f"method must be one of {', '.join(get_args(Method))}, got {settings.method!r}"
@@ -341,26 +342,25 @@ def _complain(argument: str, must: str, lacking: list[str], names: list[str]) ->
     if lacking:
         some = ", ".join(lacking[:5]) + ", ..." * (len(lacking) > 5)
         raise FileNotFoundError(
-            f"{argument} {must} for every picture, {len(lacking)} of {len(names)} are missing: "
-            f"{some}"
+            f"{argument} {must} for every image, {len(lacking)} of {len(names)} are missing: {some}"
         )
 
 
 def _check_masks(settings: Settings, folder: Path, devkit: Devkit, names: list[str]) -> None:
-    """Check that masks are there and as large as their pictures, without decoding any."""
+    """Check that masks are there and as large as their images, without decoding any."""
     lacking = []
     for name in names:
         try:
             numbers = _numbers(settings, devkit, name)
             size, _ = image_head(devkit.image_path(name))
         except (ValueError, OSError):
-            continue  # a broken picture is skipped in its turn
+            continue  # a broken image is skipped in its turn
         try:
             for path in baselines.mask_files(folder, name, numbers):
                 found, _ = image_head(path)
                 if found != size:
                     raise ValueError(
-                        f"masks {path} must have the size of its picture, {size[0]} x {size[1]}, "
+                        f"masks {path} must have the size of its image, {size[0]} x {size[1]}, "
                         f"got {found[0]} x {found[1]}"
                     )
         except FileNotFoundError:
@@ -374,7 +374,7 @@ Labeller = Callable[[Sample, Clock], Labels]
 
 
 def make_labeller(settings: Settings, fabric: Fabric) -> Labeller:
-    """Return what turns one picture into its label maps, by the folders they go to."""
+    """Return what turns one image into its label maps, by the folders they go to."""
     if settings.method in TWO_MAPS:
         return _NetworkLabeller(settings, fabric)
     maker = {
@@ -516,7 +516,7 @@ def _wait(device: torch.device) -> None:
 
 
 class _Readable(Dataset[Sample | Done]):
-    """Pictures that turn into the reason where they cannot be read."""
+    """Images that turn into the reason where they cannot be read."""
 
     def __init__(self, dataset: BoxDataset) -> None:
         self.dataset = dataset
@@ -534,9 +534,9 @@ class _Readable(Dataset[Sample | Done]):
 def _label_all(
     settings: Settings, fabric: Fabric, label: Labeller, dataset: BoxDataset, todo: list[int]
 ) -> Iterator[Done]:
-    """Label some pictures and write what comes out."""
+    """Label some images and write what comes out."""
     console = Console(stderr=True)
-    # Only a GPU is faster than the reading of one picture after the other.
+    # Only a GPU is faster than the reading of one image after the other.
     workers = settings.machines.workers if fabric.device.type == "cuda" else 0
     loader = DataLoader(
         Subset(_Readable(dataset), todo), batch_size=None, num_workers=workers, collate_fn=_same
@@ -583,7 +583,7 @@ def _label(settings: Settings, label: Labeller, sample: Sample) -> Done:
 
 
 def _files(settings: Settings, name: str) -> dict[str, Path]:
-    """All that is written of one picture, by folder."""
+    """All that is written of one image, by folder."""
     folders = ["labels"]
     if settings.method in TWO_MAPS:
         folders = ["crf", "ret", "reliable"] + ["unaries"] * settings.unaries
@@ -598,12 +598,12 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _finished(settings: Settings, name: str) -> bool:
-    """Whether all files of a picture are there and readable."""
+    """Whether all files of an image are there and readable."""
     for path in _files(settings, name).values():
         try:
             if path.suffix == ".png":
-                with Image.open(path) as picture:
-                    picture.verify()
+                with Image.open(path) as image:
+                    image.verify()
             else:
                 with np.load(path) as arrays:
                     arrays["classes"]
@@ -632,7 +632,7 @@ def _gather(fabric: Fabric, mine: tuple[list[Done], float]) -> list[tuple[list[D
 
 
 def _speed(done: list[Done], seconds: list[float]) -> dict[str, object]:
-    """Means over the pictures of this run."""
+    """Means over the images of this run."""
     timed = [one.seconds for one in done if not one.error]
     parts = list(timed[0]) if timed else []
     means = {part: sum(one[part] for one in timed) / len(timed) for part in parts}
@@ -646,15 +646,15 @@ def _speed(done: list[Done], seconds: list[float]) -> dict[str, object]:
 
 
 def command(settings: Settings) -> None:
-    """Run :func:`main`, and end with an error where pictures were skipped."""
+    """Run :func:`main`, and end with an error where images were skipped."""
     scores = main(settings)["scores"]
     skipped = scores["skipped"]
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         sys.exit(bool(skipped))  # rank zero says it for all
-    Console(stderr=True).print(f"{scores['pictures']} pictures labelled in {settings.out}")
+    Console(stderr=True).print(f"{scores['pictures']} images labelled in {settings.out}")
     if skipped:
         raise ValueError(
-            f"{len(skipped)} of {len(skipped) + scores['pictures']} pictures skipped, the reasons "
+            f"{len(skipped)} of {len(skipped) + scores['pictures']} images skipped, the reasons "
             f"are in {settings.out / 'result.json'}: {', '.join(skipped[:5])}"
             + ", ..."
             * (len(skipped) > 5)

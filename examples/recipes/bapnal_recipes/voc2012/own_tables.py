@@ -86,7 +86,7 @@ def _unlike_most(several: Sequence[Facts], names: Sequence[str]) -> tuple[list[s
 
 def _splits(several: Sequence[Measurement]) -> list[tuple[str, str]]:
     """Each split that occurs, and how a heading calls it."""
-    sizes = {m.facts["split"]: m.pictures for m in several}
+    sizes = {m.facts["split"]: m.images for m in several}
     order = ("train_aug", "train", "val")
     ordered = sorted(sizes, key=lambda x: (order.index(x) if x in order else 9, x))
     return [(x, f"{x} ({sizes[x]})" if sizes[x] else x) for x in ordered]
@@ -443,7 +443,7 @@ def _classifier_tables(data: str, by_kind: Mapping[str, Sequence[Measurement]]) 
     parts = ("features", "unaries", "crf", "retrieval", "total", "grabcut", "wssl")
     found.append(
         rows_table(
-            f"Seconds to label one picture ({data})",
+            f"Seconds to label one image ({data})",
             by_kind["runtime"],
             [Heading(METHODS.get(x, x), {}, x, 3) for x in parts],
             lambda facts: f"{pool(facts)}, {facts['machine']}",
@@ -482,7 +482,7 @@ def _conditions(one: Run) -> str | None:
     head = ["settings", "GAP", "BAP", "BAP - GAP", "uniform backgrounds", "cluttered ones", "runs"]
     title = f"GAP against BAP on fixed features of {one.settings.get('backbone')}: Y_crf, mIoU"
     note = (
-        "The classifier alone is trained, to the end; samples are of the training pictures. The "
+        "The classifier alone is trained, to the end; samples are of the training images. The "
         "last two columns are BAP - GAP on the halves of val with the more uniform and the more "
         "cluttered backgrounds."
     )

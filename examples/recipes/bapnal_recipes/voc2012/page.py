@@ -33,11 +33,11 @@ def slug(text: str) -> str:
 
 
 def to_html(markdown: str, folder: Path) -> str:
-    """Return a page with its pictures inside.
+    """Return a page with its images inside.
 
     Args:
         markdown: Its text; the first heading is the title.
-        folder: What the paths of pictures are relative to.
+        folder: What the paths of images are relative to.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown)
@@ -62,7 +62,7 @@ def to_html(markdown: str, folder: Path) -> str:
 
 
 def _embed(image: Token, folder: Path) -> None:
-    """Put the file of a picture in the place of its path."""
+    """Put the file of an image in the place of its path."""
     path = folder / str(image.attrGet("src"))
     kind = mimetypes.guess_type(path.name)[0]
     data = base64.b64encode(path.read_bytes()).decode()

@@ -15,7 +15,7 @@ from bapnal_recipes.data.voc import VOC_CLASSES
 
 Rule = Mapping[str, Any]
 
-PICTURES = {"train": 1464, "train_aug": 10582, "val": 1449, "test": 1456}  # of VOC 2012
+IMAGES = {"train": 1464, "train_aug": 10582, "val": 1449, "test": 1456}  # of VOC 2012
 DATA = "VOC 2012 with its masks"
 VGG = "ImageNet weights of VGG-16"
 RESNET = "ImageNet or MS-COCO weights of ResNet-101"
@@ -440,7 +440,7 @@ SUPPLEMENT_3 = (
 
 SUPPLEMENT_4 = PaperTable(
     "Supplement, Table 4",
-    "Seconds to label one picture, mean over val",
+    "Seconds to label one image, mean over val",
     ("CPU", "GPU", "total"),
     (Column("features", {}), Column("unaries, CRF, Y_ret", {}), Column("total", {})),
     {"what": "runtime", "split": "val", "stage1.pool": "bap"},
@@ -580,7 +580,7 @@ FIGURES: tuple[PaperFigure, ...] = (
     PaperFigure(
         "Figure 1",
         "figure_1_labels",
-        "Pseudo labels beside the rivals' and the truth; white is where Y_crf and Y_ret differ",
+        "Pseudo labels beside the baselines' and the truth; white is where Y_crf and Y_ret differ",
         "label folders of generate_labels.py and the devkit, on this machine",
     ),
     PaperFigure(

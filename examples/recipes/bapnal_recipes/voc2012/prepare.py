@@ -1,15 +1,15 @@
 """Prepare PASCAL VOC 2012: download it, make the split train_aug, check every file.
 
-    python -m bapnal_recipes.voc2012.prepare --download                           # VOC and SBD, 3.5 GB
-    python -m bapnal_recipes.voc2012.prepare --root VOCdevkit/VOC2012 --sbd SBD   # both are there
-    python -m bapnal_recipes.voc2012.prepare --check-only                         # changes nothing
+    python -m bapnal_recipes.voc2012.prepare --download                          # 3.5 GB
+    python -m bapnal_recipes.voc2012.prepare --root VOCdevkit/VOC2012 --sbd SBD  # both are there
+    python -m bapnal_recipes.voc2012.prepare --check-only                        # changes nothing
 
-No folder of masks is needed: training reads pictures and boxes, and what lies outside all boxes is
-background. The split to train on, train_aug, has 10,582 pictures by the rule
+No folder of masks is needed: training reads images and boxes, and what lies outside all boxes is
+background. The split to train on, train_aug, has 10,582 images by the rule
 
     (train of VOC 2012 + train of SBD + val of SBD) without val of VOC 2012
 
-whose pictures and boxes all come with VOC 2012; of SBD only the lists are used, and on request the
+whose images and boxes all come with VOC 2012; of SBD only the lists are used, and on request the
 masks, to measure with. Prints one table of what the devkit holds, then a line for each thing that
 is wrong. The exit code is 1 if anything is.
 """
@@ -59,7 +59,7 @@ class Settings:
         classes: Names of the classes 1..L.
         download: Fetch by torchvision what is not there: VOC 2012 into root, which must end in
             VOCdevkit/VOC2012, and SBD into sbd, by default SBD beside VOCdevkit.
-        masks: Write SBD's masks into SegmentationClassAug, for those pictures of train_aug that
+        masks: Write SBD's masks into SegmentationClassAug, for those images of train_aug that
             have none. They serve evaluation and semi-supervised training.
         check_only: Write nothing into the devkit.
         force: Replace a train_aug.txt that differs.
@@ -108,12 +108,12 @@ def main(settings: Settings) -> dict[str, object]:
             wrong += write_masks(devkit, sbd, names, settings.workers, console)
 
         splits = _splits(devkit, wrong)
-        pictures = _check_pictures(devkit, splits, settings, console)
-        wrong += [line for picture in pictures.values() for line in picture.wrong]
+        checks = _check_images(devkit, splits, settings, console)
+        wrong += [line for check in checks.values() for line in check.wrong]
         wrong = list(dict.fromkeys(wrong))  # a broken list is met more than once
         summaries = {
-            split: summary([pictures[name] for name in found], settings.classes)
-            for split, found in [*splits.items(), ("all", list(pictures))]
+            split: summary([checks[name] for name in found], settings.classes)
+            for split, found in [*splits.items(), ("all", list(checks))]
         }
     scores = {"train_aug": state, "wrong": wrong, "splits": summaries}
     found = result("devkit", asdict(settings), scores, meter)
@@ -121,7 +121,7 @@ def main(settings: Settings) -> dict[str, object]:
     for line in [f"train_aug: {state}", *wrong[:LISTED]]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not wrong:
-        console.print(f"{len(pictures):,} pictures checked, nothing is wrong")
+        console.print(f"{len(checks):,} images checked, nothing is wrong")
     if len(wrong) > LISTED:
         console.print(f"... and {len(wrong) - LISTED:,} more in {settings.out / 'result.json'}")
     write_json(settings.out / "result.json", found)
@@ -204,7 +204,7 @@ def train_aug(devkit: Devkit, sbd: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: If one of the four lists is not there.
-        ValueError: If VOC 2012 is whole and the rule does not give 10,582, or pictures or
+        ValueError: If VOC 2012 is whole and the rule does not give 10,582, or images or
             annotations are not there.
     """
     folder = sbd_folder(sbd)
@@ -220,13 +220,11 @@ def train_aug(devkit: Devkit, sbd: Path) -> list[str]:
         counts = ", ".join(
             f"{name} has {len(found):,} of {SIZES[name]:,}" for name, found in lists.items()
         )
-        raise ValueError(
-            f"train_aug must have {TRAIN_AUG:,} pictures, got {len(names):,}: {counts}"
-        )
+        raise ValueError(f"train_aug must have {TRAIN_AUG:,} images, got {len(names):,}: {counts}")
     absent = [name for name in names if not _has_files(devkit, name)]
     if absent:
         raise ValueError(
-            f"train_aug must have {len(names):,} pictures with annotations, "
+            f"train_aug must have {len(names):,} images with annotations, "
             f"{len(absent):,} of them lack one or both: {_first(absent)}"
         )
     return names
@@ -265,7 +263,7 @@ def _settle_train_aug(
     path = devkit.root / "ImageSets/Segmentation/train_aug.txt"
     if names:
         difference = _difference(path, names)
-        count = f"{len(names):,} pictures" + _beside_voc(len(names))
+        count = f"{len(names):,} images" + _beside_voc(len(names))
         if not difference:
             return f"{count}, as by the rule"
         if path.is_file() and not settings.force:
@@ -289,7 +287,7 @@ def _settle_train_aug(
         there = read_names(path)
     except ValueError:
         return "cannot be read"  # said once, with the other splits
-    return f"{len(there):,} pictures{_beside_voc(len(there))}; the rule needs --sbd"
+    return f"{len(there):,} images{_beside_voc(len(there))}; the rule needs --sbd"
 
 
 def _beside_voc(count: int) -> str:
@@ -309,11 +307,11 @@ def _difference(path: Path, names: list[str]) -> str:
     less, more = set(names) - there, there - set(names)
     parts = [f"lacks {len(less):,} ({_first(less)})"] if less else []
     parts += [f"has {len(more):,} others ({_first(more)})"] if more else []
-    return f"must hold the {len(names):,} pictures of the rule, {' and '.join(parts)}"
+    return f"must hold the {len(names):,} images of the rule, {' and '.join(parts)}"
 
 
 def read_sbd_mask(path: Path, num_classes: int) -> Tensor:
-    """Read the classes of a picture of SBD, ``cls/NAME.mat``; ``(H, W)`` uint8."""
+    """Read the classes of an image of SBD, ``cls/NAME.mat``; ``(H, W)`` uint8."""
     from scipy.io import loadmat
 
     if not path.is_file():
@@ -333,12 +331,12 @@ def read_sbd_mask(path: Path, num_classes: int) -> Tensor:
 def write_masks(
     devkit: Devkit, sbd: Path, names: Sequence[str], workers: int, console: Console
 ) -> list[str]:
-    """Write SBD's masks of those pictures that have none into ``SegmentationClassAug``.
+    """Write SBD's masks of those images that have none into ``SegmentationClassAug``.
 
     Args:
         devkit: VOC 2012.
         sbd: The folder of SBD.
-        names: The pictures.
+        names: The images.
         workers: Threads.
         console: Where progress is shown.
 
@@ -350,12 +348,12 @@ def write_masks(
     def write(name: str) -> str:
         try:
             mask = read_sbd_mask(folder / f"{name}.mat", len(devkit.classes))
-            with Image.open(devkit.image_path(name)) as picture:
-                size = (picture.height, picture.width)
+            with Image.open(devkit.image_path(name)) as image:
+                size = (image.height, image.width)
         except (FileNotFoundError, ValueError, Image.UnidentifiedImageError) as error:
             return str(error)
         if tuple(mask.shape) != size:
-            return f"{folder / name}.mat must have the size of its picture, {_of(size, mask)}"
+            return f"{folder / name}.mat must have the size of its image, {_of(size, mask)}"
         write_label_map(devkit.root / "SegmentationClassAug" / f"{name}.png", mask)
         return ""
 
@@ -386,15 +384,15 @@ def _in_threads(
 # What is checked
 
 
-class Picture(NamedTuple):
-    """What one picture of a devkit has.
+class ImageCheck(NamedTuple):
+    """What one image of a devkit has.
 
     Attributes:
         wrong: A line for each thing that is wrong with it.
         labels: Classes of its boxes.
         difficult: Classes of its boxes marked as difficult, whether or not they count.
-        shares: Share of the picture that each box has.
-        covered: Share of the picture in any box; None where that is unknown.
+        shares: Share of the image that each box has.
+        covered: Share of the image in any box; None where that is unknown.
         mask: Whether it has a mask.
     """
 
@@ -406,10 +404,10 @@ class Picture(NamedTuple):
     mask: bool
 
 
-def check_picture(
+def check_image(
     devkit: Devkit, name: str, needed: bool = True, difficult: bool = True
-) -> Picture:
-    """Read all files of a picture, and say what they hold and what is wrong with them.
+) -> ImageCheck:
+    """Read all files of an image, and say what they hold and what is wrong with them.
 
     Args:
         devkit: Where it is.
@@ -428,7 +426,7 @@ def check_picture(
             stated = devkit.stated_size(name)
             if size and stated and stated != size:
                 facts = f"{size[1]} x {size[0]}, got {stated[1]} x {stated[0]}"
-                wrong.append(f"{path} must state the size of its picture, {facts}")
+                wrong.append(f"{path} must state the size of its image, {facts}")
             found = devkit.annotation(name)
             if needed and not len(found.boxes):
                 wrong.append(f"{path} must hold at least one box, got none")
@@ -442,17 +440,17 @@ def check_picture(
         except (OSError, ValueError) as error:
             wrong.append(str(error))
     if annotation is None:
-        return Picture(wrong, [], [], [], None, has_mask)
+        return ImageCheck(wrong, [], [], [], None, has_mask)
     hard = annotation.labels[annotation.difficult].tolist()
     if not difficult:
         boxes, labels = (part[~annotation.difficult] for part in annotation[:2])
     else:
         boxes, labels = annotation[:2]
     if size is None:
-        return Picture(wrong, labels.tolist(), hard, [], None, has_mask)
+        return ImageCheck(wrong, labels.tolist(), hard, [], None, has_mask)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) / (size[0] * size[1])
     covered = float((fill_boxes(boxes, labels, size) > 0).float().mean())
-    return Picture(wrong, labels.tolist(), hard, areas.tolist(), covered, has_mask)
+    return ImageCheck(wrong, labels.tolist(), hard, areas.tolist(), covered, has_mask)
 
 
 def _splits(devkit: Devkit, wrong: list[str]) -> dict[str, list[str]]:
@@ -469,44 +467,44 @@ def _splits(devkit: Devkit, wrong: list[str]) -> dict[str, list[str]]:
         whole_voc = _is_whole(splits["train"], splits["val"])
         if whole_voc and len(splits["train_aug"]) != TRAIN_AUG:
             count = len(splits["train_aug"])
-            wrong.append(f"train_aug.txt must have {TRAIN_AUG:,} pictures, got {count:,}")
+            wrong.append(f"train_aug.txt must have {TRAIN_AUG:,} images, got {count:,}")
     for split in ("train", "train_aug"):
         shared = set(splits.get(split, [])) & set(splits.get("val", []))
         if shared:
             facts = f"share {len(shared):,}: {_first(shared)}"
-            wrong.append(f"{split}.txt and val.txt must not share pictures, {facts}")
+            wrong.append(f"{split}.txt and val.txt must not share images, {facts}")
     return splits
 
 
-def _check_pictures(
+def _check_images(
     devkit: Devkit, splits: dict[str, list[str]], settings: Settings, console: Console
-) -> dict[str, Picture]:
+) -> dict[str, ImageCheck]:
     """Check every name that a split or a file has."""
-    # The pictures of the test split are published without boxes, and so are some of no split.
+    # The images of the test split are published without boxes, and so are some of no split.
     needed = {name for split, names in splits.items() if split != "test" for name in names}
     names = needed.union(splits.get("test", []))
     for folder, suffixes in (("JPEGImages", (".jpg", ".png")), ("Annotations", (".xml",))):
         paths = (devkit.root / folder).iterdir()
         names |= {path.stem for path in paths if path.suffix in suffixes}
 
-    def check(name: str) -> Picture:
-        return check_picture(devkit, name, name in needed, settings.difficult)
+    def check(name: str) -> ImageCheck:
+        return check_image(devkit, name, name in needed, settings.difficult)
 
     order = sorted(names)
-    found = _in_threads(check, order, settings.workers, "checking pictures", console)
+    found = _in_threads(check, order, settings.workers, "checking images", console)
     return dict(zip(order, found, strict=True))
 
 
-def summary(pictures: Sequence[Picture], classes: Sequence[str]) -> dict[str, object]:
-    """Count what some pictures hold; shares are None where there is nothing to measure."""
-    labels = [label for picture in pictures for label in picture.labels]
-    difficult = [label for picture in pictures for label in picture.difficult]
-    shares = [share for picture in pictures for share in picture.shares]
-    covered = [picture.covered for picture in pictures if picture.covered is not None]
+def summary(checks: Sequence[ImageCheck], classes: Sequence[str]) -> dict[str, object]:
+    """Count what some images hold; shares are None where there is nothing to measure."""
+    labels = [label for check in checks for label in check.labels]
+    difficult = [label for check in checks for label in check.difficult]
+    shares = [share for check in checks for share in check.shares]
+    covered = [check.covered for check in checks if check.covered is not None]
     return {
-        "pictures": len(pictures),
-        "without_boxes": sum(not picture.labels for picture in pictures),
-        "masks": sum(picture.mask for picture in pictures),
+        "pictures": len(checks),
+        "without_boxes": sum(not check.labels for check in checks),
+        "masks": sum(check.mask for check in checks),
         "boxes": len(labels),
         "difficult": len(difficult),
         "median_box_share": float(np.median(shares)) if shares else None,
@@ -541,12 +539,12 @@ def _table(settings: Settings, summaries: dict[str, dict]) -> Table:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f} %"
 
-    add("pictures", lambda facts: f"{facts['pictures']:,}")
+    add("pictures", lambda facts: f"{facts['checks']:,}")
     add("  with a mask", lambda facts: f"{facts['masks']:,}")
     add("  without boxes", lambda facts: f"{facts['without_boxes']:,}")
     add("boxes", boxes)
-    add("  median, of its picture", lambda facts: share(facts["median_box_share"]))
-    add("  together, of a picture", lambda facts: share(facts["covered_share"]), last=True)
+    add("  median, of its image", lambda facts: share(facts["median_box_share"]))
+    add("  together, of an image", lambda facts: share(facts["covered_share"]), last=True)
     for name in settings.classes:
         add(name, lambda facts, name=name: boxes(facts["per_class"][name]))
     return table

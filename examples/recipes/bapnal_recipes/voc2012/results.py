@@ -5,7 +5,7 @@ that it comes from. :class:`Archive` follows these names and lays the settings o
 flat, as facts: ``stage1.`` are those of train_classifier.py, ``labels.`` of generate_labels.py,
 ``stage3.`` of train_segmentation.py, ``evaluation.`` of evaluate.py. Added to these are
 
-    what, data, split, scored    which evaluation, of which pictures and classes
+    what, data, split, scored    which evaluation, of which images and classes
     whole VOC 2012               whether those are all of VOC 2012's, as in the paper
     u_0                          where the background's unary comes from
     stage1.initial               "imagenet", "coco" or "random": what the backbone starts from;
@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-from bapnal_recipes.voc2012.paper import PICTURES
+from bapnal_recipes.voc2012.paper import IMAGES
 
 Facts = dict[str, Any]
 KINDS = ("devkit", "classifier", "search", "labels", "segmentation", "evaluation", "conditions")
@@ -78,7 +78,7 @@ class Measurement(NamedTuple):
         facts: All settings that they may depend on, apart from seeds.
         seeds: Of every stage, by its name.
         scores: Numbers by name; those of classes as ``per_class/NAME``.
-        pictures: How many pictures they come from; None where the result does not say.
+        images: How many images they come from; None where the result does not say.
         run: The result file.
         sources: Every result file that led to it.
     """
@@ -86,7 +86,7 @@ class Measurement(NamedTuple):
     facts: Facts
     seeds: tuple[tuple[str, Any], ...]
     scores: dict[str, float]
-    pictures: int | None
+    images: int | None
     run: Run
     sources: tuple[Run, ...]
 
@@ -149,7 +149,7 @@ class Archive:
             if run.content["kind"] in KINDS[1:5]:
                 for folder in (PurePath(run.settings.get("out", "")), self.folder(run).resolve()):
                     self._made[run.content["kind"], str(folder)] = run
-        self._sizes = self._pictures()
+        self._sizes = self._images()
         kept: dict[Any, Measurement] = {}
         self.repeated: list[Run] = []
         for run in runs:
@@ -184,7 +184,7 @@ class Archive:
         add(facts, [], [], run.settings)
         return facts
 
-    def _pictures(self) -> dict[tuple[str, str], int]:
+    def _images(self) -> dict[tuple[str, str], int]:
         """Size of every split of every devkit, from the results that say it."""
         sizes = {}
         for run in self.runs:
@@ -221,12 +221,12 @@ class Archive:
             self._add_classifier(facts, seeds, sources, made)
         else:
             facts["subject"] = str(settings.get("folder", run.path))
-        pictures = self._sizes.get((settings.get("root"), settings.get("split")))
-        whole = pictures == PICTURES.get(str(settings.get("split"))) and not facts["scored"]
+        images = self._sizes.get((settings.get("root"), settings.get("split")))
+        whole = images == IMAGES.get(str(settings.get("split"))) and not facts["scored"]
         facts["whole VOC 2012"] = whole
         facts["data"] = "VOC 2012" if whole else facts["data"]
         return [
-            Measurement({**facts, **more}, tuple(seeds), numbers, pictures, run, tuple(sources))
+            Measurement({**facts, **more}, tuple(seeds), numbers, images, run, tuple(sources))
             for more, numbers in _numbers(str(what), settings, content)
         ]
 

@@ -1,20 +1,21 @@
-"""Find the settings of the label generator and its CRF on a few pictures with true masks.
+"""Find the settings of the label generator and its CRF on a few images with true masks.
 
     python -m bapnal_recipes.voc2012.search standard --classifier runs/voc2012/bap/classifier.pt \
         --out runs/voc2012/search
-    python -m bapnal_recipes.voc2012.generate_labels paper --classifier runs/voc2012/bap/classifier.pt \
+    python -m bapnal_recipes.voc2012.generate_labels paper \
+        --classifier runs/voc2012/bap/classifier.pt \
         --search runs/voc2012/search/result.json --out runs/voc2012/labels
 
-The paper chooses its threshold, its N and its CRF on 100 pictures. What was found for one backbone
+The paper chooses its threshold, its N and its CRF on 100 images. What was found for one backbone
 does not carry over to another, so this script chooses more than those. Features are computed once.
 Then, each stage ranking what goes on to the next by the mIoU of Y_crf:
 
 1. ``unaries``: all combinations of background, min-max, threshold and maximum, without a CRF and at
    a quarter of the resolution; then every N for the best of each kind of background, with and
    without a threshold;
-2. ``crf``: the best of each kind in every sharpness, with a fast CRF on every other picture;
+2. ``crf``: the best of each kind in every sharpness, with a fast CRF on every other image;
 3. ``crf`` too, on request: the parameters of the CRF one after the other, until none gets better;
-4. ``exact``: the best few with the CRF that labels are made with, on all pictures.
+4. ``exact``: the best few with the CRF that labels are made with, on all images.
 
 Rows are kept in ``OUT/rows.json`` as they are measured: after an interruption the same command goes
 on from there. ``OUT/result.json`` has all rows and the best settings.
@@ -85,9 +86,9 @@ class Settings:
         root: The devkit, such as VOCdevkit/VOC2012; by default the environment variable
             BAPNAL_VOC_ROOT, where set.
         out: Where to write.
-        split: Where the pictures are taken from.
-        count: How many of its pictures with masks to take, evenly spread.
-        pictures: File with the names of the pictures instead, one a line.
+        split: Where the images are taken from.
+        count: How many of its images with masks to take, evenly spread.
+        pictures: File with the names of the images instead, one per line.
         method: "network" or "agnostic", as in generate_labels.py.
         classifier: File classifier.pt of train_classifier.py.
         backbone: Network of "agnostic" without a classifier.
@@ -107,7 +108,7 @@ class Settings:
         crf: The CRF; where its parameters are searched, where that begins.
         difficult: Whether to keep objects marked as difficult.
         margin: Loosen boxes by this share of their sides on each side.
-        machines: Where it runs; pictures are shared out among the processes.
+        machines: Where it runs; images are shared out among the processes.
     """
 
     root: Path = field(default_factory=default_root)
@@ -161,7 +162,7 @@ PRESETS = {
 
 
 class HeldOut(NamedTuple):
-    """One picture, in memory.
+    """One image, in memory.
 
     Attributes:
         image: ``(1, 3, H, W)`` uint8.
@@ -232,11 +233,11 @@ def _check(settings: Settings) -> None:
 
 
 class Bench(NamedTuple):
-    """The pictures of this process, and how labels on them are measured.
+    """The images of this process, and how labels on them are measured.
 
     Attributes:
-        names: Of all pictures.
-        pictures: Those of this process.
+        names: Of all images.
+        images: Those of this process.
         weight: Of the classifier, or None.
         classes: Number of classes, background included.
         chosen: Which of them to average over.
@@ -244,7 +245,7 @@ class Bench(NamedTuple):
     """
 
     names: list[str]
-    pictures: list[HeldOut]
+    images: list[HeldOut]
     weight: Tensor | None
     classes: int
     chosen: list[int]
@@ -253,7 +254,7 @@ class Bench(NamedTuple):
 
 @torch.inference_mode()
 def read_bench(settings: Settings, fabric: Fabric) -> Bench:
-    """Read the held-out pictures and compute their features, once for all settings."""
+    """Read the held-out images and compute their features, once for all settings."""
     weight, classes, left_out = None, settings.classes, set()
     if settings.classifier is None:
         features = untrained_features(settings.backbone, settings.weights, settings.stride)
@@ -274,7 +275,7 @@ def read_bench(settings: Settings, fabric: Fabric) -> Bench:
     )
     features = features.to(fabric.device).eval()
     mine = range(fabric.global_rank, len(names), fabric.world_size)
-    pictures = []
+    images = []
     for i in _bar(mine, "features", fabric):
         sample = data[i]
         image = sample.image[None].to(fabric.device)
@@ -283,12 +284,12 @@ def read_bench(settings: Settings, fabric: Fabric) -> Bench:
         if (half := found.half()).isfinite().all():
             found = half
         boxes, labels = sample.boxes.to(fabric.device), sample.labels.to(fabric.device)
-        pictures.append(HeldOut(image, found, boxes, labels, sample.maps[0].to(torch.uint8)))
-    return Bench(names, pictures, weight, len(classes) + 1, chosen, fabric)
+        images.append(HeldOut(image, found, boxes, labels, sample.maps[0].to(torch.uint8)))
+    return Bench(names, images, weight, len(classes) + 1, chosen, fabric)
 
 
 def held_out(settings: Settings, devkit: Devkit, left_out: set[int]) -> list[str]:
-    """Names of the pictures; none that hold a class which the classifier was not to see."""
+    """Names of the images; none that hold a class which the classifier was not to see."""
     if settings.pictures is not None:
         if not settings.pictures.is_file():
             raise FileNotFoundError(f"pictures {settings.pictures} does not exist")
@@ -299,7 +300,7 @@ def held_out(settings: Settings, devkit: Devkit, left_out: set[int]) -> list[str
         names = [x for x in names if not left_out & set(devkit.annotation(x).labels.tolist())]
     if not names:
         source = settings.pictures or f"the split {settings.split}"
-        raise ValueError(f"{source} must name pictures with masks, has none that serve")
+        raise ValueError(f"{source} must name images with masks, has none that serve")
     count = len(names) if settings.pictures else min(settings.count, len(names))
     names = [names[i * len(names) // count] for i in range(count)]
     return names[::2] + names[1::2]  # the first half is spread evenly too
@@ -318,10 +319,10 @@ def measure(
     """Measure the labels of some settings.
 
     Args:
-        bench: The pictures.
+        bench: The images.
         generator: How unaries are made.
         crf: What is done with them.
-        first: How many of the pictures; all by default.
+        first: How many of the images; all by default.
         coarse: Whether at a fraction of the resolution.
         parts: Whether to measure Y_ret, and what both agree on, beside Y_crf.
 
@@ -334,9 +335,9 @@ def measure(
     scores = {kind: SegmentationScore(bench.classes, bench.chosen) for kind in kinds}
     fabric = bench.fabric
     wanted = range(fabric.global_rank, first or len(bench.names), fabric.world_size)
-    for picture in bench.pictures[: len(wanted)]:
-        view = coarsened(picture) if coarse else picture
-        features = picture.features.float()
+    for entry in bench.images[: len(wanted)]:
+        view = coarsened(entry) if coarse else entry
+        features = entry.features.float()
         y = generate(view.image, features, bench.weight, [view.boxes], [view.labels])
         truth = view.truth.long()
         scores["miou"].update(y.crf[0], truth)
@@ -350,14 +351,14 @@ def measure(
     return {**row, "coverage": round(100 * found["both"].coverage, 3)} if parts else row
 
 
-def coarsened(picture: HeldOut) -> HeldOut:
-    """Return a picture at a fraction of its resolution, grey: only a CRF looks at it."""
-    height, width = picture.truth.shape
+def coarsened(entry: HeldOut) -> HeldOut:
+    """Return an image at a fraction of its resolution, grey: only a CRF looks at it."""
+    height, width = entry.truth.shape
     size = (max(1, height // COARSE), max(1, width // COARSE))
-    scale = picture.boxes.new_tensor([size[1] / width, size[0] / height]).repeat(2)
-    truth = F.interpolate(picture.truth[None, None], size, mode="nearest-exact")[0, 0]
-    grey = picture.image.new_zeros(1, 1, 1, 1).expand(1, 3, *size)
-    return picture._replace(image=grey, boxes=picture.boxes * scale, truth=truth)
+    scale = entry.boxes.new_tensor([size[1] / width, size[0] / height]).repeat(2)
+    truth = F.interpolate(entry.truth[None, None], size, mode="nearest-exact")[0, 0]
+    grey = entry.image.new_zeros(1, 1, 1, 1).expand(1, 3, *size)
+    return entry._replace(image=grey, boxes=entry.boxes * scale, truth=truth)
 
 
 # What is tried

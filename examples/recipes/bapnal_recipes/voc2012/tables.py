@@ -60,9 +60,9 @@ class Settings:
     Args:
         results: Folders that are searched for result files.
         out: Folder of the page.
-        photographs: Whether to draw the figures that show pictures of the data set; they need its
+        photographs: Whether to draw the figures that show images of the data set; they need its
             devkit where the results say that it is.
-        examples: How many pictures such a figure shows.
+        examples: How many images such a figure shows.
     """
 
     results: tuple[Path, ...] = (Path("runs/voc2012"),)
@@ -152,8 +152,8 @@ def _figure(drawn: figures.Drawn) -> str:
     title = f"### {drawn.figure.number}: {drawn.figure.title}"
     if drawn.path is None:
         return f"{title}\n\nnot drawn: needs {drawn.reason}"
-    picture = f"![{drawn.figure.title}](figures/{drawn.path.name})"
-    return f"{title}\n\n{picture}\n\n{drawn.caption}".strip()
+    image = f"![{drawn.figure.title}](figures/{drawn.path.name})"
+    return f"{title}\n\n{image}\n\n{drawn.caption}".strip()
 
 
 # The paper's tables
@@ -346,9 +346,9 @@ def _agree(facts: Facts, others: Facts) -> bool:
 def _condition(one: PaperTable, shown: Shown, tag: str, beside: Sequence[Shown]) -> str:
     """Say what columns of ours stand on, and what tells them from others beside them."""
     every = [m for several in shown.cells.values() for m in several]
-    pictures = ", ".join(
+    images = ", ".join(
         f"{count or 'an unknown number of'} of {x}"
-        for x, count in sorted({(m.facts["split"], m.pictures) for m in every}, key=str)
+        for x, count in sorted({(m.facts["split"], m.images) for m in every}, key=str)
     )
     scored = shown.facts.get("scored")
     classes = f"; classes scored: {value_text(scored)}" if scored else ""
@@ -370,7 +370,7 @@ def _condition(one: PaperTable, shown: Shown, tag: str, beside: Sequence[Shown])
     if searched:
         unlike.append(settings_text(dict.fromkeys(searched, "searched"), searched))
     title = "ours" if shown.faithful else "elsewhere"
-    text = f"**{title}{tag}**: {shown.name}; pictures: {pictures}{classes}."
+    text = f"**{title}{tag}**: {shown.name}; images: {images}{classes}."
     text += f" Other than in the preset `paper`: {', '.join(unlike)}." if unlike else ""
     apart = varying([x.facts for x in beside if x.name == shown.name])
     apart = [x for x in apart if x in shown.facts and x not in wanted and x != "scored"]

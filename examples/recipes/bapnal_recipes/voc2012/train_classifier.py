@@ -53,7 +53,7 @@ class Settings:
         root: The devkit, such as VOCdevkit/VOC2012; by default the environment variable
             BAPNAL_VOC_ROOT, where set.
         out: Where to write.
-        split: Which pictures: a file of ImageSets/Segmentation.
+        split: Which images: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
         backbone: "vgg16", "small", or the name of a network of timm.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
@@ -62,17 +62,17 @@ class Settings:
         pool: "bap": background-aware pooling. "gap": global average pooling of each box.
         grid_size: N of the grid whose cells give the background's vectors.
         output_size: Bins along each side of a box, each classified on its own.
-        min_background: Share of definite background up to which a picture is pooled as by "gap".
+        min_background: Share of definite background up to which an image is pooled as by "gap".
         sampling: "cells": a box is the cells of the feature map in it. "roi_align": bilinear
             samples.
         crop: Side of the training crops.
         scale: Range of the random zoom.
         jitter: Strength of the colour changes.
-        batch_size: Pictures in a batch, of all devices together.
+        batch_size: Images in a batch, of all devices together.
         rate: Learning rate of the pretrained layers.
         head_rate: Learning rate of the classifier, and of a backbone that was not pretrained.
         bias_factor: Learning rate of biases, as a multiple of their layer's.
-        epochs: How often to go through all pictures.
+        epochs: How often to go through all images.
         drop_after: Epochs after which the rates fall to a tenth; two thirds of all by default.
         iterations: Batches, all together, in place of ``epochs``.
         drop_at: Batches after which the rates fall to a tenth, in place of ``drop_after``.
@@ -80,7 +80,7 @@ class Settings:
         weight_decay: Of all that is trained.
         difficult: Whether to use objects marked as difficult; else they are taken as background.
         margin: Loosen boxes by this share of their sides on each side.
-        leave_out: Names of classes to leave out, together with all pictures that hold them.
+        leave_out: Names of classes to leave out, together with all images that hold them.
         channels_last: Keep the channels of a position together in memory.
         checkpoint_interval: Batches from one checkpoint to the next.
         seed: Of all random numbers.
@@ -202,9 +202,9 @@ class Steps(NamedTuple):
         return 1.0 if step < self.drop else 0.1
 
 
-def schedule(settings: Settings, pictures: int) -> Steps:
+def schedule(settings: Settings, count: int) -> Steps:
     """Turn epochs into batches."""
-    epoch = steps_per_epoch(pictures, settings.batch_size)
+    epoch = steps_per_epoch(count, settings.batch_size)
     total = settings.epochs * epoch if settings.iterations is None else settings.iterations
     if settings.drop_at is not None:
         return Steps(total, settings.drop_at)
@@ -236,12 +236,12 @@ def parameter_groups(network: BoxClassifier, settings: Settings) -> list[dict[st
 
 
 def training_names(settings: Settings, devkit: Devkit) -> list[str]:
-    """Return the pictures to train on: those of the split, without those to leave out.
+    """Return the images to train on: those of the split, without those to leave out.
 
     Reads all annotations, so that whatever is wrong with one is found before training begins.
 
     Raises:
-        ValueError: If there is no picture or no box to train on.
+        ValueError: If there is no image or no box to train on.
     """
     dropped = {devkit.classes.index(name) + 1 for name in settings.leave_out}
     names, boxes = [], 0
@@ -256,7 +256,7 @@ def training_names(settings: Settings, devkit: Devkit) -> list[str]:
         without = f" without {', '.join(settings.leave_out)}" if dropped else ""
         raise ValueError(
             f"split {settings.split}{without} must hold at least one box, "
-            f"got none in {len(names)} pictures"
+            f"got none in {len(names)} images"
         )
     return names
 
@@ -340,7 +340,7 @@ def main(settings: Settings) -> dict[str, Any]:
         pooled = pool(features, batch.boxes, batch.size, batch.valid)
         return box_classification_loss(pooled, weight, batch.labels, across_ranks=True)
 
-    def pictures(network: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+    def images(network: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         image = batch.images[:1]
         pooled = pool(network(image)[0], batch.boxes[:1], batch.size, batch.valid[:1])
         attention = nn.functional.interpolate(pooled.attention.float(), batch.size)[0]
@@ -362,7 +362,7 @@ def main(settings: Settings) -> dict[str, Any]:
             seed=settings.seed,
             workers=settings.machines.workers,
             logging=settings.logging,
-            pictures=pictures,
+            images=images,
             channels_last=settings.channels_last,
         )
     meter.seconds += trained.earlier

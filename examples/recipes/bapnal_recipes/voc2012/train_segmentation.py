@@ -1,14 +1,15 @@
 """Stage 3: train a segmentation network on label maps that are partly wrong.
 
     python -m bapnal_recipes.voc2012.train_segmentation paper --labels runs/voc2012/labels
-    python -m bapnal_recipes.voc2012.train_segmentation paper --loss ignore --out runs/voc2012/ignore
+    python -m bapnal_recipes.voc2012.train_segmentation paper --loss ignore \
+        --out runs/voc2012/ignore
     python -m bapnal_recipes.voc2012.train_segmentation paper-v2 --weights resnet101_coco.pth
 
-With ``--true-masks`` and a list of pictures, their true masks stand for both label maps: one of
-``ImageSets/Segmentation/train.txt`` for semi-supervised training, with all pictures of the split
+With ``--true-masks`` and a list of images, their true masks stand for both label maps: one of
+``ImageSets/Segmentation/train.txt`` for semi-supervised training, with all images of the split
 for the fully supervised ceiling, which needs no label maps.
 
-Writes ``OUT/segmenter.pt`` and ``OUT/result.json``, and of the pictures of ``--confidence-of`` the
+Writes ``OUT/segmenter.pt`` and ``OUT/result.json``, and of the images of ``--confidence-of`` the
 map of sigma, 0..255, as it is after several numbers of steps: ``OUT/confidence/NAME_STEPS.png``.
 After an interruption the same command goes on from the last checkpoint; when all is done it returns
 what was found.
@@ -83,8 +84,8 @@ class Settings:
         labels: Output of generate_labels.py.
         first: Folder in ``labels`` with Y_crf, or the path of one elsewhere.
         second: Folder in ``labels`` with Y_ret, or the path of one elsewhere.
-        true_masks: List of pictures whose true mask stands for both label maps.
-        split: Which pictures: a file of ImageSets/Segmentation.
+        true_masks: List of images whose true mask stands for both label maps.
+        split: Which images: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
         network: "deeplab_v1" (VGG-16), "deeplab_v2" (ResNet-101), "small", or a name of timm's.
         weights: What the network starts from: a file, "random", or none for its ImageNet weights.
@@ -103,14 +104,14 @@ class Settings:
         align_corners: How scores are upsampled; see torch.nn.functional.interpolate.
         crop: Side of the training crops.
         scale: Range of the random zoom.
-        batch_size: Pictures in a batch, of all devices together.
-        epochs: How often to go through the pictures.
+        batch_size: Images in a batch, of all devices together.
+        epochs: How often to go through the images.
         iterations: Number of batches, in place of ``epochs``.
         rate: Learning rate of the pretrained layers at the start; it falls to 0 with the power 0.9.
         head_rate: That of head and classifier, and of a backbone that was not pretrained.
         momentum: Of SGD.
         weight_decay: Of all weights.
-        confidence_of: Names of pictures whose confidence maps are kept.
+        confidence_of: Names of images whose confidence maps are kept.
         confidence_every: At every how many epochs, from 0 on.
         channels_last: Faster for most networks, on CPUs too.
         checkpoint_interval: Steps from one checkpoint to the next.
@@ -179,14 +180,14 @@ PRESETS = {
 }
 
 
-class LabelledPictures(Dataset[Sample]):
-    """Pictures with their label maps, without boxes.
+class LabelledImages(Dataset[Sample]):
+    """Images with their label maps, without boxes.
 
     Args:
-        devkit: Where the pictures and the true masks are.
-        names: Which pictures.
+        devkit: Where the images and the true masks are.
+        names: Which images.
         folders: Of label maps ``NAME.png``.
-        true: Pictures whose true mask stands for each of the label maps.
+        true: Images whose true mask stands for each of the label maps.
         augment: How to vary them; None leaves them as they are.
     """
 
@@ -205,11 +206,11 @@ class LabelledPictures(Dataset[Sample]):
         self.augment = augment
 
     def __len__(self) -> int:
-        """Return the number of pictures."""
+        """Return the number of images."""
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return one picture, varied if so asked."""
+        """Return one image, varied if so asked."""
         name = self.names[index]
         image = self.devkit.image(name)
         if name in self.true:
@@ -225,7 +226,7 @@ class LabelledPictures(Dataset[Sample]):
         """Look at the heads of all files, which is quick, for what cannot be trained on.
 
         Raises:
-            ValueError: If a file is no picture, or a label map has another size than its picture
+            ValueError: If a file is no image, or a label map has another size than its image
                 or holds no class indices.
         """
         for name in self.names:
@@ -240,7 +241,7 @@ class LabelledPictures(Dataset[Sample]):
                     raise ValueError(f"{path} must hold class indices, got mode {mode}")
                 if got != want:
                     raise ValueError(
-                        f"{path} must have the size of its picture, {want[0]} x {want[1]}, got "
+                        f"{path} must have the size of its image, {want[0]} x {want[1]}, got "
                         f"{got[0]} x {got[1]}"
                     )
 
@@ -350,7 +351,7 @@ def main(settings: Settings) -> dict:
     """Train, and return the result that also goes to ``OUT/result.json``.
 
     Raises:
-        FileNotFoundError: If pictures or label maps are missing.
+        FileNotFoundError: If images or label maps are missing.
         ValueError: If a setting does not fit, or ``out`` belongs to a run with other settings.
     """
     check(settings)
@@ -359,7 +360,7 @@ def main(settings: Settings) -> dict:
     if stored is not None:
         rich.print(f"{settings.out} is finished, loss {stored['scores']['loss']:.4f}")
         return stored
-    dataset = training_pictures(settings)
+    dataset = training_images(settings)
     torch.manual_seed(settings.seed)
     # Before other processes start, which then find the weights that this may have to fetch.
     network = _network(settings, len(settings.classes) + 1, settings.weights)
@@ -392,7 +393,7 @@ def main(settings: Settings) -> dict:
             seed=settings.seed,
             workers=settings.machines.workers,
             logging=settings.logging,
-            pictures=lambda bare, batch, _: _draw(bare, batch, settings),
+            images=lambda bare, batch, _: _draw(bare, batch, settings),
             numbers=lambda: objective.numbers,
             channels_last=settings.channels_last,
         )
@@ -478,25 +479,25 @@ def _optimizer(network: Segmenter, settings: Settings) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def _draw(network: nn.Module, batch: Batch, settings: Settings) -> dict[str, Tensor]:
-    """The first picture of a batch, its label, and what the network makes of it."""
+    """The first image of a batch, its label, and what the network makes of it."""
     logits, similarity = network(batch.images[:1])
     labels = batch.maps[:1, 0]
     prediction = _upsample(logits, labels, settings).argmax(1)
     sigma = confidence_map(_upsample(similarity, labels, settings), labels, settings.gamma)
     image = batch.images[0].cpu()
     return {
-        "picture/1 input": image,
-        "picture/2 labels": label_map(image, labels[0].cpu()),
-        "picture/3 prediction": label_map(image, prediction[0].cpu()),
-        "picture/4 confidence": grey_map(sigma[0].cpu()),
+        "image/1 input": image,
+        "image/2 labels": label_map(image, labels[0].cpu()),
+        "image/3 prediction": label_map(image, prediction[0].cpu()),
+        "image/4 confidence": grey_map(sigma[0].cpu()),
     }
 
 
 class ConfidenceKeeper:
-    """Writes confidence maps of some whole pictures every few epochs and at the end (Figure 5).
+    """Writes confidence maps of some whole images every few epochs and at the end (Figure 5).
 
     Args:
-        settings: Which pictures, how often and where.
+        settings: Which images, how often and where.
         fabric: Rank zero writes.
         network: The bare network.
         dataset: What is trained on.
@@ -509,7 +510,7 @@ class ConfidenceKeeper:
         settings: Settings,
         fabric: Fabric,
         network: nn.Module,
-        dataset: LabelledPictures,
+        dataset: LabelledImages,
         steps: int,
         together: Together,
     ) -> None:
@@ -518,7 +519,7 @@ class ConfidenceKeeper:
         self.network = network
         self.together = together
         names = settings.confidence_of if fabric.is_global_zero else ()
-        self.pictures = LabelledPictures(dataset.devkit, names, dataset.folders[:1], dataset.true)
+        self.images = LabelledImages(dataset.devkit, names, dataset.folders[:1], dataset.true)
         span = settings.confidence_every * steps_per_epoch(len(dataset), settings.batch_size)
         # Not twice where the last full span ends shortly before the end.
         self.moments = {*range(0, max(1, steps - span // 2), span), steps}
@@ -533,7 +534,7 @@ class ConfidenceKeeper:
     def _write(self, step: int) -> None:
         mode = self.network.training
         self.network.eval()
-        for sample in (self.pictures[i] for i in range(len(self.pictures))):
+        for sample in (self.images[i] for i in range(len(self.images))):
             with self.fabric.autocast():
                 _, similarity = self.network(sample.image[None].to(self.fabric.device))
             labels = sample.maps[:1].to(self.fabric.device)
@@ -546,12 +547,12 @@ class ConfidenceKeeper:
         self.network.train(mode)
 
 
-def training_pictures(settings: Settings) -> LabelledPictures:
+def training_images(settings: Settings) -> LabelledImages:
     """Return what to train on, after a look for all that is missing or does not fit.
 
     Raises:
-        FileNotFoundError: If a picture, a list, a label map or a true mask is missing.
-        ValueError: If a list names other pictures, or sizes differ.
+        FileNotFoundError: If an image, a list, a label map or a true mask is missing.
+        ValueError: If a list names other images, or sizes differ.
     """
     s = settings
     devkit = Devkit(s.root, s.classes)
@@ -559,7 +560,7 @@ def training_pictures(settings: Settings) -> LabelledPictures:
     true = _true_masks(s, names)
     for name in s.confidence_of:
         if name not in names:
-            raise ValueError(f"confidence_of must name pictures of {s.split}, got {name!r}")
+            raise ValueError(f"confidence_of must name images of {s.split}, got {name!r}")
     folders = _folders(s)
     labelled = [name for name in names if name not in true]
     for folder in folders if labelled else ():
@@ -574,12 +575,10 @@ def training_pictures(settings: Settings) -> LabelledPictures:
         missing = [name for name in labelled if f"{name}.png" not in there]
         if missing:
             raise FileNotFoundError(
-                f"{folder} must hold a label map for each picture, has none for {len(missing)} of "
+                f"{folder} must hold a label map for each image, has none for {len(missing)} of "
                 f"{len(labelled)}, the first of them {missing[0]}"
             )
-    dataset = LabelledPictures(
-        devkit, names, folders, true, Augmentation(s.crop, s.scale, jitter=0)
-    )
+    dataset = LabelledImages(devkit, names, folders, true, Augmentation(s.crop, s.scale, jitter=0))
     dataset.check_files()
     return dataset
 
@@ -640,7 +639,7 @@ def _same_classes(settings: Settings, folder: Path) -> None:
 
 
 def _true_masks(settings: Settings, names: Sequence[str]) -> frozenset[str]:
-    """Read the list of pictures with true masks."""
+    """Read the list of images with true masks."""
     path = settings.true_masks
     if path is None:
         return frozenset()
@@ -651,7 +650,7 @@ def _true_masks(settings: Settings, names: Sequence[str]) -> frozenset[str]:
     unknown = [name for name in listed if name not in known]
     if unknown:
         raise ValueError(
-            f"true_masks {path} must name pictures of {settings.split}, but {len(unknown)} of "
+            f"true_masks {path} must name images of {settings.split}, but {len(unknown)} of "
             f"{len(listed)} are not, the first of them {unknown[0]!r}"
         )
     return frozenset(listed)
