@@ -33,6 +33,7 @@ from bapnal.label.backbone import TimmFeatures
 from bapnal.label.files import claim, whole, write_json
 from bapnal_recipes.data.augmentation import Augmentation
 from bapnal_recipes.data.dataset import BoxDataset, collate
+from bapnal_recipes.data.label_maps import grey_map, label_map
 from bapnal_recipes.data.metrics import Segmentation
 from bapnal_recipes.data.voc import Devkit
 from bapnal_recipes.models.small import SmallFeatures
@@ -354,13 +355,13 @@ def draw_examples(
         )
         pixels = [
             image,
-            report.grey_map(maps.background_unary[0].cpu()),
-            report.grey_map(cam.cpu()),
-            report.label_map(image, y.crf[0].cpu()),
-            report.label_map(image, y.retrieval[0].cpu()),
+            grey_map(maps.background_unary[0].cpu()),
+            grey_map(cam.cpu()),
+            label_map(image, y.crf[0].cpu()),
+            label_map(image, y.retrieval[0].cpu()),
             report.agreement_map(image, y.reliable[0].cpu()),
-            report.label_map(image, stages.predict(segmentation, batch.images)[0]),
-            report.label_map(image, sample.maps[0]),
+            label_map(image, stages.predict(segmentation, batch.images)[0]),
+            label_map(image, sample.maps[0]),
         ]
         panels = [
             report.Panel(title, found) for (title, _), found in zip(MEANINGS, pixels, strict=True)

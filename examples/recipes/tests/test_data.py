@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from bapnal.label.files import whole, write_json
 from bapnal_recipes.data.augmentation import Augmentation
 from bapnal_recipes.data.dataset import BoxDataset, Sample, collate, loosen
 from bapnal_recipes.data.label_maps import VOID, fill_boxes, read_label_map, write_label_map
@@ -212,7 +211,7 @@ def test_a_data_set_loosens_its_boxes(root):
         BoxDataset(Devkit(root), ["a"], margin=-1)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_label_map_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(self, path, **_):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -226,23 +225,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
                 write_label_map(tmp_path / f"maps/{name}.png", torch.ones(2, 3))
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["a.png"]
     assert (tmp_path / "maps/a.png").read_bytes() == before
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", lambda path, *_, **__: full(None, path))
-        with pytest.raises(OSError, match=r"a\.json could not be written: No space left on dev"):
-            write_json(tmp_path / "results/a.json", {})
-    assert list((tmp_path / "results").iterdir()) == []
-
-    def interrupted(path):
-        with whole(path) as unfinished:
-            unfinished.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(tmp_path / "c.txt")
-    with pytest.raises(OSError, match=r"d\.json could not be written: "):
-        write_json(tmp_path / "maps/a.png/d.json", {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["maps", "results"]
 
 
 def test_label_maps_survive_a_file_and_must_have_the_size_of_the_image(root):
