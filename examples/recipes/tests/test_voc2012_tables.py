@@ -206,7 +206,7 @@ def test_another_backbone_never_stands_in_our_column(tmp_path):
 
 
 def test_all_of_voc_with_fewer_classes_or_images_is_not_the_papers(tmp_path):
-    for i, options in enumerate(({"score_classes": ANIMALS}, {"pictures": {"val": 1448}})):
+    for i, options in enumerate(({"score_classes": ANIMALS}, {"images": {"val": 1448}})):
         runs = Runs(tmp_path / f"runs{i}", "/data/VOCdevkit/VOC2012", "vgg16", **options)
         runs.labels("bap", {"crf": 79.0}, runs.classifier("bap_0"))
         text = show(tmp_path / f"runs{i}", tmp_path / f"page{i}")
