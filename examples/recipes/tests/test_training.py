@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -466,14 +465,11 @@ def global_squares(network, batch, step):
 
 
 @pytest.fixture
-def two_ranks(tmp_path):
+def two_ranks(tmp_path, two_processes):
     """Run ``train_as_rank``, or what else is given, in two processes; return how each ended."""
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that uses CUDA cannot be forked")
 
     def run(dataset, function=train_as_rank):
-        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
-        fabric.launch(function, tmp_path, dataset, without_norm())
+        two_processes(function, tmp_path, dataset, without_norm())
         return [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
 
     return run

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.fabric import Fabric
 from PIL import Image
 
 import shapes
@@ -190,13 +189,10 @@ def train_as_rank(fabric, settings):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_two_processes_train_what_one_does(pretrained, tmp_path):
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that uses CUDA cannot be forked")
+def test_two_processes_train_what_one_does(pretrained, tmp_path, two_processes):
     pretrained = change(pretrained, batch_size=3, iterations=4)
     one = weights_of(change(pretrained, out=tmp_path / "one"))
-    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
-    fabric.launch(train_as_rank, change(pretrained, out=tmp_path / "two"))
+    two_processes(train_as_rank, change(pretrained, out=tmp_path / "two"))
     content = torch.load(tmp_path / "two/classifier.pt", weights_only=True)
     two = {**content["features"], "classifier": content["weight"]}
     start = {**groups(pretrained)[0].features.state_dict(), "classifier": torch.zeros(())}

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
 from PIL import Image
 from torch.nn import functional as F
 
@@ -303,14 +302,13 @@ def train_as_rank(fabric, settings):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_confidence_map_that_rank_zero_cannot_write_ends_all_ranks(settings, own_labels):
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that uses CUDA cannot be forked")
+def test_a_confidence_map_that_rank_zero_cannot_write_ends_all_ranks(
+    settings, own_labels, two_processes
+):
     settings = change(settings, labels=own_labels, confidence_of=names_of(settings)[:1])
     settings.out.mkdir()
     (settings.out / "confidence").touch()
-    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
-    fabric.launch(train_as_rank, settings)
+    two_processes(train_as_rank, settings)
     zero, one = ((own_labels.parent / f"rank{rank}").read_text() for rank in range(2))
     assert re.search(r"^OSError\('.*confidence/.*_000000\.png could not be written", zero)
     assert one == "SystemExit(1)"
