@@ -810,8 +810,8 @@ class _Pictures:
     def __init__(self, pictures: Sequence[Picture]) -> None:
         self.by_name = {picture.name: picture for picture in pictures}
 
-    def picture(self, name: str) -> tuple[Tensor, Annotation]:
-        """Return a picture and its boxes."""
+    def annotated(self, name: str) -> tuple[Tensor, Annotation]:
+        """Return an image and its boxes."""
         image, boxes = open_picture(self.by_name[name])
         boxes, left = clip(boxes, (image.shape[1], image.shape[2]))
         labels = self.by_name[name].labels[left]
