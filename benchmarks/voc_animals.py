@@ -65,7 +65,7 @@ class Settings:
         root: A folder in devkit layout.
         work: Where weights and label maps are kept.
         out: Where result files go.
-        parts: Which parts, in their order: classifiers, searches, labels, baselines, facts, unseen,
+        parts: Which parts, in their order: classifiers, searches, labels, rivals, facts, unseen,
             conditions, grids, segmentation, loose, noisy.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.

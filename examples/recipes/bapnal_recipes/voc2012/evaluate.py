@@ -222,7 +222,7 @@ class Runtime:
         warm_up: How many are worked on before, untimed.
         generator: Settings of the labels.
         crf: Settings of the CRF.
-        baselines: Which other ways to labels are timed too.
+        rivals: Which other ways to labels are timed too.
         machines: Where it runs; one device.
     """
 
@@ -678,9 +678,9 @@ def evaluate_runtime(settings: Runtime) -> dict:
             stopwatch.stop("features")
             generate(images, found, weight, boxes, labels)
             stopwatch.stop("retrieval")
-            for rival in settings.rivals:
-                RIVALS[rival](images[0], annotation.boxes, annotation.labels, crf)
-                stopwatch.stop(rival)
+            for baseline in settings.rivals:
+                RIVALS[baseline](images[0], annotation.boxes, annotation.labels, crf)
+                stopwatch.stop(baseline)
             rows.append(stopwatch.seconds)
     timed = rows[-settings.pictures :]
     own = ("unaries", "crf", "retrieval")

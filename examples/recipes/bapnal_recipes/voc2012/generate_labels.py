@@ -1,4 +1,4 @@
-"""Stage 2: make pixel labels from boxes, by the paper's method and by its baselines.
+"""Stage 2: make pixel labels from boxes, by the paper's method and by the baselines.
 
     python -m bapnal_recipes.voc2012.generate_labels paper \
         --classifier runs/voc2012/bap/classifier.pt --out runs/voc2012/labels_bap
