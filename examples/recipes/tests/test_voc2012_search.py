@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.fabric import Fabric
 
 import shapes
 from bapnal_recipes.data.label_maps import write_label_map
@@ -137,15 +136,12 @@ def search_as_rank(fabric, given, names):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("broken", ["pictures", "rows.json"])
-def test_what_one_process_cannot_read_or_write_ends_all(planted, tmp_path, broken):
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that uses CUDA cannot be forked")
+def test_what_one_process_cannot_read_or_write_ends_all(planted, tmp_path, two_processes, broken):
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(Devkit(planted).names("train")[:2]))
     names = (listed, tmp_path / "none" if broken == "pictures" else listed)
     (tmp_path / "out/.rows.json.part").mkdir(parents=True)  # in the way of what is written first
-    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
-    fabric.launch(search_as_rank, settings(planted, tmp_path / "out", crf=NO_CRF), names)
+    two_processes(search_as_rank, settings(planted, tmp_path / "out", crf=NO_CRF), names)
     zero, one = ((planted / f"rank{rank}").read_text() for rank in range(2))
     expected = "none does not exist" if broken == "pictures" else r"rows.json could not be written"
     assert re.search(expected, zero)
