@@ -322,7 +322,7 @@ def test_images_of_no_split_and_of_the_test_split_need_no_boxes(top, root):
     break_image(root, "extra")
     (root / "Annotations/lost.xml").write_text("<annotation></annotation>")
     wrong = main(settings(top))["scores"]["wrong"]
-    assert ["extra.jpg must be a pic" in wrong[0], "lost.jpg does not exist" in wrong[1]] == (
+    assert ["extra.jpg must be an im" in wrong[0], "lost.jpg does not exist" in wrong[1]] == (
         [True, True]
     )
 
