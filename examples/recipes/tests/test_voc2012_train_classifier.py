@@ -306,7 +306,7 @@ def test_difficult_objects_can_be_left_out(settings, few):
     settings = change(settings, root=few)
     devkit = Devkit(few, shapes.CLASSES)
     assert len(train_classifier.training_names(settings, devkit)) == 2
-    with pytest.raises(ValueError, match="split train must hold at least one box, got none in 2 p"):
+    with pytest.raises(ValueError, match="split train must hold at least one box, got none in 2 i"):
         main(change(settings, difficult=False))
 
 
