@@ -82,7 +82,7 @@ def test_jobs_can_be_named(asked, settings):
         *("box", "evaluate_labels_val_box.json"),
         *("wssl", "evaluate_labels_val_wssl.json"),
     ]
-    with pytest.raises(ValueError, match=r"parts must be among classifiers, .*, got baseline"):
+    with pytest.raises(ValueError, match=r"parts must be among classifiers, .*, got rival"):
         voc_animals.main(voc_animals.Settings(parts=("rival",), **more))
 
 
