@@ -54,7 +54,7 @@ def chain(tmp_path_factory):
             classifier=weights,
             thresholds=(None, 0.99),
             grid_sizes=(1,),
-            softmax=(None,),
+            softmax=(3.0,),
             finalists=1,
             machines=CPU,
         )

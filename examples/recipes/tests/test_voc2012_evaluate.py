@@ -13,14 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
-from bapnal import CosineClassifier, DenseCRF, PseudoLabelGenerator
+from bapnal import CosineClassifier, DenseCRF
 from bapnal_recipes.data.label_maps import read_label_map, voc_palette, write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.engine.training import Machines, plain, run
+from bapnal_recipes.models.classifier import Classifier
 from bapnal_recipes.models.deeplab import build_segmenter
+from bapnal_recipes.models.generator import CrfSettings, make_generator
 from bapnal_recipes.models.small import SmallFeatures
 from bapnal_recipes.voc2012 import evaluate, train_classifier, train_segmentation
-from bapnal_recipes.voc2012.generate_labels import CrfSettings
 
 CLASSES = ("red", "green")
 CPU = Machines(accelerator="cpu")
@@ -300,7 +301,7 @@ def colours(tmp_path, monkeypatch):
     boxes = [(1, 1, 5, 5, "red"), (5, 1, 7, 3, "green"), (5, 4, 7, 6, "red")]
     write_image(tmp_path / "devkit", "a", pixels, mask, boxes)
     weight = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    loaded = train_classifier.Classifier(Red(), weight, CLASSES, {})
+    loaded = Classifier(Red(), weight, CLASSES, {})
     monkeypatch.setattr(evaluate, "load_classifier", lambda _: loaded)
     return tmp_path
 
@@ -340,6 +341,16 @@ def test_accuracy_of_the_box_classifier(colours):
     assert measured(evaluate.Boxes, colours, score_classes=(2,))["accuracy"] == 100.0
 
 
+def test_accuracy_counts_the_bias_of_a_classifier(colours, monkeypatch):
+    loaded = evaluate.load_classifier(None)
+    for bias, expected in ((0.0, 200 / 3), (-9e9, 100 / 3)):  # which speaks against red
+        weight = torch.cat([loaded.weight, torch.tensor([[0.0], [bias], [0.0]])], dim=1)
+        with_bias = loaded._replace(weight=weight)
+        monkeypatch.setattr(evaluate, "load_classifier", lambda _, found=with_bias: found)
+        scores = measured(evaluate.Boxes, colours)
+        assert scores["accuracy"] == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_box_is_never_called_background(colours):
     pixels = np.full((4, 4, 3), (90, 20, 200))
     (colours / "devkit/ImageSets/Segmentation/val.txt").unlink()
@@ -376,11 +387,11 @@ def test_filling_rates(colours):
 def test_maps_are_upsampled_as_in_the_preset_of_the_backbone(colours, monkeypatch):
     asked = []
 
-    def generator(*args, align_corners, **options):
-        asked.append(align_corners)
-        return PseudoLabelGenerator(*args, align_corners=align_corners, **options)
+    def generator(options, crf):
+        asked.append(options.align_corners)
+        return make_generator(options, crf)
 
-    monkeypatch.setattr(evaluate, "PseudoLabelGenerator", generator)
+    monkeypatch.setattr(evaluate, "make_generator", generator)
     for backbone in ("resnet18", "vgg16"):
         loaded = evaluate.load_classifier(None)._replace(settings={"backbone": backbone})
         monkeypatch.setattr(evaluate, "load_classifier", lambda _, loaded=loaded: loaded)

@@ -13,26 +13,25 @@ from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import Devkit
 from bapnal_recipes.engine.training import Machines, cli, run
+from bapnal_recipes.models.classifier import Classifier
+from bapnal_recipes.models.generator import CrfSettings, GeneratorSettings, make_generator
 from bapnal_recipes.models.small import SmallFeatures
 from bapnal_recipes.voc2012 import search
 from bapnal_recipes.voc2012.generate_labels import PRESETS as LABEL_PRESETS
-from bapnal_recipes.voc2012.generate_labels import (
-    CrfSettings,
-    GeneratorSettings,
-    make_generator,
-    read_search,
-)
 from bapnal_recipes.voc2012.generate_labels import Settings as LabelSettings
-from bapnal_recipes.voc2012.train_classifier import Classifier
+from bapnal_recipes.voc2012.generate_labels import read_search
 
 CPU = Machines(accelerator="cpu")
 NO_CRF = CrfSettings(none=True)
 PLANTED = GeneratorSettings(
     grid_size=2,
+    attention_reduction="max",
     background="both",
     background_threshold=0.8,
-    attention_minmax=True,
+    background_minmax=True,
+    foreground="cam",
     cam_normalization="box",
+    unary_softmax=1.0,  # without a CRF the first one serves as well as any
 )
 
 
@@ -71,7 +70,7 @@ def settings(root, out, **options):
     few = {
         "thresholds": (None, 0.8),
         "grid_sizes": (1, 2),
-        "softmax": (None, 2.0),
+        "softmax": (1.0, 2.0),
         "count": 6,
         "split": "train",
         "classifier": root / "classifier.pt",
@@ -90,7 +89,11 @@ def test_the_search_finds_the_planted_settings(planted, tmp_path):
     assert json.loads((tmp_path / "out/result.json").read_text()) == found
     rows = found["scores"]["rows"]
     count = {stage: sum(row["stage"] == stage for row in rows) for stage in ("unaries", "crf")}
-    assert count == {"unaries": 2 + 2 * (2 * 2 * 2) + 2 * 2, "crf": 5 * 2}
+    maxima = 2 + 1  # of a class or a box for the activation map, none for the complement
+    first = 2 * (2 * 2 * maxima) + 2 * maxima
+    kinds = 2 * 2 * 2 + 2  # background with A, threshold, foreground; and the map alone
+    # Of N = 2 those with the other reduction are new, and N = 1 was measured before.
+    assert count == {"unaries": first + 8 * 2, "crf": kinds * 2}
     exact = [row for row in rows if row["stage"] == "exact"]
     assert len(exact) == 3
     assert exact[0]["coverage"] < 100
@@ -99,8 +102,16 @@ def test_the_search_finds_the_planted_settings(planted, tmp_path):
 
 def test_generate_labels_reads_the_best(planted, tmp_path):
     search.main(settings(planted, tmp_path / "out", crf=NO_CRF, grid_sizes=(2,), finalists=1))
-    read = read_search(tmp_path / "out/result.json", LabelSettings())
+    path = tmp_path / "out/result.json"
+    read = read_search(path, LabelSettings())
     assert (read.generator, read.crf) == (PLANTED, NO_CRF)
+    old = json.loads(path.read_text())
+    best = old["scores"]["best"]["generator"]
+    best["attention_minmax"] = best.pop("background_minmax")
+    path.write_text(json.dumps(old))
+    facts = r"other options \(attention_minmax, background_minmax\): search again$"
+    with pytest.raises(ValueError, match=rf"must be a result of search\.py .*{facts}"):
+        read_search(path, LabelSettings())
 
 
 def test_an_interrupted_search_goes_on(planted, tmp_path, monkeypatch):
@@ -263,7 +274,7 @@ def test_labels_without_class_weights_have_their_own_search(planted, tmp_path):
     few = {"method": "agnostic", "classes": shapes.CLASSES, "thresholds": (None,), "crf": NO_CRF}
     found = search.main(settings(planted, tmp_path / "out", **options, **few))["scores"]
     assert {row["generator"]["background"] for row in found["rows"]} == {"attention"}
-    assert sum(row["stage"] == "unaries" for row in found["rows"]) == 2 + 1
+    assert sum(row["stage"] == "unaries" for row in found["rows"]) == 2 + 2
     assert 0 < found["best"]["miou"] < 100
 
 
@@ -306,7 +317,8 @@ def test_presets_search_around_those_of_the_labels(name):
     assert preset.crf_search
     assert preset.crf == expected.crf
     assert preset.softmax == (expected.generator.unary_softmax,)
+    varied = [other for one in search.unaries(preset) for other in search.grids(one, preset)]
     given = {"grid_size": 1, "background_threshold": 0.99}
-    tried = search.unaries(preset)
-    assert {replace(one, **given) for one in tried} == {replace(expected.generator, **given)}
-    assert {one.background_threshold for one in tried} == set(search.Settings().thresholds)
+    assert {replace(one, **given) for one in varied} == {expected.generator}
+    assert {one.background_threshold for one in varied} == set(search.Settings().thresholds)
+    assert {one.grid_size for one in varied} == {1, 2, 3}

@@ -14,7 +14,8 @@ import tyro
 from PIL import Image
 
 import shapes
-from bapnal_recipes.data.label_maps import fill_boxes, write_label_map
+from bapnal import paint_boxes
+from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.engine import training
 from bapnal_recipes.voc2012 import (
@@ -595,7 +596,7 @@ def drawn(tmp_path_factory):
         for name in devkit.names("train"):
             sample = devkit.annotation(name)
             size = tuple(devkit.mask(name).shape)
-            filled = fill_boxes(sample.boxes, sample.labels, size)
+            filled = paint_boxes(sample.boxes, sample.labels, size)
             if method == "wssl":
                 write_label_map(out / "labels" / f"{name}.png", filled)
                 continue

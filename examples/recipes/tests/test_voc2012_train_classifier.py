@@ -15,11 +15,11 @@ import shapes
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.engine import training
 from bapnal_recipes.engine.training import Logging, Machines
+from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import train_classifier
 from bapnal_recipes.voc2012.train_classifier import (
     PRESETS,
     Settings,
-    load_classifier,
     main,
     schedule,
 )

@@ -21,7 +21,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -54,9 +54,15 @@ from bapnal_recipes.engine.training import (
     total,
 )
 from bapnal_recipes.models.backbones import ALIGNED
+from bapnal_recipes.models.classifier import load_classifier
+from bapnal_recipes.models.generator import (
+    PAPER,
+    CrfSettings,
+    GeneratorSettings,
+    make_crf,
+    make_generator,
+)
 from bapnal_recipes.voc2012.baselines import box_crf, grab_cut, stack_masks
-from bapnal_recipes.voc2012.generate_labels import CrfSettings, GeneratorSettings, make_crf
-from bapnal_recipes.voc2012.train_classifier import load_classifier
 from bapnal_recipes.voc2012.train_segmentation import load_segmenter
 
 MODES = ("single", "single+crf", "multi", "multi+crf")
@@ -232,7 +238,7 @@ class Runtime:
     split: str = "val"
     pictures: int = 20
     warm_up: int = 2
-    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    generator: GeneratorSettings = PAPER
     crf: CrfSettings = field(default_factory=CrfSettings)
     rivals: tuple[Literal["grabcut", "wssl"], ...] = ("grabcut", "wssl")
     machines: MachinesOption = field(default_factory=Machines)
@@ -492,9 +498,8 @@ def evaluate_cams(settings: Cams) -> dict:
     aligned = settings.align_corners
     if aligned is None:
         aligned = classifier.settings.get("backbone") in ALIGNED
-    generate = PseudoLabelGenerator(
-        crf=None, cam_normalization=settings.cam_normalization, align_corners=aligned
-    )
+    normalized = replace(PAPER, cam_normalization=settings.cam_normalization)
+    generate = make_generator(replace(normalized, align_corners=aligned), CrfSettings(none=True))
     counts = torch.zeros(3, len(devkit.classes) + 1, dtype=torch.long)
     together = Together(fabric)
     with Meter() as meter, together.alike():
@@ -540,7 +545,6 @@ def evaluate_boxes(settings: Boxes) -> dict:
     chosen = _score_classes(settings.score_classes, devkit.classes, first=1)
     fabric = launch(settings.machines)
     features = classifier.features.to(fabric.device).eval()
-    weight = classifier.weight.to(fabric.device)
     counts = torch.zeros(2, len(devkit.classes) + 1, dtype=torch.long)
     together = Together(fabric)
     with Meter() as meter, together.alike():
@@ -555,7 +559,7 @@ def evaluate_boxes(settings: Boxes) -> dict:
                 attention=settings.background,
                 sampling=classifier.settings.get("sampling", "cells"),
             )
-            named = (pooled.foreground[:, 0] @ weight[1:].mT).argmax(1).cpu() + 1
+            named = classifier.scores(pooled.foreground[:, 0])[:, 1:].argmax(1).cpu() + 1
             right = annotation.labels[named == annotation.labels]
             for row, entries in zip(counts, (right, annotation.labels), strict=True):
                 row += entries.bincount(minlength=len(row))

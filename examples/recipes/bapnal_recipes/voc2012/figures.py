@@ -466,7 +466,7 @@ def unaries(archive: Archive, path: Path, examples: int) -> str | None:
 def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
     """Show the activation maps of a classifier of each pooling, trained alike otherwise."""
     from bapnal_recipes.models.backbones import ALIGNED
-    from bapnal_recipes.voc2012.train_classifier import load_classifier
+    from bapnal_recipes.models.classifier import load_classifier
 
     alike: dict[str, dict[str, Run]] = {}
     for run in archive.runs:

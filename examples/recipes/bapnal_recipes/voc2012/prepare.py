@@ -33,8 +33,9 @@ from rich.table import Table
 from torch import Tensor
 from torchvision.datasets import SBDataset, VOCSegmentation
 
+from bapnal import paint_boxes
 from bapnal.label.files import whole, write_json
-from bapnal_recipes.data.label_maps import fill_boxes, write_label_map
+from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root, read_names
 from bapnal_recipes.engine.runs import Meter, result
 
@@ -449,7 +450,7 @@ def check_image(
     if size is None:
         return ImageCheck(wrong, labels.tolist(), hard, [], None, has_mask)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) / (size[0] * size[1])
-    covered = float((fill_boxes(boxes, labels, size) > 0).float().mean())
+    covered = float((paint_boxes(boxes, labels, size) > 0).float().mean())
     return ImageCheck(wrong, labels.tolist(), hard, areas.tolist(), covered, has_mask)
 
 

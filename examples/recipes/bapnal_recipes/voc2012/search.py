@@ -10,9 +10,9 @@ The paper chooses its threshold, its N and its CRF on 100 images. What was found
 does not carry over to another, so this script chooses more than those. Features are computed once.
 Then, each stage ranking what goes on to the next by the mIoU of Y_crf:
 
-1. ``unaries``: all combinations of background, min-max, threshold and maximum, without a CRF and at
-   a quarter of the resolution; then every N for the best of each kind of background, with and
-   without a threshold;
+1. ``unaries``: all combinations of background, min-max, threshold, foreground and maximum, without
+   a CRF and at a quarter of the resolution; then every N, with the mean and the maximum over the
+   grid, for the best of each kind: of background, with and without a threshold, and of foreground;
 2. ``crf``: the best of each kind in every sharpness, with a fast CRF on every other image;
 3. ``crf`` too, on request: the parameters of the CRF one after the other, until none gets better;
 4. ``exact``: the best few with the CRF that labels are made with, on all images.
@@ -56,19 +56,26 @@ from bapnal_recipes.engine.training import (
     run,
     total,
 )
-from bapnal_recipes.voc2012.generate_labels import PRESETS as LABEL_PRESETS
-from bapnal_recipes.voc2012.generate_labels import (
+from bapnal_recipes.models.classifier import load_classifier, untrained_features
+from bapnal_recipes.models.generator import (
+    PAPER,
+    RELEASED,
+    Background,
     CrfSettings,
+    Foreground,
     GeneratorSettings,
+    Normalization,
+    Reduction,
     make_generator,
-    untrained_features,
 )
-from bapnal_recipes.voc2012.train_classifier import load_classifier
 
 T = TypeVar("T")
+SEARCHED = (
+    *("backgrounds", "minmax", "thresholds", "grid_sizes", "reductions", "foregrounds"),
+    *("cam_normalizations", "softmax"),
+)
 ROW = {"stage", "generator", "crf", "miou"}  # what each row has
 COARSE = 4  # pixels a side that one stands for where unaries are compared
-Background = Literal["attention", "cam", "both"]
 # What is tried for each parameter of the CRF; weights first, as they matter most.
 CRF_VALUES: dict[str, tuple[float, ...]] = {
     "bilateral_weight": (3, 4, 5, 7, 10),
@@ -97,11 +104,13 @@ class Settings:
         classes: Names of the classes 1..L, where no classifier says them.
         score_classes: Which classes to average over, 0 for the background; none for all.
         backgrounds: What u_0 may be; "agnostic" has the attention only.
-        minmax: Whether A is scaled to [0, 1] inside the boxes.
+        minmax: Whether the parts of u_0 are scaled to [0, 1] inside the boxes.
         thresholds: A below this share of its maximum becomes 0; None keeps A.
         grid_sizes: N of the attention's grid.
+        reductions: Whether A is the mean over the prototypes of the grid or their maximum.
+        foregrounds: What u_c may be; "agnostic" has the complement only.
         cam_normalizations: Maximum of Eq. 5 over all boxes of a class, or over each box.
-        softmax: Scales of the softmax over the unaries; None divides by their sum.
+        softmax: Scales of the softmax over the unaries.
         crf_search: Whether to search the parameters of the CRF too.
         finalists: How many settings the exact CRF decides between.
         generator: The settings that are not searched.
@@ -126,9 +135,11 @@ class Settings:
     backgrounds: tuple[Background, ...] = ("attention", "cam", "both")
     minmax: tuple[bool, ...] = (False, True)
     thresholds: tuple[float | None, ...] = (None, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-    grid_sizes: tuple[int, ...] = (1, 2, 3)
-    cam_normalizations: tuple[Literal["class", "box"], ...] = ("class", "box")
-    softmax: tuple[float | None, ...] = (None, 1.0, 2.0, 4.0)
+    grid_sizes: tuple[int, ...] = (1, 2, 3, 4)
+    reductions: tuple[Reduction, ...] = ("mean", "max")
+    foregrounds: tuple[Foreground, ...] = ("cam", "complement")
+    cam_normalizations: tuple[Normalization, ...] = ("class", "box")
+    softmax: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
     crf_search: bool = False
     finalists: int = 3
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
@@ -138,26 +149,25 @@ class Settings:
     machines: MachinesOption = field(default_factory=Machines)
 
 
-_PAPER = Settings(
-    backgrounds=("attention",),
-    minmax=(False,),
-    cam_normalizations=("class",),
-    softmax=(None,),
-    crf_search=True,
-    generator=LABEL_PRESETS["paper"][1].generator,
-)
+def around(generator: GeneratorSettings) -> Settings:
+    """Search what the paper searched, the threshold, N and the CRF; all else as it is."""
+    return Settings(
+        backgrounds=(generator.background,),
+        minmax=(generator.background_minmax,),
+        grid_sizes=(1, 2, 3),
+        reductions=(generator.attention_reduction,),
+        foregrounds=(generator.foreground,),
+        cam_normalizations=(generator.cam_normalization,),
+        softmax=(generator.unary_softmax,),
+        crf_search=True,
+        generator=generator,
+    )
+
+
 PRESETS = {
     "standard": ("everything but the CRF's parameters", Settings()),
-    "paper": ("the threshold, N and the CRF of the paper's generator", _PAPER),
-    "released": (
-        "the same of the generator in the authors' released code",
-        replace(
-            _PAPER,
-            cam_normalizations=("box",),
-            softmax=(1.0,),
-            generator=LABEL_PRESETS["released"][1].generator,
-        ),
-    ),
+    "paper": ("the threshold, N and the CRF of the paper's generator", around(PAPER)),
+    "released": ("the same of the generator in the authors' released code", around(RELEASED)),
 }
 
 
@@ -213,8 +223,7 @@ def _check(settings: Settings) -> None:
     for name in ("count", "finalists"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    searched = ("backgrounds", "minmax", "thresholds", "grid_sizes", "cam_normalizations")
-    for name in (*searched, "softmax"):
+    for name in SEARCHED:
         if not getattr(settings, name):
             raise ValueError(f"{name} must have at least one value, got none")
     if settings.method == "network" and settings.classifier is None:
@@ -225,8 +234,9 @@ def _check(settings: Settings) -> None:
     if settings.crf_search and settings.crf.none:
         raise ValueError("crf_search must be off where crf.none says that there is no CRF")
     for generator in unaries(settings):
-        for scale, size in product(settings.softmax, settings.grid_sizes):
-            make_generator(replace(generator, unary_softmax=scale, grid_size=size), settings.crf)
+        for scale in settings.softmax:
+            for one in grids(replace(generator, unary_softmax=scale), settings):
+                make_generator(one, settings.crf)
 
 
 # What is measured on
@@ -419,19 +429,14 @@ def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
     none = replace(settings.crf, none=True)
 
     def best_of_each_kind(tried: list[GeneratorSettings]) -> list[GeneratorSettings]:
-        best: dict[tuple[str, bool], GeneratorSettings] = {}
+        best: dict[tuple[str, bool, str], GeneratorSettings] = {}
         for _, one, _ in ranked("unaries", [(one, none) for one in tried], coarse=True):
-            best.setdefault((one.background, one.background_threshold is None), one)
+            kind = (one.background, one.background_threshold is None, one.foreground)
+            best.setdefault(kind, one)
         return list(best.values())
 
     kinds = best_of_each_kind(unaries(settings))
-    kinds = best_of_each_kind(
-        [
-            replace(one, grid_size=size)
-            for one in kinds
-            for size in settings.grid_sizes[: 1 if one.background == "cam" else None]
-        ]
-    )
+    kinds = best_of_each_kind([other for one in kinds for other in grids(one, settings)])
     fast = replace(settings.crf, half_resolution=not settings.crf.none)
     sharp = [
         (replace(generator, unary_softmax=scale), fast)
@@ -449,23 +454,41 @@ def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
 
 
 def unaries(settings: Settings) -> list[GeneratorSettings]:
-    """List all that the unaries may be with the first N; what has no effect is not varied."""
+    """List all that the unaries may be on the first grid; what has no effect is not varied."""
     agnostic = settings.method == "agnostic"
-    names = ("background_threshold", "attention_minmax", "cam_normalization")
+    first = {"grid_size": settings.grid_sizes[0], "attention_reduction": settings.reductions[0]}
     found = []
-    for background in ("attention",) if agnostic else settings.backgrounds:
-        first = 1 if background == "cam" else None  # of the values that only A depends on
-        values = product(
-            settings.thresholds[:first],
-            settings.minmax[:first],
-            settings.cam_normalizations[: 1 if agnostic else None],
-        )
-        common = {"background": background, "grid_size": settings.grid_sizes[0]}
-        found += [
-            replace(settings.generator, **common, **dict(zip(names, one, strict=True)))
-            for one in values
-        ]
+    for background, minmax, threshold in product(
+        ("attention",) if agnostic else settings.backgrounds, settings.minmax, settings.thresholds
+    ):
+        if background == "cam" and threshold != settings.thresholds[0]:
+            continue  # only A has a threshold
+        for foreground in settings.foregrounds[: 1 if agnostic else None]:
+            maxima = settings.cam_normalizations
+            only = agnostic or foreground == "complement"
+            for maximum in maxima[: 1 if only else None]:
+                one = replace(
+                    settings.generator,
+                    **first,
+                    background=background,
+                    background_minmax=minmax,
+                    background_threshold=threshold,
+                    foreground=foreground,
+                    cam_normalization=maximum,
+                )
+                found.append(one)
     return found
+
+
+def grids(one: GeneratorSettings, settings: Settings) -> list[GeneratorSettings]:
+    """List these settings on every grid; a grid of one cell has no two ways to reduce it."""
+    if one.background == "cam":
+        return [one]
+    return [
+        replace(one, grid_size=size, attention_reduction=reduction)
+        for size in settings.grid_sizes
+        for reduction in settings.reductions[: 1 if size == 1 else None]
+    ]
 
 
 def _descend(

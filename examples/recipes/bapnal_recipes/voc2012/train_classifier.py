@@ -22,7 +22,7 @@ from bapnal.label.files import write_json
 from bapnal_recipes.data.augmentation import Augmentation
 from bapnal_recipes.data.dataset import Batch, BoxDataset
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
-from bapnal_recipes.engine.runs import Meter, expecting, result
+from bapnal_recipes.engine.runs import Meter, result
 from bapnal_recipes.engine.training import (
     CHECKPOINT,
     Logging,
@@ -155,22 +155,6 @@ PRESETS = {
         ),
     ),
 }
-
-
-class Classifier(NamedTuple):
-    """What stage 1 leaves behind.
-
-    Attributes:
-        features: The network, in evaluation mode.
-        weight: Of the classifier, background first; ``(L + 1, D)``.
-        classes: Names of the classes 1..L.
-        settings: All of :class:`Settings`, as plain values.
-    """
-
-    features: nn.Module
-    weight: Tensor
-    classes: tuple[str, ...]
-    settings: dict[str, Any]
 
 
 class BoxClassifier(nn.Module):
@@ -381,30 +365,6 @@ def main(settings: Settings) -> dict[str, Any]:
         (settings.out / CHECKPOINT).unlink()  # half of it is the optimiser's, for going on
         print(f"loss {trained.loss:.4f} after {steps.total} steps: {settings.out}")
     return found
-
-
-def load_classifier(path: Path) -> Classifier:
-    """Load what :func:`main` wrote to ``classifier.pt``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    with expecting(path, "a classifier.pt of train_classifier.py"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        settings, state, weight = (content[key] for key in ("settings", "features", "weight"))
-        classes = tuple(content["classes"])
-        features = build_features(settings["backbone"], "random", settings["stride"])
-        features.load_state_dict(state)
-        shape = (len(classes) + 1, features.channels)
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
-        if settings["channels_last"]:
-            features = features.to(memory_format=torch.channels_last)
-    return Classifier(features.eval(), weight, classes, settings)
 
 
 if __name__ == "__main__":
