@@ -26,7 +26,8 @@ import tyro
 from bapnal.label.backbone import load_by_position, packaged_weights
 from bapnal.label.files import whole, write_json
 from bapnal_recipes.data.voc import default_root
-from bapnal_recipes.engine.training import Logging, Machines
+from bapnal_recipes.engine.logs import Logging
+from bapnal_recipes.engine.machines import Machines
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.models.generator import PAPER, RELEASED, CrfSettings, GeneratorSettings
 from bapnal_recipes.voc2012 import (
@@ -36,6 +37,7 @@ from bapnal_recipes.voc2012 import (
     train_classifier,
     train_segmentation,
 )
+from bapnal_recipes.voc2012.evaluate.segmentation import Mode
 
 ANIMALS = (0, 8, 10, 12, 13, 17)  # what the scores are averaged over
 UNSEEN = ("cow", "horse")
@@ -163,7 +165,7 @@ def _labels(
     score_classes: tuple[int, ...] = ANIMALS,
 ) -> Iterator[Job]:
     yield f"labels_{name}", lambda: generate_labels.main(settings)
-    evaluation = evaluate.Labels(
+    evaluation = evaluate.EvaluateLabels(
         folder=settings.out,
         out=s.out / f"evaluate_labels_{name}.json",
         root=s.root,
@@ -188,21 +190,21 @@ def facts(s: Settings) -> Iterator[Job]:
         classifier = s.work / "classifier" / name / "classifier.pt"
         common = {"classifier": classifier, "root": s.root, "split": "val"}
         runs = {
-            f"cams_{name}": evaluate.Cams(
+            f"cams_{name}": evaluate.EvaluateCams(
                 out=s.out / f"evaluate_cams_{name}.json", score_classes=ANIMALS[1:], **common
             ),
-            f"boxes_{name}": evaluate.Boxes(
+            f"boxes_{name}": evaluate.EvaluateBoxes(
                 out=s.out / f"evaluate_boxes_{name}.json", score_classes=ANIMALS[1:], **common
             ),
         }
         if name == "bap_0":
-            runs["runtime"] = evaluate.Runtime(
+            runs["runtime"] = evaluate.EvaluateRuntime(
                 out=s.out / "evaluate_runtime.json", generator=WITHOUT_U0, **common
             )
         for what, settings in runs.items():
             yield f"evaluate_{what}", lambda settings=settings: evaluate.main(settings)
     for name in ("bap_0", "gap_0", "wssl", "grabcut"):
-        settings = evaluate.Filling(
+        settings = evaluate.EvaluateFilling(
             folder=s.work / "labels_val" / name,
             out=s.out / f"evaluate_filling_{name}.json",
             root=s.root,
@@ -375,10 +377,10 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
         **options,
     )
     yield f"segmentation_{name}", lambda: train_segmentation.main(settings)
-    modes: tuple[evaluate.Mode, ...] = ("single",)
+    modes: tuple[Mode, ...] = ("single",)
     if name in ("crf_0", "ignore_0", "nal_0"):
         modes = ("single", "single+crf")
-    evaluation = evaluate.Segmentation(
+    evaluation = evaluate.EvaluateSegmentation(
         segmenter=settings.out / "segmenter.pt",
         out=s.out / f"evaluate_segmentation_{name}.json",
         root=s.root,

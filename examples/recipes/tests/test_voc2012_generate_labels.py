@@ -20,7 +20,8 @@ import shapes
 from bapnal import DenseCRF, PseudoLabelGenerator, RidgeBoxClassifier, paint_boxes
 from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
 from bapnal_recipes.data.voc import Devkit
-from bapnal_recipes.engine.training import Machines, cli, run
+from bapnal_recipes.engine.commands import cli, run
+from bapnal_recipes.engine.machines import Machines
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.models.deeplab import build_features
 from bapnal_recipes.models.generator import CrfSettings, GeneratorSettings, make_generator

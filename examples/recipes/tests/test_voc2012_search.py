@@ -12,11 +12,12 @@ import shapes
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import Devkit
-from bapnal_recipes.engine.training import Machines, cli, run
+from bapnal_recipes.engine.commands import cli, run
+from bapnal_recipes.engine.machines import Machines, launch
 from bapnal_recipes.models.classifier import Classifier
 from bapnal_recipes.models.generator import CrfSettings, GeneratorSettings, make_generator
 from bapnal_recipes.models.small import SmallFeatures
-from bapnal_recipes.voc2012 import search
+from bapnal_recipes.voc2012 import held_out, search
 from bapnal_recipes.voc2012.generate_labels import PRESETS as LABEL_PRESETS
 from bapnal_recipes.voc2012.generate_labels import Settings as LabelSettings
 from bapnal_recipes.voc2012.generate_labels import read_search
@@ -46,7 +47,7 @@ def classifier(monkeypatch):
     torch.manual_seed(0)
     features = SmallFeatures(16).eval()
     found = Classifier(features, torch.randn(7, 16), shapes.CLASSES, {})
-    monkeypatch.setattr(search, "load_classifier", lambda _: found)
+    monkeypatch.setattr(held_out, "load_classifier", lambda _: found)
     return found
 
 
@@ -117,7 +118,7 @@ def test_generate_labels_reads_the_best(planted, tmp_path):
 def test_an_interrupted_search_goes_on(planted, tmp_path, monkeypatch):
     options = {"crf": NO_CRF, "backgrounds": ("cam",), "finalists": 2}
     whole = search.main(settings(planted, tmp_path / "whole", **options))
-    measure, calls = search.measure, []
+    measure, calls = held_out.measure, []
 
     def broken(*args, **kwargs):
         calls.append(args)
@@ -125,7 +126,7 @@ def test_an_interrupted_search_goes_on(planted, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(search, "measure", broken)
+    monkeypatch.setattr(held_out, "measure", broken)
     with pytest.raises(KeyboardInterrupt):
         search.main(settings(planted, tmp_path / "out", **options))
     assert not (tmp_path / "out/result.json").exists()
@@ -162,7 +163,7 @@ def test_what_one_process_cannot_read_or_write_ends_all(planted, tmp_path, two_p
 def test_a_finished_search_is_not_repeated(planted, tmp_path, monkeypatch):
     few = {"crf": NO_CRF, "backgrounds": ("cam",), "finalists": 1}
     found = search.main(settings(planted, tmp_path / "out", **few))
-    monkeypatch.setattr(search, "measure", None)
+    monkeypatch.setattr(held_out, "measure", None)
     assert search.main(settings(planted, tmp_path / "out", **few)) == found
     with pytest.raises(ValueError, match=r"belongs to another run \(count=6 there, 5 now\)"):
         search.main(settings(planted, tmp_path / "out", **few, count=5))
@@ -189,7 +190,7 @@ def test_rows_that_are_none_are_named(planted, tmp_path, content, message):
 
 
 def read(planted, tmp_path, **options):
-    return search.read_bench(settings(planted, tmp_path / "out", **options), search.launch(CPU))
+    return held_out.read_bench(settings(planted, tmp_path / "out", **options), launch(CPU))
 
 
 def test_a_row_is_what_the_generator_and_the_score_say(planted, classifier, tmp_path):
@@ -198,7 +199,7 @@ def test_a_row_is_what_the_generator_and_the_score_say(planted, classifier, tmp_
         GeneratorSettings(background="cam", unary_softmax=2.0),
         CrfSettings(iterations=1),
     )
-    row = search.measure(bench, generator, crf, first=3, parts=True)
+    row = held_out.measure(bench, generator, crf, first=3, parts=True)
     devkit, generate = Devkit(planted, shapes.CLASSES), make_generator(generator, crf)
     scores = {key: SegmentationScore(7, (0, 1, 2)) for key in ("miou", "retrieval", "both")}
     for name in bench.names[:3]:
@@ -212,16 +213,18 @@ def test_a_row_is_what_the_generator_and_the_score_say(planted, classifier, tmp_
     for key, score in scores.items():
         assert row[key] == pytest.approx(100 * score.compute().miou, abs=1e-3)
     assert row["coverage"] == pytest.approx(100 * scores["both"].compute().coverage, abs=1e-3)
-    assert search.measure(bench, generator, crf) != search.measure(bench, generator, crf, first=3)
+    assert held_out.measure(bench, generator, crf) != held_out.measure(
+        bench, generator, crf, first=3
+    )
 
 
 def test_a_quarter_of_the_resolution_is_the_same_scene(planted, tmp_path):
     entry = read(planted, tmp_path).images[0]
-    view = search.coarsened(entry)
+    view = held_out.coarsened(entry)
     assert view.image.shape == (1, 3, 16, 16)
     assert torch.equal(view.boxes, entry.boxes / 4)
     assert torch.equal(view.truth, entry.truth[2::4, 2::4])
-    odd = search.coarsened(entry._replace(truth=entry.truth[:63, :50]))
+    odd = held_out.coarsened(entry._replace(truth=entry.truth[:63, :50]))
     assert odd.truth.shape == (15, 12)
     scale = torch.tensor([12 / 50, 15 / 63, 12 / 50, 15 / 63])
     torch.testing.assert_close(odd.boxes, entry.boxes * scale)
@@ -246,7 +249,7 @@ def test_images_are_spread_evenly_and_have_masks(planted, tmp_path):
 
 def test_classes_that_were_left_out_are_not_searched_on(planted, classifier, tmp_path, monkeypatch):
     kept = classifier._replace(settings={"leave_out": ["star"]})
-    monkeypatch.setattr(search, "load_classifier", lambda _: kept)
+    monkeypatch.setattr(held_out, "load_classifier", lambda _: kept)
     devkit, star = Devkit(planted, shapes.CLASSES), shapes.CLASSES.index("star") + 1
     names = read(planted, tmp_path, count=9).names
     assert 0 < len(names) < 9
@@ -261,7 +264,7 @@ def test_the_crf_is_searched_one_parameter_at_a_time(planted, tmp_path, monkeypa
         off = sum(abs(getattr(crf, name) / value - 1) for name, value in best.items())
         return {"miou": 90 - 10 * off - (generator.background != "cam")}
 
-    monkeypatch.setattr(search, "measure", measured)
+    monkeypatch.setattr(held_out, "measure", measured)
     found = search.main(settings(planted, tmp_path / "out", crf_search=True))["scores"]["best"]
     assert {name: found["crf"][name] for name in best} == best
     assert found["crf"]["half_resolution"] is False

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bapnal import RidgeBoxClassifier
 from bapnal_recipes.data.dataset import BoxDataset
 from bapnal_recipes.engine.images import Unreadable, each_image, report_skipped
-from bapnal_recipes.engine.training import Together
+from bapnal_recipes.engine.machines import Together
 
 
 @torch.inference_mode()

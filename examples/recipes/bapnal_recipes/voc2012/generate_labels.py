@@ -22,11 +22,10 @@ interruption the same command goes on from there.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -36,40 +35,35 @@ import torch
 from lightning.fabric import Fabric
 from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
-from bapnal import DenseCRF, paint_boxes
 from bapnal.label import files
 from bapnal_recipes.data.dataset import BoxDataset, Sample
-from bapnal_recipes.data.images import image_head
-from bapnal_recipes.data.label_maps import VOID, write_label_map
+from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
 from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.closed_form import solve_classifier
+from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.images import Unreadable, each_image, report_skipped
-from bapnal_recipes.engine.training import (
-    Machines,
-    MachinesOption,
-    Together,
-    cli,
-    launch,
-    plain,
-    run,
-    write_whole,
-)
-from bapnal_recipes.models.classifier import load_classifier, untrained_features
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.stage import state_on_cpu
+from bapnal_recipes.engine.trainer import write_whole
+from bapnal_recipes.models.classifier import untrained_features
 from bapnal_recipes.models.generator import (
     PAPER,
     RELEASED,
     CrfSettings,
     GeneratorSettings,
-    make_crf,
     make_generator,
 )
-from bapnal_recipes.voc2012 import baselines
+from bapnal_recipes.voc2012.labellers import (
+    CLASSIFIER,
+    TWO_MAPS,
+    Labeller,
+    check_folders,
+    make_labeller,
+)
 
 Method = Literal["network", "ridge", "agnostic", "box", "grabcut", "wssl", "mcg", "sdi", "masks"]
-TWO_MAPS = ("network", "ridge", "agnostic")  # the methods that give Y_crf and Y_ret
 
 
 @dataclass(frozen=True)
@@ -206,7 +200,7 @@ def main(settings: Settings) -> dict:
     stored = runs.read_result(path, "labels") if path.is_file() else None
     fabric = launch(settings.machines)
     with runs.Meter() as meter:
-        if settings.method == "ridge" and not _own_classifier(settings).is_file():
+        if settings.method == "ridge" and not (settings.out / CLASSIFIER).is_file():
             fit_classifier(settings, fabric)
         with Together(fabric).alike():
             mine = _label_share(settings, fabric, names)
@@ -230,7 +224,7 @@ def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> tuple[
     _claim(settings, fabric)
     dataset = _dataset(settings, names)
     mine = range(fabric.global_rank, len(names), fabric.world_size)
-    todo = [i for i in mine if not _finished(settings, names[i])]
+    todo = [i for i in mine if not _is_labelled(settings, names[i])]
     begin = time.perf_counter()
     done = list(_label_all(settings, fabric, label, dataset, todo))
     return done, round(time.perf_counter() - begin, 3)
@@ -238,17 +232,12 @@ def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> tuple[
 
 def _claim(settings: Settings, fabric: Fabric) -> None:
     path = settings.out / "settings.json"
-    files.claim(path, _identity(settings), write=fabric.is_global_zero)
+    files.claim(path, _noted(settings), write=fabric.is_global_zero)
 
 
 def _dataset(settings: Settings, names: list[str]) -> BoxDataset:
     devkit = Devkit(settings.root, settings.classes)
     return BoxDataset(devkit, names, difficult=settings.difficult, margin=settings.margin)
-
-
-def _own_classifier(settings: Settings) -> Path:
-    """Where the method "ridge" keeps its classifier."""
-    return settings.out / "classifier.pt"
 
 
 def fit_classifier(settings: Settings, fabric: Fabric) -> None:
@@ -257,7 +246,8 @@ def fit_classifier(settings: Settings, fabric: Fabric) -> None:
     Raises:
         ValueError: If there is no box to fit it to, or ``out`` holds the labels of other settings.
     """
-    with Together(fabric).alike():
+    together = Together(fabric)
+    with together.alike():
         features = untrained_features(settings.backbone, settings.weights, settings.stride)
         features = features.eval().to(fabric.device)
         _claim(settings, fabric)
@@ -272,10 +262,10 @@ def fit_classifier(settings: Settings, fabric: Fabric) -> None:
             "channels_last": False,
         },
         "classes": list(settings.classes),
-        "features": {name: value.cpu() for name, value in features.state_dict().items()},
+        "features": state_on_cpu(features),
         "weight": weight.cpu(),
     }
-    write_whole(fabric, _own_classifier(settings), content)
+    write_whole(together, settings.out / CLASSIFIER, content)
 
 
 def _check(settings: Settings) -> list[str]:
@@ -312,176 +302,8 @@ def _check(settings: Settings) -> list[str]:
     names = devkit.names(settings.split)
     if settings.method == "ridge":
         devkit.names(settings.fit_split)
-    if settings.method in ("mcg", "sdi"):
-        folder = _folder("proposals", settings.proposals, settings.method)
-        lacking = [name for name in names if not (folder / f"{name}.mat").is_file()]
-        _complain("proposals", f"{folder} must hold NAME.mat", lacking, names)
-    if settings.method == "masks":
-        _check_masks(settings, _folder("masks", settings.masks, "masks"), devkit, names)
+    check_folders(settings, devkit, names)
     return names
-
-
-def _folder(argument: str, folder: Path | None, method: str) -> Path:
-    if folder is None:
-        raise ValueError(f'{argument} must be a folder where method is "{method}", got none')
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{argument} {folder} does not exist")
-    return folder
-
-
-def _complain(argument: str, must: str, lacking: list[str], names: list[str]) -> None:
-    if lacking:
-        some = ", ".join(lacking[:5]) + ", ..." * (len(lacking) > 5)
-        raise FileNotFoundError(
-            f"{argument} {must} for every image, {len(lacking)} of {len(names)} are missing: {some}"
-        )
-
-
-def _check_masks(settings: Settings, folder: Path, devkit: Devkit, names: list[str]) -> None:
-    """Check that masks are there and as large as their images, without decoding any."""
-    lacking = []
-    for name in names:
-        try:
-            numbers = _numbers(settings, devkit, name)
-            size, _ = image_head(devkit.image_path(name))
-        except (ValueError, OSError):
-            continue  # a broken image is skipped in its turn
-        try:
-            for path in baselines.mask_files(folder, name, numbers):
-                found, _ = image_head(path)
-                if found != size:
-                    raise ValueError(
-                        f"masks {path} must have the size of its image, {size[0]} x {size[1]}, "
-                        f"got {found[0]} x {found[1]}"
-                    )
-        except FileNotFoundError:
-            lacking.append(name)
-    _complain("masks", f"{folder} must hold NAME.png or NAME_0.png, ...,", lacking, names)
-
-
-Labels = dict[str, Tensor | dict[str, np.ndarray]]
-Clock = Callable[[str], None]  # called with the name of the part that has just ended
-Labeller = Callable[[Sample, Clock], Labels]
-
-
-def make_labeller(settings: Settings, fabric: Fabric) -> Labeller:
-    """Return what turns one image into its label maps, by the folders they go to."""
-    if settings.method in TWO_MAPS:
-        return _NetworkLabeller(settings, fabric)
-    maker = {
-        "box": _box,
-        "grabcut": _grab_cut,
-        "wssl": functools.partial(_wssl, crf=make_crf(settings.crf), device=fabric.device),
-        "mcg": _mcg,
-        "sdi": _sdi,
-        "masks": functools.partial(_masks, devkit=Devkit(settings.root, settings.classes)),
-    }[settings.method]
-
-    def label(sample: Sample, clock: Clock) -> Labels:
-        found = maker(settings, sample)
-        clock("labels")
-        return {"labels": found}
-
-    return label
-
-
-def _box(settings: Settings, sample: Sample) -> Tensor:
-    return paint_boxes(sample.boxes, sample.labels, _shape(sample))
-
-
-def _grab_cut(settings: Settings, sample: Sample) -> Tensor:
-    cuts = _cuts(settings, sample)
-    return baselines.stack_masks(cuts, sample.boxes, sample.labels, _shape(sample))
-
-
-def _wssl(settings: Settings, sample: Sample, crf: DenseCRF | None, device: torch.device) -> Tensor:
-    image = sample.image.to(device)
-    return baselines.box_crf(image, sample.boxes, sample.labels, crf, centre=settings.centre)
-
-
-def _mcg(settings: Settings, sample: Sample) -> Tensor:
-    chosen = _chosen(settings, sample)
-    return baselines.stack_masks(chosen, sample.boxes, sample.labels, _shape(sample))
-
-
-def _sdi(settings: Settings, sample: Sample) -> Tensor:
-    pairs = _chosen(settings, sample), _cuts(settings, sample)
-    return baselines.stack_agreeing(*pairs, sample.boxes, sample.labels, _shape(sample))
-
-
-def _masks(settings: Settings, sample: Sample, devkit: Devkit) -> Tensor:
-    numbers = _numbers(settings, devkit, sample.name)
-    files = baselines.mask_files(settings.masks, sample.name, numbers)
-    return baselines.read_masks(
-        files, sample.name, sample.boxes, sample.labels, _shape(sample), len(devkit.classes)
-    )
-
-
-def _numbers(settings: Settings, devkit: Devkit, name: str) -> list[int]:
-    """Which objects of an annotation count."""
-    difficult = devkit.annotation(name).difficult.tolist()
-    return [i for i, hard in enumerate(difficult) if settings.difficult or not hard]
-
-
-def _cuts(settings: Settings, sample: Sample) -> list[Tensor]:
-    return [
-        baselines.grab_cut(sample.image, box, iterations=settings.rounds, seed=settings.seed)
-        for box in sample.boxes
-    ]
-
-
-def _chosen(settings: Settings, sample: Sample) -> list[Tensor]:
-    found = baselines.read_proposals(settings.proposals / f"{sample.name}.mat")
-    return baselines.best_proposals(found, sample.boxes, _shape(sample))
-
-
-def _shape(sample: Sample) -> tuple[int, int]:
-    return sample.image.shape[1], sample.image.shape[2]
-
-
-class _NetworkLabeller:
-    """Labels from features: the methods "network" and "agnostic"."""
-
-    def __init__(self, settings: Settings, fabric: Fabric) -> None:
-        self.fabric = fabric
-        self.unaries = settings.unaries
-        self.generate = make_generator(settings.generator, settings.crf)
-        self.weight: Tensor | None = None
-        path = _own_classifier(settings) if settings.method == "ridge" else settings.classifier
-        if path is None:
-            features = untrained_features(settings.backbone, settings.weights, settings.stride)
-        else:
-            classifier = load_classifier(path)
-            features = classifier.features
-            if settings.method != "agnostic":
-                self.weight = classifier.weight_of(settings.classes).to(fabric.device)
-        self.features = features.eval().to(fabric.device)
-
-    @torch.inference_mode()
-    def __call__(self, sample: Sample, clock: Clock) -> Labels:
-        device = self.fabric.device
-        images = sample.image[None].to(device)
-        with self.fabric.autocast():
-            features = self.features(images)
-        _wait(device)
-        clock("features")
-        boxes, labels = [sample.boxes.to(device)], [sample.labels.to(device)]
-        y = self.generate(images, features, self.weight, boxes, labels)
-        crf, ret = y.crf[0].cpu(), y.retrieval[0].cpu()
-        clock("labels")
-        found: Labels = {"crf": crf, "ret": ret, "reliable": crf.masked_fill(crf != ret, VOID)}
-        if self.unaries:
-            found["unaries"] = {
-                "background": y.background_unary[0].cpu().numpy().astype(np.float16),
-                "foreground": y.foreground_unary[0].cpu().numpy().astype(np.float16),
-                "classes": y.classes[0].cpu().numpy(),
-            }
-        return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _label_all(
@@ -534,7 +356,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def _finished(settings: Settings, name: str) -> bool:
+def _is_labelled(settings: Settings, name: str) -> bool:
     """Whether all files of an image are there and readable."""
     for path in _files(settings, name).values():
         try:
@@ -549,9 +371,9 @@ def _finished(settings: Settings, name: str) -> bool:
     return True
 
 
-def _identity(settings: Settings) -> dict[str, object]:
+def _noted(settings: Settings) -> dict[str, object]:
     """What the labels depend on."""
-    found = plain(settings)
+    found = runs.plain(settings)
     if settings.classifier is not None:  # the same name may hold another one
         found["classifier_sha256"] = runs.digest(settings.classifier)
     for key in ("machines", "out", "search"):

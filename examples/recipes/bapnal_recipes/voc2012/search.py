@@ -23,40 +23,20 @@ on from there. ``OUT/result.json`` has all rows and the best settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal
 
 import rich
-import torch
-from lightning.fabric import Fabric
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
-from torch.nn import functional as F
 
 from bapnal.label.files import read_json, write_json
-from bapnal_recipes.data.dataset import BoxDataset
-from bapnal_recipes.data.label_maps import VOID
-from bapnal_recipes.data.metrics import SegmentationScore
-from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root, read_names
-from bapnal_recipes.engine.runs import Meter, digest, result
-from bapnal_recipes.engine.training import (
-    Machines,
-    MachinesOption,
-    Together,
-    claim,
-    cli,
-    finished,
-    launch,
-    plain,
-    run,
-    total,
-)
-from bapnal_recipes.models.classifier import load_classifier, untrained_features
+from bapnal_recipes.data.voc import VOC_CLASSES, default_root
+from bapnal_recipes.engine.commands import cli, run
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.runs import Meter, digest, plain, result
+from bapnal_recipes.engine.stage import RunFolder
 from bapnal_recipes.models.generator import (
     PAPER,
     RELEASED,
@@ -68,14 +48,14 @@ from bapnal_recipes.models.generator import (
     Reduction,
     make_generator,
 )
+from bapnal_recipes.voc2012 import held_out
+from bapnal_recipes.voc2012.held_out import Bench, bar
 
-T = TypeVar("T")
 SEARCHED = (
     *("backgrounds", "minmax", "thresholds", "grid_sizes", "reductions", "foregrounds"),
     *("cam_normalizations", "softmax"),
 )
 ROW = {"stage", "generator", "crf", "miou"}  # what each row has
-COARSE = 4  # pixels a side that one stands for where unaries are compared
 # What is tried for each parameter of the CRF; weights first, as they matter most.
 CRF_VALUES: dict[str, tuple[float, ...]] = {
     "bilateral_weight": (3, 4, 5, 7, 10),
@@ -171,24 +151,6 @@ PRESETS = {
 }
 
 
-class HeldOut(NamedTuple):
-    """One image, in memory.
-
-    Attributes:
-        image: ``(1, 3, H, W)`` uint8.
-        features: ``(1, D, h, w)``, in half precision unless numbers are too large for it.
-        boxes: ``(K, 4)``.
-        labels: ``(K,)``.
-        truth: ``(H, W)`` uint8.
-    """
-
-    image: Tensor
-    features: Tensor
-    boxes: Tensor
-    labels: Tensor
-    truth: Tensor
-
-
 def main(settings: Settings) -> dict:
     """Search; the result also goes to ``OUT/result.json``.
 
@@ -199,21 +161,22 @@ def main(settings: Settings) -> dict:
     _check(settings)
     files = {"classifier": settings.classifier, "pictures": settings.pictures}
     inputs = {f"{x}_sha256": digest(path) for x, path in files.items() if path and path.is_file()}
-    stored = finished(settings, "search", inputs)
+    folder = RunFolder(settings, "search", inputs)
+    stored = folder.stored()
     if stored is not None:
         return stored
     fabric = launch(settings.machines)
     together = Together(fabric)
     with Meter() as meter:
         with together.alike():
-            bench = read_bench(settings, fabric)
-        claim(settings, together, inputs)
+            bench = held_out.read_bench(settings, fabric)
+        folder.claim(together)
         rows = Rows(settings.out / "rows.json", bench, together)
         best = search(settings, bench, rows)
     scores = {"best": best, "rows": rows.rows, "pictures": bench.names}
     found = result("search", plain(settings), scores, meter)
     if fabric.is_global_zero:
-        write_json(settings.out / "result.json", found)
+        write_json(folder.result_path, found)
         rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")
     return found
 
@@ -237,138 +200,6 @@ def _check(settings: Settings) -> None:
         for scale in settings.softmax:
             for one in grids(replace(generator, unary_softmax=scale), settings):
                 make_generator(one, settings.crf)
-
-
-# What is measured on
-
-
-class Bench(NamedTuple):
-    """The images of this process, and how labels on them are measured.
-
-    Attributes:
-        names: Of all images.
-        images: Those of this process.
-        weight: Of the classifier, or None.
-        classes: Number of classes, background included.
-        chosen: Which of them to average over.
-        fabric: Adds up what the processes count.
-    """
-
-    names: list[str]
-    images: list[HeldOut]
-    weight: Tensor | None
-    classes: int
-    chosen: list[int]
-    fabric: Fabric
-
-
-@torch.inference_mode()
-def read_bench(settings: Settings, fabric: Fabric) -> Bench:
-    """Read the held-out images and compute their features, once for all settings."""
-    weight, classes, left_out = None, settings.classes, set()
-    if settings.classifier is None:
-        features = untrained_features(settings.backbone, settings.weights, settings.stride)
-    else:
-        classifier = load_classifier(settings.classifier)
-        features, classes = classifier.features, tuple(classifier.classes)
-        left_out = {classes.index(x) + 1 for x in classifier.settings.get("leave_out") or ()}
-        if settings.method == "network":
-            weight = classifier.weight.to(fabric.device)
-    devkit = Devkit(settings.root, classes)
-    chosen = list(settings.score_classes or range(len(classes) + 1))
-    for index in chosen:
-        if index not in range(len(classes) + 1):
-            raise ValueError(f"score_classes must be in 0..{len(classes)}, got {index}")
-    names = held_out(settings, devkit, left_out)
-    data = BoxDataset(
-        devkit, names, masks=True, difficult=settings.difficult, margin=settings.margin
-    )
-    features = features.to(fabric.device).eval()
-    mine = range(fabric.global_rank, len(names), fabric.world_size)
-    images = []
-    for i in _bar(mine, "features", fabric):
-        sample = data[i]
-        image = sample.image[None].to(fabric.device)
-        with fabric.autocast():
-            found = features(image)
-        if (half := found.half()).isfinite().all():
-            found = half
-        boxes, labels = sample.boxes.to(fabric.device), sample.labels.to(fabric.device)
-        images.append(HeldOut(image, found, boxes, labels, sample.maps[0].to(torch.uint8)))
-    return Bench(names, images, weight, len(classes) + 1, chosen, fabric)
-
-
-def held_out(settings: Settings, devkit: Devkit, left_out: set[int]) -> list[str]:
-    """Names of the images; none that hold a class which the classifier was not to see."""
-    if settings.pictures is not None:
-        if not settings.pictures.is_file():
-            raise FileNotFoundError(f"pictures {settings.pictures} does not exist")
-        names = read_names(settings.pictures)
-    else:
-        names = [name for name in devkit.names(settings.split) if devkit.has_mask(name)]
-    if left_out:
-        names = [x for x in names if not left_out & set(devkit.annotation(x).labels.tolist())]
-    if not names:
-        source = settings.pictures or f"the split {settings.split}"
-        raise ValueError(f"{source} must name images with masks, has none that serve")
-    count = len(names) if settings.pictures else min(settings.count, len(names))
-    names = [names[i * len(names) // count] for i in range(count)]
-    return names[::2] + names[1::2]  # the first half is spread evenly too
-
-
-@torch.inference_mode()
-def measure(
-    bench: Bench,
-    generator: GeneratorSettings,
-    crf: CrfSettings,
-    *,
-    first: int | None = None,
-    coarse: bool = False,
-    parts: bool = False,
-) -> dict[str, float]:
-    """Measure the labels of some settings.
-
-    Args:
-        bench: The images.
-        generator: How unaries are made.
-        crf: What is done with them.
-        first: How many of the images; all by default.
-        coarse: Whether at a fraction of the resolution.
-        parts: Whether to measure Y_ret, and what both agree on, beside Y_crf.
-
-    Returns:
-        mIoU in percent as ``miou``; with ``parts`` also as ``retrieval`` and ``both``, and the
-        share of pixels on which the two agree as ``coverage``.
-    """
-    generate = make_generator(generator, crf)
-    kinds = ("miou", "retrieval", "both") if parts else ("miou",)
-    scores = {kind: SegmentationScore(bench.classes, bench.chosen) for kind in kinds}
-    fabric = bench.fabric
-    wanted = range(fabric.global_rank, first or len(bench.names), fabric.world_size)
-    for entry in bench.images[: len(wanted)]:
-        view = coarsened(entry) if coarse else entry
-        features = entry.features.float()
-        y = generate(view.image, features, bench.weight, [view.boxes], [view.labels])
-        truth = view.truth.long()
-        scores["miou"].update(y.crf[0], truth)
-        if parts:
-            scores["retrieval"].update(y.retrieval[0], truth)
-            scores["both"].update(y.crf[0].masked_fill(~y.reliable[0], VOID), truth)
-    for score in scores.values():
-        score.add_up(partial(total, fabric))
-    found = {kind: score.compute() for kind, score in scores.items()}
-    row = {kind: round(100 * value.miou, 3) for kind, value in found.items()}
-    return {**row, "coverage": round(100 * found["both"].coverage, 3)} if parts else row
-
-
-def coarsened(entry: HeldOut) -> HeldOut:
-    """Return an image at a fraction of its resolution, grey: only a CRF looks at it."""
-    height, width = entry.truth.shape
-    size = (max(1, height // COARSE), max(1, width // COARSE))
-    scale = entry.boxes.new_tensor([size[1] / width, size[0] / height]).repeat(2)
-    truth = F.interpolate(entry.truth[None, None], size, mode="nearest-exact")[0, 0]
-    grey = entry.image.new_zeros(1, 1, 1, 1).expand(1, 3, *size)
-    return entry._replace(image=grey, boxes=entry.boxes * scale, truth=truth)
 
 
 # What is tried
@@ -409,7 +240,7 @@ class Rows:
         for row in self.rows:
             if all(row[name] == value for name, value in key.items()):
                 return row["miou"]
-        self.rows.append({**key, **measure(self.bench, generator, crf, **options)})
+        self.rows.append({**key, **held_out.measure(self.bench, generator, crf, **options)})
         with self.together.alike():
             if self.together.rank == 0:
                 write_json(self.path, self.rows)
@@ -422,8 +253,8 @@ def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
     def ranked(
         stage: str, tried: Sequence[tuple[GeneratorSettings, CrfSettings]], **options: object
     ) -> list[Ranked]:
-        bar = _bar(tried, stage, bench.fabric)
-        found = [(rows.measure(stage, *one, **options), *one) for one in bar]
+        shown = bar(tried, stage, bench.fabric)
+        found = [(rows.measure(stage, *one, **options), *one) for one in shown]
         return sorted(found, key=lambda one: -one[0])
 
     none = replace(settings.crf, none=True)
@@ -504,13 +335,6 @@ def _descend(
             best = max(best, found[0], key=lambda one: one[0])
         if best is start:
             return tried
-
-
-def _bar(entries: Sequence[T], title: str, fabric: Fabric) -> Iterable[T]:
-    """Show progress, on the first process."""
-    console = Console(stderr=True)
-    hidden = not fabric.is_global_zero
-    return track(entries, title, console=console, transient=True, disable=hidden)
 
 
 if __name__ == "__main__":
