@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from assertions import Largest, close
 from bapnal import (
     background_attention,
     background_aware_pooling,
@@ -18,8 +19,7 @@ from bapnal import (
     noise_aware_loss,
     pseudo_labels,
 )
-from comparing import Largest, close
-from drawing import seeded
+from strategies import seeded
 
 
 def inside(*boxes, size=(6, 8)):
