@@ -74,8 +74,9 @@ def pseudo_labels(
         u_0 = m\big(m(A) + m(f \cdot w_0)\big), \qquad
         u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c}{\sum_k \mathrm{CAM}_k},
 
-    the sum being over the classes whose boxes cover the pixel. Without weights
-    :math:`u_0 = m(A)`, and those classes share equally.
+    the sum being over the classes whose boxes cover the pixel, each activation plus 1e-3 of the
+    largest in the boxes of the image. Without weights :math:`u_0 = m(A)`, and those classes share
+    equally; where the boxes leave no background, A is the likeness to the border of the image.
 
     A softmax over the unaries of the background and these classes gives the probabilities that
     enter the CRF, whose marginals, kept to the boxes of each class, give Y_crf. The mean feature of
@@ -92,9 +93,10 @@ def pseudo_labels(
         images: RGB, uint8; ``(B, 3, H, W)``.
         features: f; ``(B, D, h, w)``.
         weight: Classifier weight w, background first; ``(L + 1, D)``, or ``(L + 1, D + 1)`` with a
-            bias in the last column. A class with nothing but zeros counts as unseen in training:
-            it takes the foreground as None does. None is class-agnostic: the foreground is
-            1 - u_0, shared equally by the classes whose boxes cover a pixel.
+            bias in the last column. None is class-agnostic: the foreground is 1 - u_0, shared
+            equally by the classes whose boxes cover a pixel. A class with nothing but zeros counts
+            as unseen in training: it takes that equal share, or all of 1 - u_0 where
+            ``foreground`` is ``"cam"``.
         boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
             index first; xyxy in pixels of the image, half open.
         labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor; 1..L.
