@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._math import SUM_SCALE, divide, full_precision, inverse_norm, unit, widen
 from bapnal.boxes import Boxes, PaddedBoxes, check_valid, pad_boxes
-from bapnal.pooling import join_labels
+from bapnal.pooling import labels_of_boxes
 from bapnal.unaries import Regions, UnaryOptions, class_regions, make_unaries, upsample
 
 
@@ -197,10 +197,7 @@ def _check_inputs(
     check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)
     _checks.same_device(features=features, boxes=padded.corners)
-    if not isinstance(boxes, Tensor) and isinstance(labels, (list, tuple)):
-        for i, (own, named) in enumerate(zip(boxes, labels, strict=False)):
-            _checks.shape(f"labels[{i}]", named, (own.shape[0],))
-    target = join_labels(labels, batch, padded.image.shape[0], features.device)
+    target = labels_of_boxes(labels, boxes, padded, features.device)
     most = weight.shape[0] - 1 if weight is not None else torch.iinfo(torch.int32).max
     _checks.labels_within("labels", target, 1, most)
     return size, padded, target

@@ -71,9 +71,11 @@ class UnaryOptions(NamedTuple):
         _checks.choice("background", self.background, BACKGROUNDS)
         if self.background_threshold is not None:
             _checks.number("background_threshold", self.background_threshold, minimum=0, maximum=1)
+        _checks.flag("background_minmax", self.background_minmax)
         _checks.choice("foreground", self.foreground, FOREGROUNDS)
         _checks.choice("cam_normalization", self.cam_normalization, CAM_NORMALIZATIONS)
         _checks.number("unary_softmax", self.unary_softmax, above=0)
+        _checks.flag("align_corners", self.align_corners)
 
 
 class Regions(NamedTuple):
