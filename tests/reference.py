@@ -444,9 +444,7 @@ def unaries(f, weight, boxes, labels, image_size, classes, options, valid=None):
     if weight is not None and options["foreground"] == "cam":
         for c in of_class:
             if c in unseen:
-                u[c] = plane_of(
-                    image_size, lambda i, j, c=c: (1 - u_0[i][j]) * covered[c][i][j]
-                )
+                u[c] = plane_of(image_size, lambda i, j, c=c: (1 - u_0[i][j]) * covered[c][i][j])
             else:
                 u[c] = foreground_unary(cams[c], of_class[c], options["cam_normalization"])
 
