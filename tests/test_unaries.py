@@ -308,20 +308,22 @@ def test_the_threshold_is_relative_to_the_maximum_of_the_raw_map():
 
 
 def test_a_threshold_does_not_see_padding():
-    """The most background-like pixel is padding; the next one is the maximum."""
-    features = torch.tensor([[0.0, 1.0, 0.6, 1.0], [1.0, 0.0, 0.8, 3.0]]).reshape(1, 2, 1, 4)
-    valid = torch.tensor([[[True, True, True, False]]])
+    """The mean of the background is (1, 1) / 2, as the padding; in the image 0.8 is the maximum."""
+    high, low = [0.99, 0.141], [1.0, 0.0]  # cosines with q of 0.8 and 0.707
+    columns = torch.tensor([[1.0, 0.0], [0.0, 1.0], high, low, [5.0, 5.0]])
+    features = columns.T.reshape(1, 2, 1, 5)
+    valid = torch.tensor([[[True, True, True, True, False]]])
     args = (
-        torch.zeros(1, 3, 1, 4, dtype=torch.uint8),
+        torch.zeros(1, 3, 1, 5, dtype=torch.uint8),
         features,
         None,
-        [torch.tensor([[1.0, 0.0, 4.0, 1.0]])],
+        [torch.tensor([[2.0, 0.0, 5.0, 1.0]])],
         [torch.tensor([1])],
     )
-    kwargs = {**EQUATIONS, "crf": None, "valid": valid}
-    for threshold, expected in [(None, [1.0, 0.0, 0.8]), (0.9, [1.0, 0.0, 0.0])]:
-        y = pseudo_labels(*args, **kwargs, background_threshold=threshold)
-        close(y.background_unary[0, 0, :3], torch.tensor(expected), tolerance=1e-6)
+    for threshold, expected in [(None, [0.8, 0.707]), (0.85, [0.8, 0.707]), (0.95, [0.8, 0.0])]:
+        options = {**EQUATIONS, "background_threshold": threshold}
+        y = pseudo_labels(*args, crf=None, valid=valid, **options)
+        close(y.background_unary[0, 0, 2:4], torch.tensor(expected), tolerance=1e-3)
 
 
 def test_minmax_fills_the_unit_interval_inside_the_boxes():
