@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from bapnal import _checks
-from bapnal._math import divide, full_precision, inverse_norm, unit, weighted_mean, widen
+from bapnal._math import (
+    SHORTEST,
+    divide,
+    full_precision,
+    inverse_norm,
+    shortest,
+    unit,
+    weighted_mean,
+    widen,
+)
 
 
 class Attention(NamedTuple):
@@ -80,8 +89,8 @@ def background_attention(features: Tensor, background: Tensor, *, grid_size: int
     M is 0, which makes the pooling after it global average pooling.
 
     Args:
-        features: f; ``(B, D, h, w)``. A vector shorter than 1e-12 counts as zero: its cosines
-            are 0, without a gradient.
+        features: f; ``(B, D, h, w)``. A vector of length 1e-12 or less (6.1e-5 in float16) counts
+            as zero: its cosines are 0, without a gradient.
         background: M in {0, 1}, float or bool; ``(B, 1, h, w)``.
         grid_size: N of the N x N grid (4 for training a classifier, 1 for labels in the paper).
 
@@ -100,11 +109,20 @@ def background_attention(features: Tensor, background: Tensor, *, grid_size: int
     """
     _check(features, background, grid_size)
     with full_precision(features):
-        x = widen(features)
-        prototypes, valid = _grid_prototypes(x, background, grid_size)
-        attention = background_similarity(x, prototypes, valid)
-        attention = torch.where(background.bool(), 1.0, attention)
-    return Attention(attention.to(features.dtype), prototypes.to(features.dtype), valid)
+        found = attention_at_full_precision(
+            widen(features), background, grid_size, shortest(features.dtype)
+        )
+    kind = features.dtype
+    return Attention(found.map.to(kind), found.prototypes.to(kind), found.valid)
+
+
+def attention_at_full_precision(
+    x: Tensor, background: Tensor, grid_size: int, zero: float
+) -> Attention:
+    """The same without checks; ``zero`` is the length up to which a vector counts as zero."""
+    prototypes, valid = _grid_prototypes(x, background, grid_size)
+    attention = background_similarity(x, prototypes, valid, zero)
+    return Attention(torch.where(background.bool(), 1.0, attention), prototypes, valid)
 
 
 def _check(features: Tensor, background: Tensor, grid_size: int) -> None:
@@ -124,13 +142,15 @@ def _grid_prototypes(x: Tensor, background: Tensor, grid_size: int) -> tuple[Ten
     return weighted_mean(x.flatten(2), weights), count > 0
 
 
-def background_similarity(x: Tensor, prototypes: Tensor, valid: Tensor) -> Tensor:
+def background_similarity(
+    x: Tensor, prototypes: Tensor, valid: Tensor, zero: float = SHORTEST
+) -> Tensor:
     """Mean over the valid prototypes of ReLU(cosine); ``(B, 1, *)``, 0 without any (Eq. 2-3 off M).
 
     ``x`` is ``(B, D, *)``. Only an ``(N*N, h*w)`` score matrix per image is made, never one with D.
     """
-    flat, inverse = inverse_norm(x.flatten(2), dim=1)
-    scores = (unit(prototypes, dim=-1) @ flat).relu() * valid[..., None]
+    flat, inverse = inverse_norm(x.flatten(2), dim=1, zero=zero)
+    scores = (unit(prototypes, dim=-1, zero=zero) @ flat).relu() * valid[..., None]
     mean = divide(scores.sum(1, keepdim=True), valid.sum(1).to(x.dtype)[:, None, None])
     # The norm is positive, so it can wait until after the ReLU and the mean. Rounding may pass 1.
     cosine = (mean * inverse).clamp(max=1)

@@ -207,7 +207,7 @@ def _check_inputs(
     _checks.same_device(images=images, features=features)
     if weight is not None:
         _checks.shape("weight", weight, ("L + 1", features.shape[1]))
-        _checks.floating("weight", weight)
+        _checks.not_empty("weight", _checks.floating("weight", weight), 0)
         _checks.same_device(features=features, weight=weight)
     check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)

@@ -221,6 +221,7 @@ class PermutohedralLattice:
 
     def __init__(self, features: Tensor, groups: Tensor | None = None) -> None:
         _checks.floating("features", _checks.shape("features", features, ("n", "d")))
+        _checks.not_mapped("features", features)
         if features.shape[1] == 0:
             raise ValueError(f"features must have at least one column, got {features.shape[1]}")
         if _checks.readable(features) and not bool(torch.isfinite(features).all()):
@@ -228,6 +229,7 @@ class PermutohedralLattice:
         if groups is not None:
             _checks.integral("groups", _checks.shape("groups", groups, (features.shape[0],)))
             _checks.same_device(groups=groups, features=features)
+            _checks.not_mapped("groups", groups)
             _checks.labels_within("groups", groups, 0, torch.iinfo(torch.int64).max)
         self.points, self.dimensions = features.shape
         if self.points > 0:
