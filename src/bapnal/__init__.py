@@ -6,7 +6,7 @@ from bapnal.attention import (
     background_attention,
     grid_prototypes,
 )
-from bapnal.boxes import box_bins, box_cells, definite_background, paint_boxes
+from bapnal.boxes import box_bins, box_cells, box_coverage, definite_background, paint_boxes
 from bapnal.classifier import CosineClassifier, cosine_similarity
 from bapnal.crf import DenseCRF, PairwiseTerm, PermutohedralLattice, dense_crf
 from bapnal.losses import (
@@ -26,9 +26,12 @@ from bapnal.pooling import (
     box_classification_loss,
 )
 from bapnal.pseudo_labels import PseudoLabelGenerator, PseudoLabels, pseudo_labels
+from bapnal.ridge import RidgeBoxClassifier, box_targets, ridge_weights
+from bapnal.unaries import PRESETS
 
 __all__ = [
     "box_cells",
+    "box_coverage",
     "box_bins",
     "definite_background",
     "paint_boxes",
@@ -42,9 +45,13 @@ __all__ = [
     "box_classification_loss",
     "CosineClassifier",
     "cosine_similarity",
+    "RidgeBoxClassifier",
+    "box_targets",
+    "ridge_weights",
     "PseudoLabels",
     "PseudoLabelGenerator",
     "pseudo_labels",
+    "PRESETS",
     "DenseCRF",
     "dense_crf",
     "PairwiseTerm",

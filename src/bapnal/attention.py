@@ -19,6 +19,8 @@ from bapnal._math import (
     widen,
 )
 
+REDUCTIONS = ("mean", "max")
+
 
 class Attention(NamedTuple):
     """What :func:`background_attention` returns.
@@ -79,7 +81,9 @@ def grid_prototypes(features: Tensor, background: Tensor, grid_size: int) -> tup
     return prototypes.to(features.dtype), valid
 
 
-def background_attention(features: Tensor, background: Tensor, *, grid_size: int = 4) -> Attention:
+def background_attention(
+    features: Tensor, background: Tensor, *, grid_size: int = 4, reduction: str = "mean"
+) -> Attention:
     r"""How much each position looks like the definite background of its own image (Eq. 1-3).
 
     .. math:: A(p) = \frac{1}{J} \sum_j \mathrm{ReLU}\left(
@@ -93,13 +97,15 @@ def background_attention(features: Tensor, background: Tensor, *, grid_size: int
             as zero: its cosines are 0, without a gradient.
         background: M in {0, 1}, float or bool; ``(B, 1, h, w)``.
         grid_size: N of the N x N grid (4 for training a classifier, 1 for labels in the paper).
+        reduction: ``"mean"`` over the valid cells (Eq. 2), or ``"max"``: like some background of
+            the image, rather than like all of it.
 
     Returns:
         The map A, the prototypes q_j and their validity, in the dtype of ``features``.
 
     Raises:
         TypeError: If ``features`` is not floating.
-        ValueError: If a shape does not fit, or the two lie on different devices.
+        ValueError: If a shape or an option does not fit, or the two lie on different devices.
 
     Example:
         >>> features = torch.tensor([[[[1.0, 0.0, 1.0]], [[0.0, 1.0, 1.0]]]])
@@ -108,20 +114,21 @@ def background_attention(features: Tensor, background: Tensor, *, grid_size: int
         tensor([[[[1.0000, 0.0000, 0.7071]]]])
     """
     _check(features, background, grid_size)
+    _checks.choice("reduction", reduction, REDUCTIONS)
     with full_precision(features):
         found = attention_at_full_precision(
-            widen(features), background, grid_size, shortest(features.dtype)
+            widen(features), background, grid_size, shortest(features.dtype), reduction
         )
     kind = features.dtype
     return Attention(found.map.to(kind), found.prototypes.to(kind), found.valid)
 
 
 def attention_at_full_precision(
-    x: Tensor, background: Tensor, grid_size: int, zero: float
+    x: Tensor, background: Tensor, grid_size: int, zero: float, reduction: str = "mean"
 ) -> Attention:
     """The same without checks; ``zero`` is the length up to which a vector counts as zero."""
     prototypes, valid = _grid_prototypes(x, background, grid_size)
-    attention = background_similarity(x, prototypes, valid, zero)
+    attention = background_similarity(x, prototypes, valid, reduction, zero)
     return Attention(torch.where(background.bool(), 1.0, attention), prototypes, valid)
 
 
@@ -143,17 +150,25 @@ def _grid_prototypes(x: Tensor, background: Tensor, grid_size: int) -> tuple[Ten
 
 
 def background_similarity(
-    x: Tensor, prototypes: Tensor, valid: Tensor, zero: float = SHORTEST
+    x: Tensor,
+    prototypes: Tensor,
+    valid: Tensor,
+    reduction: str = "mean",
+    zero: float = SHORTEST,
 ) -> Tensor:
-    """Mean over the valid prototypes of ReLU(cosine); ``(B, 1, *)``, 0 without any (Eq. 2-3 off M).
+    """Mean or maximum over the valid prototypes of ReLU(cosine), 0 without any (Eq. 2-3 off M).
 
-    ``x`` is ``(B, D, *)``. Only an ``(N*N, h*w)`` score matrix per image is made, never one with D.
+    ``x`` is ``(B, D, *)``, the result ``(B, 1, *)``. Only an ``(N*N, h*w)`` score matrix per image
+    is made, never one with D.
     """
     flat, inverse = inverse_norm(x.flatten(2), dim=1, zero=zero)
     scores = (unit(prototypes, dim=-1, zero=zero) @ flat).relu() * valid[..., None]
-    mean = divide(scores.sum(1, keepdim=True), valid.sum(1).to(x.dtype)[:, None, None])
-    # The norm is positive, so it can wait until after the ReLU and the mean. Rounding may pass 1.
-    cosine = (mean * inverse).clamp(max=1)
+    if reduction == "max":
+        reduced = scores.amax(1, keepdim=True)
+    else:
+        reduced = divide(scores.sum(1, keepdim=True), valid.sum(1).to(x.dtype)[:, None, None])
+    # The norm is positive, so it can wait until after ReLU and reduction. Rounding may pass 1.
+    cosine = (reduced * inverse).clamp(max=1)
     return cosine.reshape(x.shape[0], 1, *x.shape[2:])
 
 
@@ -162,6 +177,7 @@ class BackgroundAttention(nn.Module):
 
     Args:
         grid_size: N of the N x N grid.
+        reduction: ``"mean"`` or ``"max"``.
 
     Example:
         >>> attention = BackgroundAttention(grid_size=4)
@@ -169,14 +185,17 @@ class BackgroundAttention(nn.Module):
         torch.Size([2, 1, 6, 6])
     """
 
-    def __init__(self, grid_size: int = 4) -> None:
+    def __init__(self, grid_size: int = 4, *, reduction: str = "mean") -> None:
         super().__init__()
         self.grid_size = _checks.integer("grid_size", grid_size, minimum=1)
+        self.reduction = _checks.choice("reduction", reduction, REDUCTIONS)
 
     def forward(self, features: Tensor, background: Tensor) -> Attention:
         """Return A, q_j and their validity for ``features`` and M ``background``."""
-        return background_attention(features, background, grid_size=self.grid_size)
+        return background_attention(
+            features, background, grid_size=self.grid_size, reduction=self.reduction
+        )
 
     def extra_repr(self) -> str:
         """Name the settings in ``repr``."""
-        return f"grid_size={self.grid_size}"
+        return f"grid_size={self.grid_size}, reduction={self.reduction!r}"

@@ -179,6 +179,43 @@ def box_cells(corners: Tensor, image_size: tuple[int, int], map_size: tuple[int,
     )
 
 
+def box_coverage(corners: Tensor, image_size: tuple[int, int], map_size: tuple[int, int]) -> Tensor:
+    """Which share of each cell of a map each box covers.
+
+    Args:
+        corners: Boxes in pixels; ``(*, 4)``.
+        image_size: (H, W) of the input image.
+        map_size: (h, w) of the map.
+
+    Returns:
+        ``(*, h, w)`` in [0, 1]. A box that lies in no cell, being empty or outside, covers none.
+
+    Raises:
+        TypeError: If ``corners`` is not a tensor of numbers.
+        ValueError: If a shape or a size does not fit.
+
+    Example:
+        >>> box_coverage(torch.tensor([1.0, 0.0, 4.0, 1.0]), (2, 4), (1, 2))
+        tensor([[0.2500, 0.5000]])
+    """
+    corners = check_corners(corners)
+    (height, width), (h, w) = (
+        _checks.size("image_size", image_size),
+        _checks.size("map_size", map_size),
+    )
+    x1, y1, x2, y2 = corners.unbind(-1)
+    rows, columns = _overlap(y1, y2, height, h), _overlap(x1, x2, width, w)
+    return rows[..., :, None] * columns[..., None, :]
+
+
+def _overlap(low: Tensor, high: Tensor, pixels: int, cells: int) -> Tensor:
+    """Along one axis: the share of each cell that lies in [low, high)."""
+    edges = torch.arange(cells + 1, device=low.device) * pixels
+    edges = edges.to(low.dtype) / cells
+    inside = torch.minimum(high[..., None], edges[1:]) - torch.maximum(low[..., None], edges[:-1])
+    return (inside * cells / pixels).clamp(0, 1)
+
+
 def _spans(low: Tensor, high: Tensor, pixels: int, cells: int) -> tuple[Tensor, Tensor]:
     """Along one axis: the cells with their centre in [low, high), and the cell under the middle."""
     number = torch.arange(cells, device=low.device)

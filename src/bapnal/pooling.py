@@ -195,7 +195,7 @@ def _pool_samples(
         x, rois, (roi_size, roi_size), spatial_scale=1.0, sampling_ratio=2, aligned=True
     )  # (K, D, roi_size, roi_size)
     owner = padded.image
-    a = background_similarity(samples, found.prototypes[owner], found.valid[owner], zero)
+    a = background_similarity(samples, found.prototypes[owner], found.valid[owner], zero=zero)
     a = torch.where(gap[owner][:, None, None, None], 0.0, a)
     bins = grid_assignment((roi_size, roi_size), output_size, x)  # (roi_size**2, output_size**2)
     weights = (1 - a).flatten(1)[..., None] * bins

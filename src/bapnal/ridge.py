@@ -1,0 +1,273 @@
+"""A classifier of boxes in closed form: stage 1 without gradient descent.
+
+Ridge regression from the features of a cell to how much of it is background and how much each
+class. It is not in the paper; its targets are the paper's attention (Eq. 2-3), and its weights take
+the place of those that stage 1 trains (Sec. 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+from bapnal import _checks
+from bapnal._math import divide, full_precision, widen
+from bapnal.attention import background_similarity, grid_prototypes
+from bapnal.boxes import (
+    Boxes,
+    PaddedBoxes,
+    box_coverage,
+    box_masks,
+    check_valid,
+    outside_of,
+    pad_boxes,
+    valid_cells,
+)
+from bapnal.pooling import join_labels
+from bapnal.unaries import minmax
+
+SHARPNESS = 4.0  # of the step from background to foreground in the targets
+
+
+@torch.no_grad()
+def box_targets(
+    features: Tensor,
+    boxes: Boxes,
+    labels: Sequence[Tensor] | Tensor,
+    image_size: tuple[int, int],
+    num_classes: int,
+    *,
+    valid: Tensor | None = None,
+    grid_size: int = 4,
+) -> tuple[Tensor, Tensor]:
+    r"""How much of each cell is background and how much each class, as far as boxes tell.
+
+    With v_c the largest share of a cell that a box of class c covers, v their maximum, A the
+    attention with the maximum over the grid and m the scaling to [0, 1] over boxed cells,
+
+    .. math::
+        y_c = v \, \mathrm{sigmoid}\big(4 (1 - 2 m(A))\big) \frac{v_c}{\sum_k v_k}, \qquad
+        y_0 = 1 - \sum_c y_c.
+
+    Args:
+        features: f; ``(B, D, h, w)``.
+        boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
+            index first; xyxy in pixels of the image, half open.
+        labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor; 1..L.
+        image_size: (H, W) of the images.
+        num_classes: L + 1.
+        valid: ``(B, H, W)`` bool, which pixels show the image.
+        grid_size: N of the attention's grid.
+
+    Returns:
+        The targets, ``(B, L + 1, h, w)``, summing to 1, and ``(B, h, w)`` bool: the cells that
+        tell something. Those are all cells of the image, without the boxed ones where no cell of
+        the image is definite background.
+
+    Raises:
+        TypeError: If a dtype or a type does not fit.
+        ValueError: If a shape, a box or a size does not fit, or a label is out of range (on the
+            CPU).
+
+    Example:
+        >>> features = torch.eye(2)[torch.tensor([0, 0, 1, 0])].T.reshape(1, 2, 1, 4)
+        >>> boxes, labels = [torch.tensor([[1.0, 0.0, 4.0, 1.0]])], [torch.tensor([1])]
+        >>> y, known = box_targets(features, boxes, labels, (1, 4), 2)
+        >>> y[0, 1, 0]
+        tensor([0.0000, 0.0180, 0.9820, 0.0180])
+    """
+    _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
+    size = _checks.size("image_size", image_size)
+    _checks.integer("num_classes", num_classes, minimum=2)
+    _checks.integer("grid_size", grid_size, minimum=1)
+    batch, _, h, w = features.shape
+    check_valid(valid, batch, size, features)
+    padded = pad_boxes(boxes, batch, device=features.device)
+    _checks.same_device(features=features, boxes=padded.corners)
+    target = join_labels(labels, batch, padded.image.shape[0], features.device)
+    _checks.labels_within("labels", target, 1, num_classes - 1)
+    with full_precision(features):
+        x = widen(features)
+        covered = _coverage(padded, target, size, (h, w), num_classes, x)
+        outside = outside_of(box_masks(padded, size, (h, w)), valid)
+        attention = background_similarity(x, *grid_prototypes(x, outside, grid_size), "max")[:, 0]
+        boxed = covered.amax(1) > 0
+        shown = torch.ones_like(boxed) if valid is None else valid_cells(valid, (h, w))
+        likely = torch.sigmoid(SHARPNESS * (1 - 2 * minmax(attention, boxed & shown)))
+        likely = covered.amax(1) * likely
+        y = likely[:, None] * divide(covered, covered.sum(1, keepdim=True))
+        y[:, 0] = 1 - likely
+    known = shown & (~boxed | outside.any((2, 3)).squeeze(1)[:, None, None])
+    return y, known
+
+
+def _coverage(
+    padded: PaddedBoxes,
+    target: Tensor,
+    size: tuple[int, int],
+    cells: tuple[int, int],
+    num_classes: int,
+    like: Tensor,
+) -> Tensor:
+    """The largest share of a cell that a box of each class covers; ``(B, L + 1, h, w)``."""
+    batch, places = padded.present.shape
+    covered = like.new_zeros(batch, num_classes, *cells)
+    label = torch.zeros(batch, places, dtype=torch.long, device=like.device)
+    label = label.index_put((padded.image, padded.place), target)
+    row = torch.arange(batch, device=like.device)
+    for place in range(places):
+        share = box_coverage(padded.corners[:, place], size, cells).to(like.dtype)
+        share = share * padded.present[:, place, None, None]
+        covered[row, label[:, place]] = torch.maximum(covered[row, label[:, place]], share)
+    return covered
+
+
+def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
+    r"""Weights of a ridge regression with a free bias, from its sums.
+
+    .. math:: W = \big(G + \lambda \bar s \, \mathrm{diag}(1, \dots, 1, 0)\big)^{-1} R
+
+    where G is the mean of :math:`x x^T` over :math:`x = (f, 1)`, R the mean of :math:`x y^T`, and
+    :math:`\bar s` the mean variance of a channel.
+
+    Args:
+        gram: Sum of :math:`x x^T`, whose last entry is the number of vectors; ``(D + 1, D + 1)``.
+        moment: Sum of :math:`x y^T`; ``(D + 1, C)``.
+        penalty: :math:`\lambda`.
+
+    Returns:
+        ``(C, D + 1)``, the bias last.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+        >>> y = torch.tensor([[1.0], [5.0]])
+        >>> ridge_weights(x.T @ x, x.T @ y, penalty=1.0)  # half the slope, the same mean
+        tensor([[1., 2.]])
+    """
+    g, r = gram / gram[-1, -1], moment / gram[-1, -1]
+    variance = (g.diagonal()[:-1] - g[-1, :-1].square()).clamp_min(0).mean()
+    # Where no channel varies there is nothing but the bias to find; any positive number does.
+    variance = torch.where(variance > 0, variance, 1.0)
+    ridge = torch.full_like(g[-1], penalty)
+    ridge[-1] = 0
+    solution: Tensor = torch.linalg.solve(g + torch.diag(variance * ridge), r)
+    return solution.mT
+
+
+class RidgeBoxClassifier(nn.Module):
+    """Stage 1 in closed form; see :func:`box_targets` and :func:`ridge_weights`.
+
+    Holds sums over cells in float64, ``(D + 1)**2 + (D + 1) (L + 1)`` numbers whatever the number
+    of images: they may be collected in any order, on any number of ranks or machines, and added.
+    The sums are the state of the module.
+
+    Args:
+        in_channels: D.
+        num_classes: L + 1, the background included.
+        penalty: Strength of the ridge, as a share of the mean variance of a channel.
+        grid_size: N of the attention's grid.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> ridge = RidgeBoxClassifier(in_channels=8, num_classes=21)
+        >>> boxes, labels = [torch.tensor([[4.0, 4.0, 20.0, 28.0]])], [torch.tensor([3])]
+        >>> ridge.update(torch.rand(1, 8, 4, 4), boxes, labels, image_size=(32, 32))
+        >>> ridge.solve().shape
+        torch.Size([21, 9])
+    """
+
+    gram: Tensor
+    moment: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        penalty: float = 0.01,
+        grid_size: int = 4,
+    ) -> None:
+        super().__init__()
+        self.in_channels = _checks.integer("in_channels", in_channels, minimum=1)
+        self.num_classes = _checks.integer("num_classes", num_classes, minimum=2)
+        self.penalty = _checks.number("penalty", penalty, above=0)
+        self.grid_size = _checks.integer("grid_size", grid_size, minimum=1)
+        side = in_channels + 1
+        self.register_buffer("gram", torch.zeros(side, side, dtype=torch.float64))
+        self.register_buffer("moment", torch.zeros(side, num_classes, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(
+        self,
+        features: Tensor,
+        boxes: Boxes,
+        labels: Sequence[Tensor] | Tensor,
+        image_size: tuple[int, int],
+        valid: Tensor | None = None,
+    ) -> None:
+        """Add the cells of a batch; arguments as in :func:`box_targets`.
+
+        Raises:
+            TypeError: If a dtype or a type does not fit.
+            ValueError: If a shape, a box or a size does not fit, or a label is out of range (on
+                the CPU).
+        """
+        _checks.shape("features", features, ("B", self.in_channels, "h", "w"))
+        y, known = box_targets(
+            features,
+            boxes,
+            labels,
+            image_size,
+            self.num_classes,
+            valid=valid,
+            grid_size=self.grid_size,
+        )
+        with full_precision(features):
+            x = features.to(self.gram.dtype).movedim(1, -1)
+            x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+            x = (x * known[..., None]).flatten(0, 2)
+            self.gram += x.mT @ x
+            self.moment += x.mT @ y.to(x.dtype).movedim(1, -1).flatten(0, 2)
+
+    def add(self, other: RidgeBoxClassifier) -> None:
+        """Add the sums that another classifier collected.
+
+        Raises:
+            ValueError: If it has other sizes.
+        """
+        _checks.shape("other.gram", other.gram, tuple(self.gram.shape))
+        _checks.shape("other.moment", other.moment, tuple(self.moment.shape))
+        self.gram += other.gram.to(self.gram.device)
+        self.moment += other.moment.to(self.moment.device)
+
+    def all_reduce(self) -> None:
+        """Add up the sums of all ranks of ``torch.distributed``, which then hold the same."""
+        distributed.all_reduce(self.gram)
+        distributed.all_reduce(self.moment)
+
+    @torch.no_grad()
+    def solve(self) -> Tensor:
+        """Return weights for :func:`bapnal.pseudo_labels`; ``(L + 1, D + 1)`` float32, bias last.
+
+        Classes without a box are zero, which counts as unseen there.
+
+        Raises:
+            ValueError: If no box was seen.
+        """
+        seen = self.moment[-1] > 0
+        if not bool(seen[1:].any()):
+            raise ValueError("update must have seen a box beside background, got none")
+        weight = ridge_weights(self.gram, self.moment, self.penalty)
+        return (weight * seen[:, None]).float()
+
+    def extra_repr(self) -> str:
+        """Name the settings in ``repr``."""
+        return (
+            f"in_channels={self.in_channels}, num_classes={self.num_classes}, "
+            f"penalty={self.penalty}, grid_size={self.grid_size}"
+        )

@@ -1,0 +1,328 @@
+"""Unaries of the label CRF (Eq. 5-7): activation maps and background maps as probabilities.
+
+Scores are computed at the resolution of the features and upsampled as maps (footnote 3), never the
+features themselves: the largest tensors have one channel for each class that an image shows. Boxes
+are applied pixel by pixel at the resolution of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bapnal import _checks
+from bapnal._math import divide
+from bapnal.attention import REDUCTIONS, background_similarity, grid_prototypes
+from bapnal.boxes import PaddedBoxes, box_cells, box_masks, outside_of
+
+BACKGROUNDS = ("attention", "cam", "both")
+FOREGROUNDS = ("complement", "cam")
+CAM_NORMALIZATIONS = ("class", "box")
+LEAST_SHARE = 1e-3  # of the strongest activation: what a class without any keeps of a pixel
+
+_PAPER: Mapping[str, Any] = {
+    "grid_size": 1,
+    "attention_reduction": "mean",
+    "background": "attention",
+    "background_threshold": 0.99,
+    "background_minmax": False,
+    "foreground": "cam",
+    "cam_normalization": "class",
+    "unary_softmax": 1.0,
+    "align_corners": True,
+}
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "paper": MappingProxyType(_PAPER),
+        "released": MappingProxyType({**_PAPER, "cam_normalization": "box"}),
+    }
+)
+"""Settings of :class:`~bapnal.PseudoLabelGenerator` other than its defaults, by name.
+
+``paper`` is Sec. 3.2 and 4.1 for VGG-16, ``released`` what the authors' released code does where it
+differs: the maximum of Eq. 5 is taken per box. Both take a softmax of scale 1 over u_0 and the u_c
+of the classes whose boxes cover a pixel, as that code does; the paper does not say.
+"""
+
+
+class UnaryOptions(NamedTuple):
+    """How maps become unaries; see :func:`bapnal.pseudo_labels`."""
+
+    grid_size: int
+    attention_reduction: str
+    background: str
+    background_threshold: float | None
+    background_minmax: bool
+    foreground: str
+    cam_normalization: str
+    unary_softmax: float
+    align_corners: bool
+
+    def check(self) -> None:
+        """Raise ``TypeError`` or ``ValueError`` for the first option that does not fit."""
+        _checks.integer("grid_size", self.grid_size, minimum=1)
+        _checks.choice("attention_reduction", self.attention_reduction, REDUCTIONS)
+        _checks.choice("background", self.background, BACKGROUNDS)
+        if self.background_threshold is not None:
+            _checks.number("background_threshold", self.background_threshold, minimum=0, maximum=1)
+        _checks.choice("foreground", self.foreground, FOREGROUNDS)
+        _checks.choice("cam_normalization", self.cam_normalization, CAM_NORMALIZATIONS)
+        _checks.number("unary_softmax", self.unary_softmax, above=0)
+
+
+class Regions(NamedTuple):
+    """Where the boxes of each class lie; P is the largest number of classes in one image.
+
+    Attributes:
+        classes: ``(B, P)`` long, ascending, 0 where an image has fewer classes.
+        slots: ``(B, S)`` long; the channel of each padded box's class.
+        masks: ``(B, P, H, W)`` bool; the union of the boxes of each class.
+        shown: ``(B, H, W)`` bool; which pixels show the image.
+    """
+
+    classes: Tensor
+    slots: Tensor
+    masks: Tensor
+    shown: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.masks.shape[2], self.masks.shape[3]
+
+    @property
+    def allowed(self) -> Tensor:
+        """Which of background and classes may be where; ``(B, 1 + P, H, W)`` bool."""
+        return F.pad(self.masks, (0, 0, 0, 0, 1, 0), value=True)
+
+
+class Unaries(NamedTuple):
+    """Unaries and the probabilities that enter the CRF; see :class:`bapnal.PseudoLabels`.
+
+    Attributes:
+        background: u_0; ``(B, H, W)``.
+        foreground: u_c of the classes present; ``(B, P, H, W)``.
+        probabilities: Of background and classes; ``(B, 1 + P, H, W)``.
+    """
+
+    background: Tensor
+    foreground: Tensor
+    probabilities: Tensor
+
+
+def make_unaries(
+    x: Tensor,
+    weight: Tensor | None,
+    padded: PaddedBoxes,
+    regions: Regions,
+    valid: Tensor | None,
+    options: UnaryOptions,
+) -> Unaries:
+    """Unaries of a batch; see :func:`bapnal.pseudo_labels`, whose arguments are checked there.
+
+    Args:
+        x: Features in full precision; ``(B, D, h, w)``.
+        weight: ``(L + 1, D)``, or ``(L + 1, D + 1)`` with a bias last; or None.
+        padded: The boxes.
+        regions: Where their classes lie.
+        valid: ``(B, H, W)`` bool, which pixels show the image.
+        options: How maps become unaries.
+    """
+    u_0 = _background_unary(x, weight, padded, regions, valid, options)
+    if weight is not None and options.foreground == "cam":
+        u_c = _cam_unary(x, weight, padded, regions, u_0, options)
+        unary = torch.cat([u_0[:, None], u_c], dim=1) * options.unary_softmax
+        probabilities = unary.masked_fill(~regions.allowed, -torch.inf).softmax(1)
+        return Unaries(u_0, u_c, probabilities)
+    shares = _shares(x, weight, regions, options.align_corners)
+    p_0 = torch.sigmoid(options.unary_softmax * (2 * u_0 - 1))
+    p_0 = torch.where(regions.masks.any(1), p_0, 1.0)
+    probabilities = torch.cat([p_0[:, None], (1 - p_0)[:, None] * shares], dim=1)
+    return Unaries(u_0, (1 - u_0)[:, None] * shares, probabilities)
+
+
+def class_regions(
+    padded: PaddedBoxes, labels: Tensor, size: tuple[int, int], valid: Tensor | None = None
+) -> Regions:
+    """Join the boxes of each class of each image; see :class:`Regions`.
+
+    Args:
+        padded: From ``pad_boxes``.
+        labels: Class of each box in ``torch.cat`` order; ``(K,)`` long, from 1.
+        size: (H, W) of the masks.
+        valid: ``(B, H, W)`` bool, which pixels show the image.
+    """
+    batch, places = padded.present.shape
+    device = labels.device
+    most = int(labels.max()) if labels.numel() else 0
+    seen = torch.zeros(batch, most + 1, dtype=torch.bool, device=device)
+    seen[padded.image, labels] = True
+    rank = seen.long().cumsum(1) - 1
+    count = int(rank[:, -1].max()) + 1 if batch else 0
+    image, found = seen.nonzero(as_tuple=True)
+    classes = torch.zeros(batch, count, dtype=torch.long, device=device)
+    classes[image, rank[image, found]] = found
+    slots = torch.zeros(batch, places, dtype=torch.long, device=device)
+    slots[padded.image, padded.place] = rank[padded.image, labels]
+    masks = torch.zeros(batch, count, *size, dtype=torch.bool, device=device)
+    row = torch.arange(batch, device=device)
+    for place in range(places):
+        masks[row, slots[:, place]] |= _box_mask(padded, place, size)
+    shown = torch.ones(batch, *size, dtype=torch.bool, device=device) if valid is None else valid
+    return Regions(classes, slots, masks & shown[:, None], shown)
+
+
+def _box_mask(padded: PaddedBoxes, place: int, size: tuple[int, int]) -> Tensor:
+    """The pixels of one box of every image; ``(B, H, W)``."""
+    mask = box_cells(padded.corners[:, place], size, size)
+    return mask & padded.present[:, place, None, None]
+
+
+def upsample(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """Bilinear interpolation of ``(B, n, h, w)`` maps, of which there may be none."""
+    if 0 in maps.shape[:2]:  # interpolating nothing at all is an error in torch
+        return maps.new_zeros(*maps.shape[:2], *size)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def _scores(x: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
+    """Class scores f . w_c + b_c of the classes ``(B, n)``; ``(B, n, h, w)``."""
+    rows, channels = weight[classes], x.shape[1]
+    scores = rows[..., :channels] @ x.flatten(2)
+    if rows.shape[-1] > channels:
+        scores = scores + rows[..., channels:]
+    return scores.reshape(*scores.shape[:2], *x.shape[2:])
+
+
+def _unseen(weight: Tensor, regions: Regions) -> Tensor:
+    """Which classes of an image have no weights, that is only zeros; ``(B, P, 1, 1)`` bool."""
+    return ~weight.any(1)[regions.classes][..., None, None]
+
+
+def _cam_unary(
+    x: Tensor,
+    weight: Tensor,
+    padded: PaddedBoxes,
+    regions: Regions,
+    u_0: Tensor,
+    options: UnaryOptions,
+) -> Tensor:
+    """Eq. 5-6, and 1 - u_0 for classes without weights; ``(B, P, H, W)``."""
+    scores = _scores(x, weight, regions.classes)
+    cam = upsample(scores, regions.size, options.align_corners).relu_() * regions.masks
+    if options.cam_normalization == "class":
+        cam = divide(cam, cam.amax((2, 3), keepdim=True))
+    else:
+        cam = cam * _box_factors(cam, padded, regions)
+    complement = (1 - u_0)[:, None] * regions.masks
+    return torch.where(_unseen(weight, regions), complement, cam)
+
+
+def _box_factors(cam: Tensor, padded: PaddedBoxes, regions: Regions) -> Tensor:
+    """What brings the maximum in each box to 1; ``(B, P, H, W)``."""
+    row = torch.arange(cam.shape[0], device=cam.device)
+    factor = torch.zeros_like(cam)
+    for place in range(padded.present.shape[1]):
+        slot = regions.slots[:, place]
+        mask = _box_mask(padded, place, regions.size)
+        peak = (cam[row, slot] * mask).amax((1, 2), keepdim=True)
+        # Where boxes of one class overlap, the larger value counts.
+        factor[row, slot] = torch.maximum(factor[row, slot], mask * divide(peak.new_ones(()), peak))
+    return factor
+
+
+def _shares(x: Tensor, weight: Tensor | None, regions: Regions, align_corners: bool) -> Tensor:
+    """How the classes whose boxes cover a pixel share its foreground; ``(B, P, H, W)``.
+
+    By their activations, equally without weights. A class without weights takes an equal share,
+    the others divide the rest.
+    """
+    masks = regions.masks.to(x.dtype)
+    equal = divide(masks, masks.sum(1, keepdim=True))
+    if weight is None or masks.shape[1] == 0:
+        return equal
+    cam = upsample(_scores(x, weight, regions.classes), regions.size, align_corners).relu_() * masks
+    peak = cam.amax((1, 2, 3), keepdim=True)
+    # Divided first, so that the least share cannot underflow.
+    score = (divide(cam, peak) + LEAST_SHARE) * masks
+    unseen = _unseen(weight, regions)
+    score = score.masked_fill(unseen, 0)
+    rest = (equal * ~unseen).sum(1, keepdim=True)
+    return torch.where(unseen, equal, divide(score, score.sum(1, keepdim=True)) * rest)
+
+
+def _background_unary(
+    x: Tensor,
+    weight: Tensor | None,
+    padded: PaddedBoxes,
+    regions: Regions,
+    valid: Tensor | None,
+    options: UnaryOptions,
+) -> Tensor:
+    """Eq. 7 or the background's own map or both, 1 outside all boxes; ``(B, H, W)``."""
+    boxed = regions.masks.any(1)
+    parts = []
+    if options.background != "cam" or weight is None:
+        a = _attention(x, weight is None, padded, regions, valid, options)
+        if options.background_threshold is not None:
+            highest = (a * regions.shown).amax((1, 2), keepdim=True)
+            a = a * (a >= options.background_threshold * highest)
+        parts.append(minmax(a, boxed) if options.background_minmax else a)
+    if options.background != "attention" and weight is not None:
+        none = torch.zeros(x.shape[0], 1, dtype=torch.long, device=x.device)
+        cam = upsample(_scores(x, weight, none), regions.size, options.align_corners)[:, 0]
+        if options.background_minmax:
+            parts.append(minmax(cam, boxed))
+        else:
+            cam = cam.relu_() * regions.shown
+            parts.append(divide(cam, cam.amax((1, 2), keepdim=True)))
+    u_0 = parts[0]
+    if len(parts) == 2:
+        u_0 = (parts[0] + parts[1]) / 2
+        if options.background_minmax:
+            u_0 = minmax(u_0, boxed)
+    return torch.where(boxed, u_0, 1.0)
+
+
+def _attention(
+    x: Tensor,
+    agnostic: bool,
+    padded: PaddedBoxes,
+    regions: Regions,
+    valid: Tensor | None,
+    options: UnaryOptions,
+) -> Tensor:
+    """Similarity to the background of the image, also outside the boxes; ``(B, H, W)``."""
+    cells = (x.shape[2], x.shape[3])
+    outside = outside_of(box_masks(padded, regions.size, cells), valid)
+    if agnostic:
+        # Boxes that leave no background leave nothing else to go by than where things are: objects
+        # are in the middle of their boxes.
+        border = torch.ones_like(outside)
+        border[..., 1:-1, 1:-1] = False
+        outside = torch.where(outside.any((2, 3), keepdim=True), outside, border)
+    prototypes, known = grid_prototypes(x, outside, options.grid_size)
+    similarity = background_similarity(x, prototypes, known, options.attention_reduction)
+    return upsample(similarity, regions.size, options.align_corners)[:, 0]
+
+
+def minmax(maps: Tensor, inside: Tensor) -> Tensor:
+    """Scale the values inside to [0, 1] in each image; a constant becomes 0.
+
+    Args:
+        maps: ``(B, H, W)``.
+        inside: ``(B, H, W)`` bool.
+    """
+    infinite = torch.finfo(maps.dtype).max
+    high = maps.masked_fill(~inside, -infinite).amax((1, 2), keepdim=True)
+    low = maps.masked_fill(~inside, infinite).amin((1, 2), keepdim=True)
+    span = high / 2 - low / 2  # which cannot overflow
+    # What upsampling makes of a constant differs by rounding, which must not be scaled up.
+    rounding = 8 * torch.finfo(maps.dtype).eps * torch.maximum(high.abs(), low.abs())
+    span = span.masked_fill(2 * span <= rounding, 0)
+    return divide(maps / 2 - low / 2, span).clamp(0, 1)
