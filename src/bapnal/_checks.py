@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGRAL = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -168,14 +169,14 @@ def size(name: str, value: object) -> tuple[int, int]:
 def readable(value: Tensor) -> bool:
     """Whether values can be looked at without a synchronisation, a graph break or a vmap error.
 
-    Where operations are traced or intercepted, as by ``FakeTensorMode``, there may be no values.
+    Where operations are traced, and in ``FakeTensorMode``, there may be no values.
     """
     return (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not isinstance(value, FakeTensor)
     )
 
 

@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._math import SUM_SCALE, divide, full_precision, inverse_norm, unit, widen
 from bapnal.boxes import Boxes, PaddedBoxes, check_valid, pad_boxes
+from bapnal.crf import DenseCRF
 from bapnal.pooling import join_labels
 from bapnal.unaries import Regions, UnaryOptions, class_regions, make_unaries, upsample
 
 
 class PseudoLabels(NamedTuple):
     """What :func:`pseudo_labels` returns. P is the largest number of classes in one image.
+
+    On a GPU, where that would have to be waited for, P is the largest number of boxes.
 
     Attributes:
         crf: ``(B, H, W)`` long, Y_crf; ``ignore_index`` on padding.
@@ -98,9 +101,10 @@ def pseudo_labels(
         boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
             index first; xyxy in pixels of the image, half open.
         labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor; 1..L.
-        crf: Called as ``crf(images, probabilities)``, with ``valid=`` where that is given; None
-            takes the probabilities as they are. Called once for each number of classes in the
-            batch, so an image gets the same labels alone and in a batch.
+        crf: A :class:`~bapnal.DenseCRF`, or None, which takes the probabilities as they are. Any
+            other callable is called as ``crf(images, probabilities)``, with ``valid=`` where that
+            is given, once for each number of classes in the batch, so an image gets the same
+            labels alone and in a batch.
         valid: ``(B, H, W)`` bool, which pixels show the image.
         grid_size: N of the attention's grid.
         attention_reduction: Whether A is the ``"mean"`` over the prototypes of the grid (Eq. 2) or
@@ -225,8 +229,11 @@ def _apply_crf(
     """Marginals of a CRF that sees, in each image, only the classes it holds."""
     if crf is None:
         return probabilities
-    marginals = probabilities.clone()
     counts = (classes > 0).sum(1)
+    if isinstance(crf, DenseCRF):
+        together: Tensor = crf(images, probabilities, valid, num_classes=counts + 1)
+        return together.to(probabilities.dtype)
+    marginals = probabilities.clone()
     for count in range(1, classes.shape[1] + 1):
         members = (counts == count).nonzero()[:, 0]
         if members.numel() == 0:
