@@ -151,7 +151,7 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     # Where no channel varies there is nothing but the bias to find; any positive number does.
     variance = torch.where(variance > 0, variance, 1.0)
     ridge = torch.full_like(g[-1], penalty)
-    ridge[-1] = 0
+    ridge[-1:] = 0
     solution: Tensor = torch.linalg.solve(g + torch.diag(variance * ridge), r)
     return solution.mT
 
