@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from bapnal import (
+    PRESETS,
     CosineClassifier,
     DenseCRF,
     NoiseAwareLoss,
     PairwiseTerm,
     PermutohedralLattice,
+    _checks,
     background_attention,
     background_aware_pooling,
     box_bins,
@@ -20,8 +22,9 @@ from bapnal import (
     definite_background,
     dense_crf,
     paint_boxes,
+    pseudo_labels,
 )
-from comparing import close, finite, finite_gradients
+from comparing import Largest, close, finite, finite_gradients
 from drawing import seeded
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -250,3 +253,78 @@ def test_the_largest_weights_give_finite_marginals(weight):
     q = dense_crf(SMALL, p, bilateral_weight=weight, gaussian_weight=weight)
     finite(q)
     close(q.sum(1), torch.ones(1, 4, 5), tolerance=1e-5)
+
+
+# ----------------------------------------------------------------------------- pseudo labels
+
+
+def labelled(labels, weight=None, **options):
+    """Labels of one image with three boxes side by side."""
+    boxes = [torch.tensor([[0.0, 0.0, 4.0, 8.0], [4.0, 0.0, 8.0, 8.0], [9.0, 0.0, 12.0, 8.0]])]
+    images = torch.zeros(1, 3, 8, 16, dtype=torch.uint8)
+    x = torch.randn(1, 3, 2, 4, generator=seeded(1))
+    return pseudo_labels(images, x, weight, boxes, [labels], crf=None, **options)
+
+
+@pytest.mark.parametrize("most", [10**6, 10**8, 2**31 - 1])
+def test_memory_follows_the_boxes_not_the_labels(most):
+    small, large = torch.tensor([3, 1, 3]), torch.tensor([most, 1, most])
+    expected = labelled(small)
+    with Largest() as largest:
+        found = labelled(large)
+    assert largest.elements < 10_000
+    assert found.classes.tolist() == [[1, most]]
+    for a, b in ((found.crf, expected.crf), (found.retrieval, expected.retrieval)):
+        assert torch.equal(a, torch.where(b == 3, most, b))
+
+
+def test_classes_need_not_be_counted(monkeypatch):
+    """Where the host cannot look, as on a GPU, there are as many channels as boxes."""
+    labels = torch.tensor([3, 1, 3])
+    weight = torch.randn(4, 3, generator=seeded(2))
+    for w in (None, weight):
+        expected = labelled(labels, w)
+        with monkeypatch.context() as patch:
+            patch.setattr(_checks, "readable", lambda x: False)
+            found = labelled(labels, w)
+        assert expected.classes.tolist() == [[1, 3]]
+        assert found.classes.tolist() == [[1, 3, 0]]
+        assert torch.equal(found.crf, expected.crf)
+        assert torch.equal(found.retrieval, expected.retrieval)
+        close(found.foreground_unary[:, :2], expected.foreground_unary, tolerance=1e-6)
+        assert (found.foreground_unary[:, 2] == 0).all()
+
+
+@pytest.mark.parametrize("normalization", ["class", "box"])
+@pytest.mark.parametrize("peak", [1e-45, 3e-39, 1e-30, 1.0, 1e30])
+def test_activations_of_any_size_peak_at_one(normalization, peak):
+    x = torch.ones(1, 1, 1, 2)
+    weight = torch.tensor([[0.0], [peak]])
+    y = pseudo_labels(
+        torch.zeros(1, 3, 1, 4, dtype=torch.uint8),
+        x,
+        weight,
+        [torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 3.0, 1.0]])],
+        [torch.tensor([1, 1])],
+        crf=None,
+        **{**PRESETS["paper"], "cam_normalization": normalization},
+    )
+    finite(y.background_unary, y.foreground_unary)
+    close(y.foreground_unary.flatten(), [1.0, 1.0, 1.0, 0.0], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_unaries_of_features_of_any_size_are_finite(dtype, weighted):
+    labels = torch.tensor([3, 1, 3])
+    unit = directions(1, 1, 3, 2, 4)
+    boxes = [torch.tensor([[0.0, 0.0, 4.0, 8.0], [4.0, 0.0, 8.0, 8.0], [9.0, 0.0, 12.0, 8.0]])]
+    images = torch.zeros(1, 3, 8, 16, dtype=torch.uint8)
+    weight = torch.randn(4, 3, generator=seeded(2)).to(dtype) if weighted else None
+    for options in ({}, PRESETS["paper"], PRESETS["released"]):
+        for power in powers(dtype)[:-1]:  # scores of the largest features are infinite
+            x = (unit * 10.0**power).to(dtype)
+            y = pseudo_labels(images, x, weight, boxes, [labels], crf=None, **options)
+            finite(y.background_unary, y.foreground_unary)
+            assert set(y.crf.unique().tolist()) <= {0, 1, 3}
+            assert set(y.retrieval.unique().tolist()) <= {0, 1, 3}

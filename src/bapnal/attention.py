@@ -135,9 +135,9 @@ def attention_at_full_precision(
 def _check(features: Tensor, background: Tensor, grid_size: int) -> None:
     _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
     batch, _, h, w = features.shape
-    _checks.shape("background", background, (batch, 1, h, w))
+    _checks.real_or_bool("background", _checks.shape("background", background, (batch, 1, h, w)))
     _checks.same_device(features=features, background=background)
-    _checks.integer("grid_size", grid_size, minimum=1)
+    _checks.grid("grid_size", grid_size)
 
 
 def _grid_prototypes(x: Tensor, background: Tensor, grid_size: int) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ class BackgroundAttention(nn.Module):
 
     def __init__(self, grid_size: int = 4, *, reduction: str = "mean") -> None:
         super().__init__()
-        self.grid_size = _checks.integer("grid_size", grid_size, minimum=1)
+        self.grid_size = _checks.grid("grid_size", grid_size)
         self.reduction = _checks.choice("reduction", reduction, REDUCTIONS)
 
     def forward(self, features: Tensor, background: Tensor) -> Attention:

@@ -41,9 +41,10 @@ def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
     batch, _, *rest = features.shape
     with full_precision(features):
         x = widen(features).flatten(2) if rest else widen(features)[..., None]
+        rows = unit(widen(weight), dim=1, zero=shortest(weight.dtype))
         x, inverse = inverse_norm(x, dim=1, zero=shortest(features.dtype))
         # Dividing C scores a position is cheaper than dividing D features.
-        scores = unit(weight.to(x.dtype), dim=1, zero=shortest(weight.dtype)) @ x * inverse
+        scores = rows.to(x.dtype) @ x * inverse
     return scores.reshape(batch, weight.shape[0], *rest).to(features.dtype)
 
 

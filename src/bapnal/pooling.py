@@ -106,6 +106,7 @@ def background_aware_pooling(
     """
     _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
     check_options(grid_size, output_size, min_background, sampling, roi_size)
+    _checks.flag("attention", attention)
     size = _checks.size("image_size", image_size)
     check_valid(valid, features.shape[0], size, features)
     padded = pad_boxes(boxes, features.shape[0], device=features.device)
@@ -137,11 +138,11 @@ def check_options(
     grid_size: int, output_size: int, min_background: float, sampling: str, roi_size: int
 ) -> None:
     """Check the options that the function and the module share."""
-    _checks.integer("grid_size", grid_size, minimum=1)
-    _checks.integer("output_size", output_size, minimum=1)
+    _checks.grid("grid_size", grid_size)
+    _checks.grid("output_size", output_size)
     _checks.number("min_background", min_background, minimum=0, maximum=1)
     _checks.choice("sampling", sampling, SAMPLINGS)
-    _checks.integer("roi_size", roi_size, minimum=1)
+    _checks.grid("roi_size", roi_size)
 
 
 def _too_little(background: Tensor, min_background: float, valid: Tensor | None) -> Tensor:
@@ -240,7 +241,7 @@ class BackgroundAwarePooling(nn.Module):
         self.grid_size = grid_size
         self.output_size = output_size
         self.min_background = min_background
-        self.attention = attention
+        self.attention = _checks.flag("attention", attention)
         self.sampling = sampling
         self.roi_size = roi_size
 

@@ -155,6 +155,7 @@ def pseudo_labels(
         align_corners,
     )
     options.check()
+    _checks.integer("ignore_index", ignore_index, minimum=-(2**31))
     if weight is None and background == "cam":
         raise ValueError('background must not be "cam" where weight is None, which has no map')
     with full_precision(features):
@@ -343,7 +344,7 @@ class PseudoLabelGenerator(nn.Module):
         self.cam_normalization = cam_normalization
         self.unary_softmax = unary_softmax
         self.align_corners = align_corners
-        self.ignore_index = ignore_index
+        self.ignore_index = _checks.integer("ignore_index", ignore_index, minimum=-(2**31))
         UnaryOptions(**self._unary_options()).check()
 
     def _unary_options(self) -> dict[str, Any]:

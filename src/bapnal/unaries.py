@@ -65,7 +65,7 @@ class UnaryOptions(NamedTuple):
 
     def check(self) -> None:
         """Raise ``TypeError`` or ``ValueError`` for the first option that does not fit."""
-        _checks.integer("grid_size", self.grid_size, minimum=1)
+        _checks.grid("grid_size", self.grid_size)
         _checks.choice("attention_reduction", self.attention_reduction, REDUCTIONS)
         _checks.choice("background", self.background, BACKGROUNDS)
         if self.background_threshold is not None:
@@ -73,6 +73,8 @@ class UnaryOptions(NamedTuple):
         _checks.choice("foreground", self.foreground, FOREGROUNDS)
         _checks.choice("cam_normalization", self.cam_normalization, CAM_NORMALIZATIONS)
         _checks.number("unary_softmax", self.unary_softmax, above=0)
+        _checks.flag("background_minmax", self.background_minmax)
+        _checks.flag("align_corners", self.align_corners)
 
 
 class Regions(NamedTuple):
