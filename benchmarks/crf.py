@@ -1,8 +1,8 @@
-"""Time, memory, growth and exactness of DenseCRF beside pydensecrf, on real pictures.
+"""Time, memory, growth and exactness of DenseCRF beside pydensecrf, on real images.
 
     python benchmarks/crf.py --root VOCdevkit/VOC2012
 
-Pictures are the first of the val split; their probabilities are smooth random maps, except where
+Images are the first of the val split; their probabilities are smooth random maps, except where
 fast modes are judged, which are also given blurred masks. Both backends run in turn in one process,
 each after a warm-up, and medians are reported. Sections can be run alone with ``--sections``; each
 writes ``benchmarks/results/crf_SECTION.json``, and ``--figure`` draws the growth from its file.
@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import platform
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,18 +26,17 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from bapnal.crf.plain import plain_mean_field
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal import PseudoLabelGenerator
 from bapnal.crf import DenseCRF
-from bapnal.crf.plain import plain_mean_field
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-from devkit import Devkit
-from networks import TimmFeatures
-from record import about, write_json
+from bapnal.label.backbone import TimmFeatures
+from bapnal.label.files import write_json
+from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.engine.runs import about
 
 try:
     import pydensecrf.densecrf as densecrf
@@ -58,7 +56,7 @@ class Options:
         root: A ``VOCdevkit/VOC2012``.
         sections: Any of speed, processes, memory, fast, growth, generator, exact, large; none
             stands for all.
-        pictures: How many real pictures, in every section but ``exact``.
+        pictures: How many real images, in every section but ``exact``.
         exact_pictures: How many in ``exact``.
         generator_pictures: How many in ``generator``.
         threads: Threads of the torch backend in one process.
@@ -81,13 +79,13 @@ def names(root: Path, count: int) -> list[str]:
 
 
 def load(root: Path, name: str) -> Tensor:
-    """One picture, ``(1, 3, H, W)`` uint8."""
-    with Image.open(root / "JPEGImages" / f"{name}.jpg") as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
+    """One image, ``(1, 3, H, W)`` uint8."""
+    with Image.open(root / "JPEGImages" / f"{name}.jpg") as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
 
 
 def smooth_maps(seed: int, labels: int, size: tuple[int, int]) -> Tensor:
-    """Random probabilities without any relation to the picture, ``(1, C, H, W)``."""
+    """Random probabilities without any relation to the image, ``(1, C, H, W)``."""
     generator = torch.Generator().manual_seed(seed)
     scores = 2 * torch.randn(1, labels, 9, 9, generator=generator)
     return F.interpolate(scores, size, mode="bicubic").softmax(1)
@@ -95,8 +93,8 @@ def smooth_maps(seed: int, labels: int, size: tuple[int, int]) -> Tensor:
 
 def blurred_mask(root: Path, name: str) -> Tensor:
     """Probabilities as a network might give them: the true mask at a sixteenth, upsampled."""
-    with Image.open(root / "SegmentationClassAug" / f"{name}.png") as picture:
-        mask = torch.from_numpy(np.array(picture)).long()
+    with Image.open(root / "SegmentationClassAug" / f"{name}.png") as image:
+        mask = torch.from_numpy(np.array(image)).long()
     mask[mask == 255] = 0
     classes = mask.unique()
     one_hot = (mask == classes[:, None, None]).float()[None]
@@ -113,13 +111,13 @@ def by_pydensecrf(image: Tensor, p: Tensor, xy: float, rgb: float, steps: int = 
     model = densecrf.DenseCRF2D(width, height, labels)
     model.setUnaryEnergy(np.ascontiguousarray(unary))
     model.addPairwiseGaussian(sxy=3, compat=3)
-    picture = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
-    model.addPairwiseBilateral(sxy=xy, srgb=rgb, rgbim=picture, compat=4)
+    pixels = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
+    model.addPairwiseBilateral(sxy=xy, srgb=rgb, rgbim=pixels, compat=4)
     return torch.from_numpy(np.array(model.inference(steps))).reshape(p.shape)
 
 
 def backends(xy: float = 55, rgb: float = 3, steps: int = 10) -> dict[str, Callable[..., Tensor]]:
-    """Both backends as functions of a picture and probabilities."""
+    """Both backends as functions of an image and probabilities."""
     crf = DenseCRF(bilateral_xy=xy, bilateral_rgb=rgb, iterations=steps)
     found: dict[str, Callable[..., Tensor]] = {"torch": crf}
     if densecrf is not None:
@@ -156,7 +154,7 @@ def pairs(options: Options, labels: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def speed(options: Options, repeats: int = 3) -> Iterator[Row]:
-    """Both backends in turn on the same pictures, in one process."""
+    """Both backends in turn on the same images, in one process."""
     torch.set_num_threads(options.threads)
     for labels in LABELS:
         data = pairs(options, labels)
@@ -192,7 +190,7 @@ def _worker(options: Options, labels: int, rounds: int, barrier: Any, queue: Any
 
 
 def processes(options: Options, workers: int = 2, rounds: int = 7) -> Iterator[Row]:
-    """Pictures per second of several processes with one thread each; both backends in turn."""
+    """Images per second of several processes with one thread each; both backends in turn."""
     context = multiprocessing.get_context("spawn")
     for labels in (2, 4, 8):
         barrier, queue = context.Barrier(workers), context.Queue()
@@ -312,7 +310,7 @@ def growth(options: Options) -> Iterator[Row]:
     for kind, megapixels, labels, steps in cases:
         height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
         size = (height, round(height * 4 / 3))
-        picture = F.interpolate(image, size, mode="bicubic").clamp(0, 255).byte()
+        resized = F.interpolate(image, size, mode="bicubic").clamp(0, 255).byte()
         p = smooth_maps(0, labels, size)
         repeats = 5 if megapixels * labels < 4 else 3 if megapixels * labels < 9 else 1
         row: Row = {"grows": kind, "size": list(size), "labels": labels, "iterations": steps}
@@ -320,7 +318,7 @@ def growth(options: Options) -> Iterator[Row]:
         times: dict[str, list[float]] = {name: [] for name in runs}
         for number in range(repeats + 1):
             for name, run in runs.items():
-                times[name].append(timed(lambda run=run, x=picture, p=p: run(x, p)))
+                times[name].append(timed(lambda run=run, x=resized, p=p: run(x, p)))
             if number == 0 and megapixels < 5:  # a warm-up
                 times = {name: [] for name in runs}
             elif megapixels >= 5:
@@ -331,7 +329,7 @@ def growth(options: Options) -> Iterator[Row]:
 
 
 def by_plain(images: Tensor, p: Tensor) -> Tensor:
-    """The readable twin of DenseCRF, with its standard settings; one picture."""
+    """The readable twin of DenseCRF, with its standard settings; one image."""
     height, width = p.shape[2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     positions = torch.stack([x, y], dim=-1).flatten(0, 1).float()
@@ -343,13 +341,13 @@ def by_plain(images: Tensor, p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generator(options: Options) -> Iterator[Row]:
-    """Pictures per second of the whole label generator, by its CRF; features apart."""
+    """Images per second of the whole label generator, by its CRF; features apart."""
     torch.set_num_threads(options.threads)
     devkit = Devkit(options.root)
     network = TimmFeatures().eval()
     data, seconds = [], []
     for name in devkit.names("val")[: options.generator_pictures]:
-        image, annotation = devkit.picture(name)
+        image, annotation = devkit.annotated(name)
         begin = time.perf_counter()
         features = network(image[None])
         seconds.append(time.perf_counter() - begin)
@@ -370,7 +368,7 @@ def generator(options: Options) -> Iterator[Row]:
     times: dict[str, list[float]] = {key: [] for key in generators}
     for generate in generators.values():
         generate(*data[0])
-    for arguments in data:  # all in turn on each picture
+    for arguments in data:  # all in turn on each image
         for key, generate in generators.items():
             times[key].append(timed(lambda run=generate, x=arguments: run(*x)) / 1000)
     for key, found in times.items():
@@ -407,14 +405,14 @@ def exact(options: Options) -> Iterator[Row]:
             }
 
 
-def large(options: Options, pictures: int = 2) -> Iterator[Row]:
-    """The same on enlarged pictures of two million pixels and more, of 4 labels."""
+def large(options: Options, count: int = 2) -> Iterator[Row]:
+    """The same on enlarged images of two million pixels and more, of 4 labels."""
     if densecrf is None:
         return
     torch.set_num_threads(options.threads)
     runs = backends()
     for size in ((1125, 1500), (2000, 1500)):
-        for seed, name in enumerate(names(options.root, pictures)):
+        for seed, name in enumerate(names(options.root, count)):
             image = load(options.root, name).float()
             image = F.interpolate(image, size, mode="bicubic").round().clamp(0, 255).byte()
             p = smooth_maps(seed, 4, size)
@@ -454,7 +452,7 @@ def draw_growth(results: Path, path: Path) -> None:
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        figure.axes[0].set_ylabel("seconds a picture")
+        figure.axes[0].set_ylabel("seconds per image")
         figure.axes[0].legend(frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)

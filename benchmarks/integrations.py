@@ -9,11 +9,12 @@ Results go to ``benchmarks/results/integrations.json``.
 
 from __future__ import annotations
 
+import runpy
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import rich
 import torch
@@ -21,16 +22,22 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))  # what the examples share
-sys.path.insert(0, str(EXAMPLES / "integrations"))
-import smp_unet
-import torchvision_segmentation
-import transformers_segformer
-from record import Meter, result, write_json
+from bapnal.label.files import write_json
+from bapnal_recipes.engine.runs import Meter, result
 
 CLASSES = 21
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+EXAMPLES = Path(__file__).parent.parent / "examples/integrations"
+
+
+def example(name: str) -> SimpleNamespace:
+    """Return what a file of ``examples/integrations`` defines; the examples are no package."""
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
+
+
+smp_unet = example("smp_unet")
+torchvision_segmentation = example("torchvision_segmentation")
+transformers_segformer = example("transformers_segformer")
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Loss, Callable[[nn.Module, Tensor], Tensor]]] = {
     "torchvision fcn_resnet50": (
         lambda: torchvision_segmentation.build("fcn_resnet50"),
@@ -102,7 +109,7 @@ def main(
     """Measure the cost of the noise-aware loss.
 
     Args:
-        size: Height and width of the pictures.
+        size: Height and width of the images.
         pictures: In a batch.
         repeats: Steps of each kind.
         names: Which networks.

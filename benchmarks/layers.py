@@ -2,8 +2,8 @@
 
     python benchmarks/layers.py
 
-Pooling runs at the paper's sizes (20 pictures, 41 x 41 features of 1,024 channels, N = 4) and with
-more boxes, against the same mathematics as a loop over pictures and boxes, and against global
+Pooling runs at the paper's sizes (20 images, 41 x 41 features of 1,024 channels, N = 4) and with
+more boxes, against the same mathematics as a loop over images and boxes, and against global
 average pooling. The loss runs on 20 x 21 x 321 x 321 scores against ``F.cross_entropy``. Every row
 is the median of repeated runs after a warm-up; results go to ``benchmarks/results/layers.json``.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,9 +25,8 @@ from torch.utils.benchmark import Timer
 
 from bapnal import BackgroundAwarePooling, NoiseAwareLoss
 from bapnal.boxes import box_bins, box_cells
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-from record import about, write_json
+from bapnal.label.files import write_json
+from bapnal_recipes.engine.runs import about
 
 IMAGE = (321, 321)
 
@@ -36,7 +34,7 @@ IMAGE = (321, 321)
 def pool_by_loop(
     features: Tensor, boxes: list[Tensor], image_size: tuple[int, int], grid: int, bins: int
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1-4 as one would write them first: picture by picture, cell by cell, box by box."""
+    """Eq. 1-4 as one would write them first: image by image, cell by cell, box by box."""
     height, width = features.shape[-2:]
     foreground, background = [], []
     for f, own in zip(features, boxes, strict=True):
@@ -62,11 +60,11 @@ def pool_by_loop(
     return torch.stack(foreground), torch.cat(background)
 
 
-def draw_boxes(pictures: int, mean: float, device: str) -> list[Tensor]:
-    """Boxes of a quarter of the picture's side or more; ``mean`` of them a picture."""
+def draw_boxes(images: int, mean: float, device: str) -> list[Tensor]:
+    """Boxes of a quarter of the image's side or more; ``mean`` of them an image."""
     generator = torch.Generator().manual_seed(0)
     boxes = []
-    for i in range(pictures):
+    for i in range(images):
         count = int(mean * (i + 1)) - int(mean * i)
         low = torch.rand(count, 2, generator=generator) * 200
         side = 80 + torch.rand(count, 2, generator=generator) * 40
@@ -92,7 +90,7 @@ def measure(run: Callable[[], object], device: str) -> dict[str, float]:
 
 
 def pooling_rows(device: str, bins: int) -> dict[str, dict[str, float]]:
-    """Measure pooling for several numbers of boxes a picture."""
+    """Measure pooling for several numbers of boxes per image."""
     torch.manual_seed(0)
     features = torch.randn(20, 1024, 41, 41, device=device, requires_grad=True)
     rows = {}

@@ -3,8 +3,8 @@
     python benchmarks/voc2012_steps.py
 
 A step is forward, loss, backward and SGD: stage 1 on VGG-16 with background-aware pooling (20
-crops of 321 x 321), DeepLab-V1 (20) and DeepLab-V2 (10) with the noise-aware loss. Pictures, boxes,
-labels and weights are random, which changes neither number; reading pictures is not part of it.
+crops of 321 x 321), DeepLab-V1 (20) and DeepLab-V2 (10) with the noise-aware loss. Images, boxes,
+labels and weights are random, which changes neither number; reading images is not part of it.
 Each recipe runs in a process of its own, so that its peak memory is its own: on a GPU the median of
 three steps after a warm-up, on a CPU a single step, of two crops unless ``--full``. Results go
 to ``benchmarks/results/voc2012_steps.json``.
@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +27,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bapnal import BackgroundAwarePooling, NoiseAwareLoss, box_classification_loss
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "voc2012"))
-from deeplab import build_features, build_segmenter
-from record import Meter, about, write_json
+from bapnal.label.files import write_json
+from bapnal_recipes.engine.runs import Meter, about
+from bapnal_recipes.models.deeplab import build_features, build_segmenter
 
 CLASSES = 21
 SIDE = 321
@@ -46,7 +43,7 @@ def crops(batch_size: int, device: str) -> Tensor:
 
 
 def boxes_of_voc(batch_size: int, device: str) -> list[Tensor]:
-    """Draw two and three boxes in turn: VOC has 2.5 a picture."""
+    """Draw two and three boxes in turn: VOC has 2.5 an image."""
     found = []
     for i in range(batch_size):
         corners = torch.rand(2 + i % 2, 2, 2) * SIDE

@@ -1,4 +1,4 @@
-"""The paper's experiments on real pictures by the scripts of ``examples/voc2012``, at a CPU's size.
+"""The paper's experiments on real images by the modules of ``examples/recipes``, at a CPU's size.
 
     python benchmarks/voc_animals.py --root VOCdevkit/VOC2012
 
@@ -6,14 +6,13 @@ EfficientNet-Lite0 stands for VGG-16, and trainings are short; everything else i
 do. Parts can be named, ``--parts classifiers labels``, and shared out by ``--only``, which picks
 the jobs whose name holds a text. What is finished is not run again, so a broken run continues.
 Weights and label maps go to ``--work``, result files to ``--out``, which
-``examples/voc2012/tables.py`` makes a page of.
+``bapnal_recipes.voc2012.tables`` makes a page of.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,24 +23,25 @@ import timm
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples/voc2012"))
-import evaluate
-import generate_labels
-import search
-import train_classifier
-import train_segmentation
-from devkit import default_root
-from generate_labels import CrfSettings, GeneratorSettings
-from networks import load_by_position, packaged_weights
-from record import whole, write_json
-from train_classifier import load_classifier
-from training import Logging, Machines
+from bapnal.label.backbone import load_by_position, packaged_weights
+from bapnal.label.files import whole, write_json
+from bapnal_recipes.data.voc import default_root
+from bapnal_recipes.engine.training import Logging, Machines
+from bapnal_recipes.voc2012 import (
+    evaluate,
+    generate_labels,
+    search,
+    train_classifier,
+    train_segmentation,
+)
+from bapnal_recipes.voc2012.generate_labels import CrfSettings, GeneratorSettings
+from bapnal_recipes.voc2012.train_classifier import load_classifier
 
 ANIMALS = (0, 8, 10, 12, 13, 17)  # what the scores are averaged over
 UNSEEN = ("cow", "horse")
 UNSEEN_CLASSES = (10, 13)
 QUIET = Logging(tensorboard=False)
-# Without a trained classifier nothing is learned, so A is only compared within a picture.
+# Without a trained classifier nothing is learned, so A is only compared within an image.
 AGNOSTIC = GeneratorSettings(
     background_threshold=None, attention_minmax=True, unary_softmax=3.0, cam_normalization="box"
 )
@@ -69,7 +69,7 @@ class Settings:
             conditions, grids, segmentation, loose, noisy.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.
-        workers: Processes that read pictures.
+        workers: Processes that read images.
     """
 
     root: Path = field(default_factory=default_root)
@@ -106,7 +106,7 @@ def _classifier(s: Settings, name: str, settings: train_classifier.Settings) -> 
 
 
 def searches(s: Settings) -> Iterator[Job]:
-    """The generator's settings on 100 training pictures: once, then with N and the CRF too."""
+    """The generator's settings on 100 training images: once, then with N and the CRF too."""
     for pool in ("bap", "gap"):
         coarse = replace(
             search.PRESETS["standard"][1],
@@ -133,7 +133,7 @@ def _classifiers(s: Settings) -> Iterator[str]:
 
 
 def labels(s: Settings) -> Iterator[Job]:
-    """Y_crf and Y_ret: of all training pictures for stage 3, and of val for each classifier.
+    """Y_crf and Y_ret: of all training images for stage 3, and of val for each classifier.
 
     Settings that were searched for with the first seed serve the others.
     """
@@ -223,7 +223,7 @@ def unseen(s: Settings) -> Iterator[Job]:
     runs = {
         "weights": ("network", "bap_0"),
         "without": ("agnostic", "without"),
-        "mixed": ("network", "without"),  # by weights where all classes of a picture have some
+        "mixed": ("network", "without"),  # by weights where all classes of an image have some
         "seen": ("agnostic", "bap_0"),
         "imagenet": ("agnostic", None),
     }

@@ -4,7 +4,7 @@
 
 The features f are those of an ImageNet EfficientNet-Lite0 and stay as they are, so stage 1 is a
 softmax regression on the pooled vectors r_i and q_j, which are computed once; it is solved to the
-end by L-BFGS and has no seed. The spread comes from samples of the training pictures, drawn with
+end by L-BFGS and has no seed. The spread comes from samples of the training images, drawn with
 replacement. Conditions are the stride of f, the grid size N in training and in generating, and the
 margin by which boxes are loosened (in training and in generating). Labels are measured on ``val``,
 also on the halves of it with the more uniform and the more cluttered backgrounds. Rows are written
@@ -14,7 +14,6 @@ as they are measured, and a rerun continues.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,12 +34,13 @@ from bapnal import (
     definite_background,
     grid_prototypes,
 )
+from bapnal.label.backbone import TimmFeatures
+from bapnal.label.files import write_json
 from bapnal.pooling import PooledFeatures
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-from devkit import Devkit, SegmentationScore, loosen
-from networks import TimmFeatures
-from record import Meter, result, write_json
+from bapnal_recipes.data.dataset import loosen
+from bapnal_recipes.data.metrics import SegmentationScore
+from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.engine.runs import Meter, result
 
 ANIMALS = (0, 8, 10, 12, 13, 17)
 CLASSES = 21
@@ -57,7 +57,7 @@ class Condition:
         pool: ``"bap"`` or ``"gap"``.
         grid_size: N in training.
         margin: Share of their sides by which boxes are moved outwards.
-        sample: 0 for all training pictures, else the seed of a sample with replacement.
+        sample: 0 for all training images, else the seed of a sample with replacement.
     """
 
     stride: int
@@ -78,8 +78,8 @@ def conditions(strides: Sequence[int], samples: int) -> Iterator[Condition]:
             yield Condition(stride, "bap", grid_size)
 
 
-class Picture(NamedTuple):
-    """What is kept of a picture: its name, ``(1, D, h, w)`` half precision features, its size."""
+class ImageFeatures(NamedTuple):
+    """What is kept of an image: its name, ``(1, D, h, w)`` half precision features, its size."""
 
     name: str
     features: Tensor
@@ -87,27 +87,27 @@ class Picture(NamedTuple):
 
 
 @torch.no_grad()
-def features_of(network: TimmFeatures, devkit: Devkit, names: Sequence[str]) -> list[Picture]:
-    """Compute the features of each picture at its own size."""
+def features_of(network: TimmFeatures, devkit: Devkit, names: Sequence[str]) -> list[ImageFeatures]:
+    """Compute the features of each image at its own size."""
     network.eval()
     found = []
     for name in track(names, f"features at stride {network.stride}", transient=True):
         image = devkit.image(name)[None]
-        found.append(Picture(name, network(image).half(), tuple(image.shape[2:])))
+        found.append(ImageFeatures(name, network(image).half(), tuple(image.shape[2:])))
     return found
 
 
 @torch.no_grad()
 def pooled(
-    pictures: Sequence[Picture], boxes: Sequence[Tensor], condition: Condition
+    entries: Sequence[ImageFeatures], boxes: Sequence[Tensor], condition: Condition
 ) -> PooledFeatures:
-    """Pool the boxes and the backgrounds of all pictures; without attention maps."""
+    """Pool the boxes and the backgrounds of all images; without attention maps."""
     foreground, background, valid = [], [], []
-    for picture, own in zip(pictures, boxes, strict=True):
+    for entry, own in zip(entries, boxes, strict=True):
         out = background_aware_pooling(
-            picture.features.float(),
+            entry.features.float(),
             [own],
-            picture.size,
+            entry.size,
             grid_size=condition.grid_size,
             attention=condition.pool == "bap",
         )
@@ -147,10 +147,10 @@ def fit(out: PooledFeatures, labels: Sequence[Tensor], sample: int) -> Tensor:
 
 
 @torch.no_grad()
-def uniformity(picture: Picture, boxes: Tensor) -> float:
-    """How alike the definite background of a picture is: mean cosine to its own prototypes."""
-    f = picture.features.float()
-    background = definite_background([boxes], picture.size, tuple(f.shape[2:]))
+def uniformity(entry: ImageFeatures, boxes: Tensor) -> float:
+    """How alike the definite background of an image is: mean cosine to its own prototypes."""
+    f = entry.features.float()
+    background = definite_background([boxes], entry.size, tuple(f.shape[2:]))
     if not background.any():
         return 0.0
     prototypes, valid = grid_prototypes(f, background, 4)
@@ -162,7 +162,7 @@ def uniformity(picture: Picture, boxes: Tensor) -> float:
 
 def measure(
     devkit: Devkit,
-    pictures: Sequence[Picture],
+    entries: Sequence[ImageFeatures],
     boxes: Sequence[Tensor],
     weight: Tensor,
     halves: Sequence[bool],
@@ -179,10 +179,10 @@ def measure(
         unary_softmax=1.0,
     )
     scores = {key: SegmentationScore(CLASSES, ANIMALS) for key in ("all", "uniform", "cluttered")}
-    for picture, own, uniform in zip(pictures, boxes, halves, strict=True):
-        image, labels = devkit.image(picture.name), devkit.annotation(picture.name).labels
-        y = generate(image[None], picture.features.float(), weight, [own], [labels])
-        truth = devkit.mask(picture.name)
+    for entry, own, uniform in zip(entries, boxes, halves, strict=True):
+        image, labels = devkit.image(entry.name), devkit.annotation(entry.name).labels
+        y = generate(image[None], entry.features.float(), weight, [own], [labels])
+        truth = devkit.mask(entry.name)
         for key in ("all", "uniform" if uniform else "cluttered"):
             scores[key].update(y.crf[0], truth)
     return {key: round(100 * score.compute().miou, 2) for key, score in scores.items()}
@@ -204,7 +204,7 @@ def main(
         root: A folder in devkit layout.
         out: Where results go.
         strides: Of the features.
-        samples: How many trainings without margin, the first on all pictures.
+        samples: How many trainings without margin, the first on all images.
         train_split: Split of stage 1.
         val_split: Split with masks.
         backbone: timm name.
@@ -221,7 +221,7 @@ def main(
         "unary_softmax": 1.0,
         "background_threshold": None,
     }
-    cached: dict[int, tuple[list[Picture], list[Picture]]] = {}
+    cached: dict[int, tuple[list[ImageFeatures], list[ImageFeatures]]] = {}
     for condition in conditions(strides, samples):
         key = " ".join(f"{k}={v}" for k, v in asdict(condition).items())
         if key in rows:
@@ -237,11 +237,8 @@ def main(
         train, val = cached[condition.stride]
         with Meter() as meter:
             boxes, seen = (
-                [
-                    loosen(devkit.annotation(p.name).boxes, condition.margin, p.size)
-                    for p in pictures
-                ]
-                for pictures in (train, val)
+                [loosen(devkit.annotation(p.name).boxes, condition.margin, p.size) for p in entries]
+                for entries in (train, val)
             )
             labels = [devkit.annotation(p.name).labels for p in train]
             weight = fit(pooled(train, boxes, condition), labels, condition.sample)

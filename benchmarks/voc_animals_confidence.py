@@ -2,7 +2,7 @@
 
     python benchmarks/voc_animals_confidence.py --root VOCdevkit/VOC2012 --segmenters runs/a runs/b
 
-For each segmentation network of ``train_segmentation.py``, on pictures that it was trained on and
+For each segmentation network of ``train_segmentation.py``, on images that it was trained on and
 whose true masks are known: how many pixels are not reliable (~S), how often Y_crf and Y_ret are
 right there, and whether the confidence sigma tells right labels from wrong ones: the area under the
 ROC curve, 0.5 for a coin. Also how much of the loss's gradient, with respect to the cosines, comes
@@ -11,7 +11,6 @@ from ~S, and how much of that flows through sigma. ``tables.py`` does not read t
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import rich
@@ -22,12 +21,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal import confidence_map, noise_aware_loss
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples/voc2012"))
-from devkit import VOID, Devkit, default_root
-from record import Meter, result, write_json
-from train_segmentation import LabelledPictures, label_folder, load_segmenter
+from bapnal.label.files import write_json
+from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.voc import Devkit, default_root
+from bapnal_recipes.engine.runs import Meter, result
+from bapnal_recipes.voc2012.train_segmentation import LabelledImages, label_folder, load_segmenter
 
 BINS = 1000
 SCALE = 20.0  # of the cosine classifier
@@ -60,10 +58,10 @@ def gradients(similarity: Tensor, first: Tensor, second: Tensor, gamma: float) -
 
 
 def look(folder: Path, devkit: Devkit, names: list[str]) -> dict[str, float]:
-    """Measure one network on its training pictures."""
+    """Measure one network on its training images."""
     network, _, settings = load_segmenter(folder / "segmenter.pt")
     gamma, labels = settings["gamma"], Path(settings["labels"])
-    data = LabelledPictures(
+    data = LabelledImages(
         devkit, names, [label_folder(labels, settings[x]) for x in ("first", "second")]
     )
     pixels = reliable = reliable_right = crf_right = ret_right = 0
@@ -121,7 +119,7 @@ def main(
         root: A folder in devkit layout.
         out: Where results go.
         split: What they were trained on.
-        every: Take every so many of its pictures.
+        every: Take every so many of its images.
     """
     devkit = Devkit(root or default_root())
     names = devkit.names(split)[::every]

@@ -2,12 +2,10 @@
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import make_images
 from docutils import nodes
 
 from bapnal import __version__
@@ -57,8 +55,16 @@ def shorten_diffs(app, doctree):
             block += nodes.Text(text)
 
 
+def draw_images(app):
+    """Run ``make_images.py``, to which the examples are modules."""
+    here = Path(__file__).parent
+    path = [str(here.parent / "examples"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    subprocess.run([sys.executable, str(here / "make_images.py")], env=environment, check=True)
+
+
 def setup(app):
-    """Draw the pictures that the pages show, before the pages are read."""
-    app.connect("builder-inited", lambda _: make_images.main())
+    """Draw the images that the pages show, before the pages are read."""
+    app.connect("builder-inited", draw_images)
     app.connect("autodoc-skip-member", without_field_numbers)
     app.connect("doctree-read", shorten_diffs)

@@ -1,13 +1,12 @@
-"""Draw the pictures of the documentation into ``docs/generated``; those that are there stay.
+"""Draw the images of the documentation into ``docs/generated``; those that are there stay.
 
-    python docs/make_images.py
+    PYTHONPATH=examples python docs/make_images.py
 
-``conf.py`` calls this at the start of a build. Delete the folder to draw them again.
+``conf.py`` runs this at the start of a build. Delete the folder to draw them again.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "examples"))
 STAGES = {"1  classifier": "#dbe9f6", "2  labels": "#e3f1dc", "3  segmentation": "#fbe6cf"}
 PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
 
@@ -45,7 +43,7 @@ def flow(path: Path) -> None:
     for (title, colour), y in zip(STAGES.items(), (4.5, 2.5, 0.5), strict=True):
         axis.axhspan(y - 0.9, y + 0.9, color=colour, alpha=0.35, lw=0)
         axis.text(0.1, y + 0.68, title, fontsize=10, weight="bold", va="center")
-    box(axis, 1.2, 4.4, "pictures, boxes", "white")
+    box(axis, 1.2, 4.4, "images, boxes", "white")
     box(axis, 3.8, 4.4, "features f\n(any backbone)", blue)
     box(axis, 6.4, 4.85, "pooled r, q\nEq. 4", blue)
     box(axis, 6.4, 3.95, "attention A\nEq. 1-3", blue)
@@ -85,7 +83,7 @@ def photos(path: Path) -> None:
 
     import label_photo
     from bapnal import DenseCRF, PseudoLabelGenerator
-    from networks import TimmFeatures
+    from bapnal.label.backbone import TimmFeatures
 
     network = TimmFeatures("tf_efficientnet_lite0", stride=8, normalize=True).eval()
     generate = PseudoLabelGenerator(
@@ -108,17 +106,17 @@ def photos(path: Path) -> None:
 
 
 def drawn(path: Path) -> None:
-    """Draw pictures of the quickstart's data set, with their boxes and their true masks."""
+    """Draw images of the quickstart's data set, with their boxes and their true masks."""
     import shapes
 
     figure, rows = plt.subplots(2, 6, figsize=(12, 4.2), layout="constrained")
     for index, axes in enumerate(rows.T):
-        picture = shapes.draw_picture(seed=0, index=index)
-        axes[0].imshow(picture.image)
-        for x1, y1, x2, y2 in picture.boxes.tolist():
+        scene = shapes.draw_image(seed=0, index=index)
+        axes[0].imshow(scene.image)
+        for x1, y1, x2, y2 in scene.boxes.tolist():
             frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="yellow", lw=1.5)
             axes[0].add_patch(frame)
-        axes[1].imshow(picture.mask % 255, cmap="tab10", vmin=0, vmax=9)
+        axes[1].imshow(scene.mask % 255, cmap="tab10", vmin=0, vmax=9)
         for axis in axes:
             axis.axis("off")
     figure.savefig(path, dpi=80)
@@ -135,7 +133,7 @@ def short_run(path: Path) -> None:
     import quickstart
     import shapes
     import stages
-    from devkit import BoxDataset
+    from bapnal_recipes.data.dataset import BoxDataset
 
     with TemporaryDirectory() as folder:
         root, labels = Path(folder) / "devkit", Path(folder) / "labels"
@@ -178,7 +176,7 @@ def short_run(path: Path) -> None:
     plt.close(figure)
 
 
-PICTURES: dict[str, Callable[[Path], None]] = {
+IMAGES: dict[str, Callable[[Path], None]] = {
     "flow.svg": flow,
     "drawn.png": drawn,
     "photos.jpg": photos,
@@ -189,7 +187,7 @@ PICTURES: dict[str, Callable[[Path], None]] = {
 def main(folder: Path = HERE / "generated") -> None:
     """Draw what is not there yet."""
     folder.mkdir(exist_ok=True)
-    for name, draw in PICTURES.items():
+    for name, draw in IMAGES.items():
         if not (folder / name).exists():
             part = folder / f"part-{name}"
             draw(part)

@@ -43,20 +43,20 @@ from torchvision.ops import box_iou
 import stages
 from bapnal import DenseCRF, PseudoLabelGenerator
 from bapnal.boxes import box_cells
-from devkit import (
-    VOC_CLASSES,
+from bapnal.label.backbone import TimmFeatures
+from bapnal.label.files import claim, whole, write_json
+from bapnal_recipes.data.augmentation import Augmentation
+from bapnal_recipes.data.dataset import BoxDataset
+from bapnal_recipes.data.label_maps import (
     VOID,
-    Annotation,
-    Augmentation,
-    BoxDataset,
-    Devkit,
+    class_colours,
+    label_map,
     read_label_map,
     voc_palette,
     write_label_map,
 )
-from networks import TimmFeatures
-from record import about, claim, whole, write_json
-from report import class_colours, label_map
+from bapnal_recipes.data.voc import VOC_CLASSES, Annotation, Devkit
+from bapnal_recipes.engine.runs import about
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 CRFS: dict[str, Callable[[], DenseCRF | None]] = {
@@ -139,7 +139,8 @@ class Annotations(Devkit):
 def read_voc(images: Path, annotations: Path, classes: Sequence[str] = ()) -> Source:
     """Read VOC annotations: ``annotations/NAME.xml`` for ``images/NAME.jpg``.
 
-    Read by :class:`devkit.Devkit`, which opens no picture and knows that corners count from 1.
+    Read by :class:`~bapnal_recipes.data.voc.Devkit`, which opens no picture and knows that
+    corners count from 1.
     A picture without annotation is left out.
 
     Args:
@@ -804,13 +805,13 @@ def _write_classes(out: Path, source: Source) -> None:
 
 
 class _Pictures:
-    """What :class:`devkit.BoxDataset` asks of a devkit."""
+    """What :class:`~bapnal_recipes.data.dataset.BoxDataset` asks of a devkit."""
 
     def __init__(self, pictures: Sequence[Picture]) -> None:
         self.by_name = {picture.name: picture for picture in pictures}
 
-    def picture(self, name: str) -> tuple[Tensor, Annotation]:
-        """Return a picture and its boxes."""
+    def annotated(self, name: str) -> tuple[Tensor, Annotation]:
+        """Return an image and its boxes."""
         image, boxes = open_picture(self.by_name[name])
         boxes, left = clip(boxes, (image.shape[1], image.shape[2]))
         labels = self.by_name[name].labels[left]

@@ -24,8 +24,8 @@ from rich.progress import track
 from torch import Tensor
 
 from bapnal import DenseCRF, PseudoLabelGenerator
-from devkit import write_label_map
-from networks import TimmFeatures
+from bapnal.label.backbone import TimmFeatures
+from bapnal_recipes.data.label_maps import write_label_map
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -1,6 +1,6 @@
 """The main job: from boxes alone to a segmentation network, in three stages, with its score.
 
-    python examples/quickstart.py                               # drawn pictures, minutes on a CPU
+    python examples/quickstart.py                               # drawn images, minutes on a CPU
     python examples/quickstart.py --root VOCdevkit/VOC2012 --train-split train_aug   # real ones
 
 Prints one table and writes ``report.html`` and ``results.json``. What is finished stays in the
@@ -29,9 +29,14 @@ import report
 import shapes
 import stages
 from bapnal import DenseCRF, PseudoLabelGenerator
-from devkit import Augmentation, BoxDataset, Devkit, Segmentation, collate
-from networks import SmallFeatures, TimmFeatures
-from record import claim, whole, write_json
+from bapnal.label.backbone import TimmFeatures
+from bapnal.label.files import claim, whole, write_json
+from bapnal_recipes.data.augmentation import Augmentation
+from bapnal_recipes.data.dataset import BoxDataset, collate
+from bapnal_recipes.data.label_maps import grey_map, label_map
+from bapnal_recipes.data.metrics import Segmentation
+from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.models.small import SmallFeatures
 
 LABEL_ROWS = (
     ("Boxes", "Box filled with its class", None, "box"),
@@ -47,13 +52,13 @@ NETWORK_ROWS = (
     ("Ceiling", "cross-entropy on true masks", "truth"),
 )
 MEANINGS = [
-    ("Boxes", "The picture and all that training sees of its objects."),
+    ("Boxes", "The image and all that training sees of its objects."),
     ("A", "Attention to the background: how similar each place is to what lies outside all boxes."),
     ("CAM", "Class activation maps of the box classifier, the largest over the classes present."),
     ("Y_crf", "Labels from both maps after a fully connected CRF."),
     ("Y_ret", "Labels by similarity to the mean feature of each class of Y_crf."),
     ("S", "Orange: the two disagree. NAL trusts these places only as far as the network does."),
-    ("Prediction", "What the network trained with NAL says of this picture, without its boxes."),
+    ("Prediction", "What the network trained with NAL says of this image, without its boxes."),
     ("Truth", "The true mask, for measuring only."),
 ]
 WARM_START = (
@@ -64,7 +69,7 @@ WARM_START = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What differs between drawn and real pictures."""
+    """What differs between drawn and real images."""
 
     devkit: Devkit
     train: list[str]
@@ -77,12 +82,12 @@ class Plan:
     third: stages.Schedule
     grid_size: int
     batch_size: int  # when nothing is trained
-    keep: bool  # pictures in memory
+    keep: bool  # images in memory
     warm_start: bool  # stage 3 starts from the features of stage 1, as nothing is pretrained
     device: str
 
     def dataset(self, names: Sequence[str], **options: object) -> BoxDataset:
-        """Return some of the pictures as they are."""
+        """Return some of the images as they are."""
         return BoxDataset(self.devkit, names, keep=False, **options)
 
 
@@ -112,9 +117,9 @@ def progress_bars(console: Console) -> Iterator[Bars]:
 
 
 def plan_shapes(root: Path, steps: int, crf_backend: str, device: str) -> Plan:
-    """Return the plan for drawn pictures.
+    """Return the plan for drawn images.
 
-    The settings of the generator and the CRF were chosen on pictures of another seed than those
+    The settings of the generator and the CRF were chosen on images of another seed than those
     that the scores are measured on.
     """
     devkit = Devkit(root, shapes.CLASSES)
@@ -130,7 +135,7 @@ def plan_shapes(root: Path, steps: int, crf_backend: str, device: str) -> Plan:
         augment=Augmentation(side * 6 // 7, scale=(0.8, 1.25), jitter=0),
         first=stages.Schedule(steps, batch_size=8, rate=3e-3, head_rate=3e-3),
         third=stages.Schedule(steps, batch_size=8, rate=3e-3, head_rate=3e-3),
-        grid_size=2,  # 4 background vectors a picture, about as many as boxes
+        grid_size=2,  # 4 background vectors per image, about as many as boxes
         batch_size=20,
         keep=True,
         warm_start=True,
@@ -138,7 +143,7 @@ def plan_shapes(root: Path, steps: int, crf_backend: str, device: str) -> Plan:
     )
 
 
-def plan_pictures(
+def plan_devkit(
     root: Path,
     train_split: str,
     val_split: str,
@@ -149,7 +154,7 @@ def plan_pictures(
     crf_backend: str,
     device: str,
 ) -> Plan:
-    """Return the plan for real pictures in a VOC devkit and a pretrained backbone.
+    """Return the plan for real images in a VOC devkit and a pretrained backbone.
 
     The background's class activation map serves as u_0: with this backbone it gives better labels
     than the attention map. The classifier's part of the background is learned either way.
@@ -332,7 +337,7 @@ def draw_examples(
     weight: Tensor,
     segmentation: stages.SegmentationNetwork,
 ) -> list[list[report.Panel]]:
-    """Draw everything that happens to some pictures, on the way from boxes to prediction."""
+    """Draw everything that happens to some images, on the way from boxes to prediction."""
     plain = PseudoLabelGenerator(crf=None, background_threshold=None, cam_normalization="box")
     network.eval()
     examples = []
@@ -350,13 +355,13 @@ def draw_examples(
         )
         pixels = [
             image,
-            report.grey_map(maps.background_unary[0].cpu()),
-            report.grey_map(cam.cpu()),
-            report.label_map(image, y.crf[0].cpu()),
-            report.label_map(image, y.retrieval[0].cpu()),
+            grey_map(maps.background_unary[0].cpu()),
+            grey_map(cam.cpu()),
+            label_map(image, y.crf[0].cpu()),
+            label_map(image, y.retrieval[0].cpu()),
             report.agreement_map(image, y.reliable[0].cpu()),
-            report.label_map(image, stages.predict(segmentation, batch.images)[0]),
-            report.label_map(image, sample.maps[0]),
+            label_map(image, stages.predict(segmentation, batch.images)[0]),
+            label_map(image, sample.maps[0]),
         ]
         panels = [
             report.Panel(title, found) for (title, _), found in zip(MEANINGS, pixels, strict=True)
@@ -387,13 +392,13 @@ def main(
 
     Args:
         output: Folder for everything that is written.
-        root: A devkit such as VOCdevkit/VOC2012; without it, pictures are drawn.
+        root: A devkit such as VOCdevkit/VOC2012; without it, images are drawn.
         seeds: How often to repeat it all, with other random numbers.
         steps: Batches each network is trained on.
         pictures: How many to draw.
         validation: How many of these are for validation.
-        size: Side of the drawn pictures.
-        examples: How many pictures the report shows.
+        size: Side of the drawn images.
+        examples: How many images the report shows.
         train_split: Of a devkit: what to train on.
         val_split: Of a devkit: what to measure on.
         classes: Of a devkit: classes that count for the score, besides background; none for all.
@@ -414,11 +419,11 @@ def main(
     with progress_bars(console) as bars:
         if root is None:
             data = output / "shapes"
-            shapes.write_shapes(data, pictures, validation, size, 0, bars("drawing pictures"))
+            shapes.write_shapes(data, pictures, validation, size, 0, bars("drawing images"))
             plan = plan_shapes(data, steps, crf_backend, device)
         else:
             names = (train_split, val_split, classes, network, weights)
-            plan = plan_pictures(root, *names, steps, crf_backend, device)
+            plan = plan_devkit(root, *names, steps, crf_backend, device)
         runs = [run_seed(plan, seed, output / f"seed{seed}", bars) for seed in range(seeds)]
     rows = collect_rows([run[0] for run in runs])
     print_table(console, rows, seeds)
@@ -463,19 +468,19 @@ def write_results(
         output / "report.html",
         report.Report(
             title="From boxes to pixels",
-            lead="A network that labels every pixel, learned from pictures whose objects are "
+            lead="A network that labels every pixel, learned from images whose objects are "
             "marked with boxes and nothing else.",
             rows=rows,
             examples=panels,
             meanings=MEANINGS,
             classes=names,
             notes=[
-                f"{len(plan.train)} pictures to train on, {len(plan.val)} to measure on. True "
+                f"{len(plan.train)} images to train on, {len(plan.val)} to measure on. True "
                 "masks serve to measure, and for the ceiling.",
                 f"Seeds: {max(len(row.val) for row in rows)}; ± is half the range over several. "
                 "The same settings serve GAP and BAP.",
                 *([WARM_START] if plan.warm_start else []),
-                f"{plan.first.steps} steps of {plan.first.batch_size} pictures in stages 1 and 3.",
+                f"{plan.first.steps} steps of {plan.first.batch_size} images in stages 1 and 3.",
                 f"{seconds:.0f} seconds on {os.cpu_count()} CPU cores ({plan.device}), "
                 f"torch {torch.__version__}.",
             ],

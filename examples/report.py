@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import colorsys
 import html
 import io
 import math
@@ -17,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from devkit import VOID
-from record import whole
+from bapnal.label.files import whole
+from bapnal_recipes.data.label_maps import class_colours
 
-LARGEST = 320  # pixels; larger pictures are shrunk
+LARGEST = 320  # pixels; larger images are shrunk
 
 
 class Row(NamedTuple):
@@ -29,9 +28,9 @@ class Row(NamedTuple):
     Attributes:
         group: Heading that the line belongs under.
         name: What was measured.
-        train: mIoU on the training pictures, one a seed, in [0, 1].
-        val: The same on the validation pictures.
-        coverage: Share of the validation pixels that have a label, one a seed; empty for all.
+        train: mIoU on the training images, one per seed, in [0, 1].
+        val: The same on the validation images.
+        coverage: Share of the validation pixels that have a label, one per seed; empty for all.
     """
 
     group: str
@@ -42,7 +41,7 @@ class Row(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One picture of an example.
+    """One image of an example.
 
     Attributes:
         title: Short caption.
@@ -64,7 +63,7 @@ class Report(NamedTuple):
         title: Heading.
         lead: Sentence below it.
         rows: The table.
-        examples: Panels of each picture shown.
+        examples: Panels of each image shown.
         meanings: Title and explanation of each kind of panel.
         classes: Names of the classes 1..L that occur in the examples.
         notes: Facts about the run, such as settings and times.
@@ -79,39 +78,8 @@ class Report(NamedTuple):
     notes: list[str]
 
 
-def class_colours() -> np.ndarray:
-    """Return a colour for each class, 0 black and 255 white; ``(256, 3)`` uint8."""
-    colours = np.full((256, 3), 255, dtype=np.uint8)
-    colours[0] = 0
-    for label in range(1, 255):
-        hue = (0.02 + 0.381966 * (label - 1)) % 1  # the golden angle keeps neighbours apart
-        bright, dark, pale = (0.6 + 0.2 * (label % 2), 1.0), (0.75, 0.65), (0.35, 1.0)
-        rgb = colorsys.hsv_to_rgb(hue, *(bright, dark, pale)[label // 8 % 3])
-        colours[label] = [round(255 * value) for value in rgb]
-    return colours
-
-
-def grey_map(values: Tensor) -> Tensor:
-    """Return a map in [0, 1], ``(H, W)``, as a picture from dark blue over green to yellow."""
-    stops = torch.tensor(
-        [[13, 8, 60], [45, 80, 140], [30, 155, 138], [110, 205, 90], [253, 231, 60]]
-    )
-    place = values.float().clamp(0, 1) * (len(stops) - 1)
-    low = place.floor().long().clamp(max=len(stops) - 2)
-    rest = (place - low)[..., None]
-    return (stops[low] * (1 - rest) + stops[low + 1] * rest).permute(2, 0, 1).to(torch.uint8)
-
-
-def label_map(image: Tensor, labels: Tensor) -> Tensor:
-    """Return classes as colours over the dimmed picture; what is ignored is white."""
-    colours = torch.from_numpy(class_colours())[labels].permute(2, 0, 1).float()
-    dimmed = 0.45 * image.float().mean(0, keepdim=True).expand(3, -1, -1)
-    shown = torch.where(labels == 0, dimmed, 0.25 * dimmed + 0.85 * colours)
-    return torch.where(labels == VOID, 255.0, shown).clamp(0, 255).to(torch.uint8)
-
-
 def agreement_map(image: Tensor, reliable: Tensor) -> Tensor:
-    """Return the dimmed picture with what is not reliable in orange."""
+    """Return the dimmed image with what is not reliable in orange."""
     dimmed = 0.6 * image.float().mean(0, keepdim=True).expand(3, -1, -1)
     orange = torch.tensor([255.0, 122.0, 26.0])[:, None, None]
     return torch.where(reliable, dimmed, orange).to(torch.uint8)
@@ -286,10 +254,10 @@ ul {{ color: var(--soft); padding-left: 1.2rem; }}
 <thead><tr><th></th><th>train</th><th class="val">val</th><th>pixels labelled</th></tr></thead>
 <tbody>{table}</tbody>
 </table></div>
-<h2>Validation pictures</h2>
+<h2>Validation images</h2>
 <div class="legend">{legend}</div>
 {examples}
-<h2>What the pictures show</h2>
+<h2>What the images show</h2>
 <dl>{meanings}</dl>
 <h2>About this run</h2>
 <ul>{notes}</ul>

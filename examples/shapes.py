@@ -1,6 +1,6 @@
-"""Draw a data set of cluttered pictures in devkit layout: boxes to train on, masks to measure with.
+"""Draw a data set of cluttered images in devkit layout: boxes to train on, masks to measure with.
 
-A picture has a patchwork of two or three textures and clutter strewn all over, so that what shows
+An image has a patchwork of two or three textures and clutter strewn all over, so that what shows
 inside a box also occurs outside it. On it lie objects of six classes with holes, thin parts and
 concave outlines, which overlap. A box is a bad mask of any of them. Each class has a surface of its
 own, but neither colour nor texture alone tells it from the background.
@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from devkit import voc_palette
-from record import claim, whole
+from bapnal.label.files import claim, whole
+from bapnal_recipes.data.label_maps import voc_palette
 
 CLASSES = ("arrow", "crescent", "key", "ladder", "ring", "star")
 FINE = 4  # outlines are drawn at this multiple of the resolution and averaged
@@ -31,8 +31,8 @@ Array = np.ndarray
 Outline = list[tuple[bool, Array]]
 
 
-class Picture(NamedTuple):
-    """One drawn picture.
+class SyntheticImage(NamedTuple):
+    """One drawn image.
 
     Attributes:
         image: ``(S, S, 3)`` uint8.
@@ -47,8 +47,8 @@ class Picture(NamedTuple):
     labels: Array
 
 
-def draw_picture(seed: int, index: int, size: int = 112) -> Picture:
-    """Draw picture ``index`` of the data set ``seed``; the same every time."""
+def draw_image(seed: int, index: int, size: int = 112) -> SyntheticImage:
+    """Draw image ``index`` of the data set ``seed``; the same every time."""
     for attempt in range(100):
         rng = np.random.default_rng([seed, index, attempt])
         image = _background(rng, size)
@@ -66,8 +66,8 @@ def draw_picture(seed: int, index: int, size: int = 112) -> Picture:
             image += rng.normal(0, 0.03, image.shape)
             mask = np.concatenate([[0], labels])[owner].astype(np.uint8)
             pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-            return Picture(pixels, mask, boxes, np.array(labels))
-    raise RuntimeError(f"no picture of size {size} with seed {seed} and index {index} came out")
+            return SyntheticImage(pixels, mask, boxes, np.array(labels))
+    raise RuntimeError(f"no image of size {size} with seed {seed} and index {index} came out")
 
 
 def _boxes(owner: Array, areas: list[int]) -> Array | None:
@@ -83,7 +83,7 @@ def _boxes(owner: Array, areas: list[int]) -> Array | None:
     return np.array(boxes) if covered.mean() < 0.75 else None
 
 
-# What the pictures are made of: colours, textures, backgrounds
+# What the images are made of: colours, textures, backgrounds
 
 
 def _colour(rng: Rng, hue: float, saturation: tuple[float, float] = (0.1, 0.6)) -> Array:
@@ -163,7 +163,7 @@ def _background(rng: Rng, size: int) -> Array:
 
 
 def _clutter(rng: Rng, size: int, kinds: int) -> Iterator[Array]:
-    """Discs, strokes and triangles, each kind strewn over the whole picture; alphas."""
+    """Discs, strokes and triangles, each kind strewn over the whole image; alphas."""
     for _ in range(kinds):
         canvas = Image.new("L", (size * FINE, size * FINE))
         draw = ImageDraw.Draw(canvas)
@@ -287,9 +287,9 @@ def write_shapes(
         root: Folder to write to.
         pictures: How many, all together.
         validation: How many of them are the split ``val``; the others are ``train``.
-        size: Side of the pictures in pixels, at least 48.
+        size: Side of the images in pixels, at least 48.
         seed: Another seed, another data set.
-        progress: Called after each picture with the number done and the number of all.
+        progress: Called after each image with the number done and the number of all.
 
     Returns:
         ``root``.
@@ -308,7 +308,7 @@ def write_shapes(
     for index, name in enumerate(names):
         # The annotation comes last: where it is, the others are.
         if not (root / "Annotations" / f"{name}.xml").is_file():
-            _write_picture(root, name, draw_picture(seed, index, size))
+            _write_image(root, name, draw_image(seed, index, size))
         progress(index + 1, pictures)
     splits = {"train": names[:-validation], "val": names[-validation:]}
     for split, members in splits.items():
@@ -327,22 +327,22 @@ def _save(path: Path, image: Image.Image, **options: object) -> None:
         image.save(unfinished, **options)
 
 
-def _write_picture(root: Path, name: str, picture: Picture) -> None:
-    image, mask = Image.fromarray(picture.image), Image.fromarray(picture.mask)
+def _write_image(root: Path, name: str, scene: SyntheticImage) -> None:
+    image, mask = Image.fromarray(scene.image), Image.fromarray(scene.mask)
     _save(root / "JPEGImages" / f"{name}.jpg", image, format="JPEG", quality=95, subsampling=0)
     mask.putpalette(voc_palette().flatten().tolist())
     _save(root / "SegmentationClassAug" / f"{name}.png", mask, format="PNG")
-    _write(root / "Annotations" / f"{name}.xml", _xml(name, picture).encode())
+    _write(root / "Annotations" / f"{name}.xml", _xml(name, scene).encode())
 
 
-def _xml(name: str, picture: Picture) -> str:
+def _xml(name: str, scene: SyntheticImage) -> str:
     """The annotation as VOC writes it: corners from 1, inclusive."""
-    height, width = picture.mask.shape
+    height, width = scene.mask.shape
     objects = "".join(
         f"\t<object>\n\t\t<name>{CLASSES[label - 1]}</name>\n\t\t<difficult>0</difficult>\n"
         f"\t\t<bndbox>\n\t\t\t<xmin>{x1 + 1}</xmin>\n\t\t\t<ymin>{y1 + 1}</ymin>\n"
         f"\t\t\t<xmax>{x2}</xmax>\n\t\t\t<ymax>{y2}</ymax>\n\t\t</bndbox>\n\t</object>\n"
-        for (x1, y1, x2, y2), label in zip(picture.boxes, picture.labels, strict=True)
+        for (x1, y1, x2, y2), label in zip(scene.boxes, scene.labels, strict=True)
     )
     return (
         f"<annotation>\n\t<filename>{name}.jpg</filename>\n\t<size>\n\t\t<width>{width}</width>\n"
@@ -363,7 +363,7 @@ def main(
         root: Folder to write to.
         pictures: How many, all together.
         validation: How many of them are for validation.
-        size: Side of the pictures in pixels.
+        size: Side of the images in pixels.
         seed: Another seed, another data set.
     """
     from rich.progress import Progress
@@ -373,7 +373,7 @@ def main(
         write_shapes(
             root, pictures, validation, size, seed, lambda done, _: bar.update(task, completed=done)
         )
-    print(f"{pictures} pictures in {root}")
+    print(f"{pictures} images in {root}")
 
 
 if __name__ == "__main__":

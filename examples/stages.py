@@ -1,6 +1,6 @@
 """The three stages of the method, each a function: classifier, pseudo labels, segmentation.
 
-Stage 1 trains on boxes, stage 2 writes two label maps a picture, stage 3 trains on those. Nothing
+Stage 1 trains on boxes, stage 2 writes two label maps per image, stage 3 trains on those. Nothing
 here reads a mask, apart from :func:`score_labels` and :func:`score_network`, which measure, and
 from stage 3 with ``loss="truth"``, which is the ceiling.
 """
@@ -24,16 +24,9 @@ from bapnal import (
     box_classification_loss,
     poly_schedule,
 )
-from devkit import (
-    VOID,
-    BoxDataset,
-    Segmentation,
-    SegmentationScore,
-    collate,
-    fill_boxes,
-    read_label_map,
-    write_label_map,
-)
+from bapnal_recipes.data.dataset import BoxDataset, collate
+from bapnal_recipes.data.label_maps import VOID, fill_boxes, read_label_map, write_label_map
+from bapnal_recipes.data.metrics import Segmentation, SegmentationScore
 
 LOSSES = ("plain", "ignore", "nal", "truth")
 Progress = Callable[[int, int], None]  # called with steps done and steps in all
@@ -49,12 +42,12 @@ class Schedule:
 
     Args:
         steps: Batches, all together.
-        batch_size: Pictures in each.
+        batch_size: Images in each.
         rate: Learning rate of the network; it falls to 0 with the power 0.9.
         head_rate: Learning rate of the classifier on top.
         weight_decay: Of everything.
         optimizer: ``"adamw"`` or ``"sgd"`` with momentum 0.9.
-        workers: Processes that read pictures.
+        workers: Processes that read images.
     """
 
     steps: int
@@ -81,12 +74,12 @@ def train_classifier(
 
     Args:
         network: Gives features; trained in place.
-        dataset: Pictures with boxes.
+        dataset: Images with boxes.
         num_classes: L + 1.
         schedule: How long and how fast.
         attention: True for background-aware pooling (BAP), False for averages of boxes (GAP).
         grid_size: N of the grid whose cells give the background's vectors.
-        seed: Of the order of the pictures and their variation.
+        seed: Of the order of the images and their variation.
         progress: Called after each step.
 
     Returns:
@@ -119,18 +112,18 @@ def write_labels(
     batch_size: int = 1,
     progress: Progress = no_progress,
 ) -> None:
-    """Stage 2: write Y_crf and Y_ret of every picture to ``folder/crf`` and ``folder/ret``.
+    """Stage 2: write Y_crf and Y_ret of every image to ``folder/crf`` and ``folder/ret``.
 
-    Files are written whole; pictures that have both are passed over.
+    Files are written whole; images that have both are passed over.
 
     Args:
         network: Of stage 1.
         weight: Of stage 1.
         generate: Makes the labels.
-        dataset: Pictures with boxes, not augmented.
+        dataset: Images with boxes, not augmented.
         folder: Where to write.
-        batch_size: Pictures at a time; more than 1 only where all have one size.
-        progress: Called with the number of pictures done.
+        batch_size: Images at a time; more than 1 only where all have one size.
+        progress: Called with the number of images done.
     """
     device = next(network.parameters()).device
     network.eval()
@@ -186,11 +179,11 @@ def train_segmentation(
 
     Args:
         network: What to train.
-        dataset: Pictures with label maps: Y_crf and Y_ret, or with ``"truth"`` the true mask.
+        dataset: Images with label maps: Y_crf and Y_ret, or with ``"truth"`` the true mask.
         schedule: How long and how fast.
         loss: ``"plain"``: cross-entropy on Y_crf. ``"ignore"``: the same where Y_crf and Y_ret
             agree. ``"nal"``: the noise-aware loss. ``"truth"``: cross-entropy on the true masks.
-        seed: Of the order of the pictures and their variation.
+        seed: Of the order of the images and their variation.
         progress: Called after each step.
 
     Raises:
@@ -227,7 +220,7 @@ def predict(network: SegmentationNetwork, images: Tensor) -> Tensor:
 def score_network(
     network: SegmentationNetwork, dataset: BoxDataset, classes: Sequence[int], batch_size: int = 1
 ) -> Segmentation:
-    """Measure a network on pictures with true masks."""
+    """Measure a network on images with true masks."""
     score = SegmentationScore(_count(dataset), classes)
     for batch in DataLoader(dataset, batch_size, collate_fn=collate):
         score.update(predict(network, batch.images), batch.maps[:, -1])
@@ -237,10 +230,10 @@ def score_network(
 def score_labels(
     dataset: BoxDataset, classes: Sequence[int], folder: Path | None, kind: str
 ) -> Segmentation:
-    """Measure label maps on pictures with true masks.
+    """Measure label maps on images with true masks.
 
     Args:
-        dataset: Pictures with masks.
+        dataset: Images with masks.
         classes: Which classes to average over.
         folder: Where :func:`write_labels` wrote; not needed for ``"box"``.
         kind: ``"box"``: boxes filled with their class, ``"crf"``, ``"ret"``, or ``"both"``: what
@@ -249,7 +242,7 @@ def score_labels(
     score = SegmentationScore(_count(dataset), classes)
     for name in dataset.names:
         if kind == "box":
-            image, annotation = dataset.devkit.picture(name)
+            image, annotation = dataset.devkit.annotated(name)
             found = fill_boxes(annotation.boxes, annotation.labels, tuple(image.shape[1:]))
         elif kind == "both":
             crf, ret = (read_label_map(folder / k / f"{name}.png") for k in ("crf", "ret"))

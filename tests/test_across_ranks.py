@@ -8,6 +8,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from assertions import close
 from bapnal import (
     BootstrappingLoss,
     CosineClassifier,
@@ -19,8 +20,7 @@ from bapnal import (
     entropy_regularization_loss,
     noise_aware_loss,
 )
-from comparing import close
-from drawing import seeded
+from strategies import seeded
 
 PIXEL_LOSSES = {
     "noise-aware": (noise_aware_loss, {"balance": 1.5, "gamma": 2.0}),

@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from assertions import close, close_gradients, compiles, finite, finite_gradients
 from bapnal import (
     BackgroundAttention,
     background_attention,
     definite_background,
     grid_prototypes,
 )
-from comparing import close, close_gradients, compiles, finite, finite_gradients
-from drawing import scenes, seeded, seeds, sizes
+from strategies import scenes, seeded, seeds, sizes
 
 grids = st.integers(1, 5)
 

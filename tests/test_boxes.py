@@ -14,7 +14,7 @@ from bapnal.boxes import (
     pad_boxes,
     valid_cells,
 )
-from drawing import random_boxes, scenes, seeded, seeds, sizes
+from strategies import random_boxes, scenes, seeded, seeds, sizes
 
 image_sizes = st.tuples(st.integers(1, 13), st.integers(1, 13))
 

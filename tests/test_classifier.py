@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from assertions import close, close_gradients, compiles, finite_gradients
 from bapnal import CosineClassifier, cosine_similarity
-from comparing import close, close_gradients, compiles, finite_gradients
-from drawing import seeded, seeds, sizes
+from strategies import seeded, seeds, sizes
 
 channels = st.integers(1, 5)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from assertions import Largest, close
 from bapnal import (
     background_attention,
     background_aware_pooling,
@@ -19,8 +20,7 @@ from bapnal import (
     paint_boxes,
     pseudo_labels,
 )
-from comparing import Largest, close
-from drawing import seeded
+from strategies import seeded
 
 
 def inside(*boxes, size=(6, 8)):

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import gradcheck
 
+from assertions import close, finite
 from bapnal.crf import DenseCRF, PairwiseTerm, dense_crf, mean_field, points
-from comparing import close, finite
-from drawing import seeded
 from naive_crf import naive_mean_field
+from strategies import seeded
 
 
 def draw_images(seed, batch=2, classes=3, size=(9, 12), dtype=torch.float64):

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
+from assertions import close
 from bapnal.crf import PermutohedralLattice, filtering, keys, lattice
-from comparing import close
-from drawing import seeded
 from naive_crf import NaiveLattice
+from strategies import seeded
 
 
 @st.composite

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import reference
+from assertions import close, close_gradients, compiles, finite_gradients
 from bapnal import (
     BootstrappingLoss,
     EntropyRegularizationLoss,
@@ -21,8 +22,7 @@ from bapnal import (
     noise_aware_loss,
     poly_schedule,
 )
-from comparing import close, close_gradients, compiles, finite_gradients
-from drawing import seeded, seeds
+from strategies import seeded, seeds
 
 small = st.tuples(st.integers(1, 4), st.integers(1, 4))
 labelled = st.fixed_dictionaries(

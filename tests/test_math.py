@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 
 import reference
+from assertions import close, finite_gradients
 from bapnal._math import divide, full_precision, inverse_norm, unit, weighted_mean, widen
-from comparing import close, finite_gradients
-from drawing import seeded, seeds
+from strategies import seeded, seeds
 
 
 @given(seed=seeds)

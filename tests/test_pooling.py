@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from assertions import close, close_gradients, compiles, finite, finite_gradients
 from bapnal import (
     BackgroundAwarePooling,
     PooledFeatures,
@@ -16,8 +17,7 @@ from bapnal import (
     background_aware_pooling,
     box_classification_loss,
 )
-from comparing import close, close_gradients, compiles, finite, finite_gradients
-from drawing import Scene, random_boxes, scenes, seeded, seeds
+from strategies import Scene, random_boxes, scenes, seeded, seeds
 
 options = st.fixed_dictionaries(
     {

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from assertions import Largest, close, finite
 from bapnal import PseudoLabelGenerator, PseudoLabels, definite_background, pseudo_labels
-from comparing import Largest, close, finite
-from drawing import Scene, scenes, seeded
+from strategies import Scene, scenes, seeded
 
 options = st.fixed_dictionaries(
     {

@@ -1,6 +1,6 @@
 """A LightningModule that trains a network with a cosine classifier and the noise-aware loss.
 
-With several devices the loss is that of all pictures together (``across_ranks=True``): its means
+With several devices the loss is that of all images together (``across_ranks=True``): its means
 run over the pixels of all ranks, and gradients are those of one device with the whole batch.
 """
 
@@ -12,7 +12,7 @@ from bapnal import CosineClassifier, NoiseAwareLoss, poly_schedule
 
 
 class NoisySegmentation(lightning.LightningModule):
-    """Train on pictures with two label maps.
+    """Train on images with two label maps.
 
     Args:
         features: Gives ``(B, D, h, w)``.
@@ -35,7 +35,7 @@ class NoisySegmentation(lightning.LightningModule):
         return self.head.similarity(self.features(images))
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Return the loss of pictures, Y_crf and Y_ret."""
+        """Return the loss of images, Y_crf and Y_ret."""
         images, y_crf, y_ret = batch
         similarity = self(images)
         loss = self.criterion(self.head.scale * similarity, similarity, y_crf, y_ret)

@@ -20,7 +20,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> list[float]:
-    """Take a step for each batch of pictures ``(B, 3, H, W)`` and two label maps ``(B, H, W)``."""
+    """Take a step for each batch of images ``(B, 3, H, W)`` and two label maps ``(B, H, W)``."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     criterion = NoiseAwareLoss(gamma=7.0, balance=0.1, ignore_index=255)
     losses = []

@@ -19,7 +19,7 @@ def build() -> nn.Module:
 
 
 def train(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> list[float]:
-    """Take a step for each batch of pictures ``(B, 3, H, W)`` and labels ``(B, H, W)``."""
+    """Take a step for each batch of images ``(B, 3, H, W)`` and labels ``(B, H, W)``."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     losses = []
     for images, labels in batches:

@@ -23,13 +23,13 @@ def label(
     labels: Sequence[Tensor],
     stages: Sequence[int] = (-3, -2, -1),
 ) -> PseudoLabels:
-    """Label pictures.
+    """Label images.
 
     Args:
         backbone: From :func:`build`.
         images: RGB, uint8; ``(B, 3, H, W)``.
-        boxes: One ``(K_i, 4)`` tensor a picture; xyxy in pixels, half open.
-        labels: One ``(K_i,)`` tensor a picture; 1..L.
+        boxes: One ``(K_i, 4)`` tensor per image; xyxy in pixels, half open.
+        labels: One ``(K_i,)`` tensor per image; 1..L.
         stages: Which of the backbone's stages to use; the finest of them gives the resolution.
     """
     mean, std = (torch.tensor(backbone.default_cfg[k]).reshape(3, 1, 1) for k in ("mean", "std"))

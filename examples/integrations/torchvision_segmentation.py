@@ -29,6 +29,6 @@ def build(
 
 
 def loss(model: nn.Module, images: Tensor, y_crf: Tensor, y_ret: Tensor) -> Tensor:
-    """Return the noise-aware loss of normalised pictures ``(B, 3, H, W)``."""
+    """Return the noise-aware loss of normalised images ``(B, 3, H, W)``."""
     logits = model(images)["out"]
     return NoiseAwareLoss()(logits, logits / model.classifier[-1].scale, y_crf, y_ret)

@@ -14,9 +14,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @torch.inference_mode()
 def features(model: Dinov2Model, images: Tensor) -> Tensor:
-    """Return patch features of uint8 pictures; ``(B, D, h, w)``.
+    """Return patch features of uint8 images; ``(B, D, h, w)``.
 
-    Pictures are resized to the nearest multiple of the patch size. The library needs no particular
+    Images are resized to the nearest multiple of the patch size. The library needs no particular
     stride: a feature belongs to a box where its centre lies in it.
     """
     patch = model.config.patch_size
@@ -32,13 +32,13 @@ def features(model: Dinov2Model, images: Tensor) -> Tensor:
 def label(
     model: Dinov2Model, images: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor]
 ) -> PseudoLabels:
-    """Label uint8 RGB pictures ``(B, 3, H, W)`` from their boxes.
+    """Label uint8 RGB images ``(B, 3, H, W)`` from their boxes.
 
     Args:
         model: ``Dinov2Model.from_pretrained("facebook/dinov2-small")``, say.
-        images: The pictures.
-        boxes: One ``(K_i, 4)`` tensor a picture; xyxy in pixels, half open.
-        labels: One ``(K_i,)`` tensor a picture; 1..L.
+        images: The images.
+        boxes: One ``(K_i, 4)`` tensor per image; xyxy in pixels, half open.
+        labels: One ``(K_i,)`` tensor per image; 1..L.
     """
     generate = PseudoLabelGenerator(
         DenseCRF(), background_threshold=None, attention_minmax=True, unary_softmax=3.0

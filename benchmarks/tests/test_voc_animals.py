@@ -1,0 +1,119 @@
+"""The driver of the experiments on real images: its jobs, their order and what it copies.
+
+The scripts that it runs are tested elsewhere; here they only note what they were asked for.
+"""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import voc_animals
+import voc_animals_confidence
+
+SCRIPTS = ("train_classifier", "search", "generate_labels", "train_segmentation", "evaluate")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Settings that the scripts were called with, in order; each leaves a result file."""
+    found = []
+
+    def note(settings):
+        found.append(settings)
+        path = settings.out if settings.out.suffix == ".json" else settings.out / "result.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plain = {entry.name: str(getattr(settings, entry.name)) for entry in fields(settings)}
+        path.write_text(json.dumps({"kind": "note", "settings": plain}), encoding="utf-8")
+
+    for name in SCRIPTS:
+        monkeypatch.setattr(getattr(voc_animals, name), "main", note)
+    monkeypatch.setattr(voc_animals, "stage1_weights", lambda *_: None)
+    return found
+
+
+@pytest.fixture
+def settings(tmp_path):
+    root = tmp_path / "data/voc-animals/VOCdevkit/VOC2012"
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    names = [f"2007_{i:06d}" for i in range(25)]
+    (lists / "train_aug.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    return voc_animals.Settings(root=root, work=tmp_path / "work", out=tmp_path / "out")
+
+
+def test_each_job_finds_what_earlier_ones_wrote(asked, settings):
+    voc_animals.main(settings)
+    written = set()
+    for one in asked:
+        for name in ("classifier", "search", "labels", "folder", "segmenter"):
+            path = getattr(one, name, None)
+            if isinstance(path, Path):
+                assert path in written or path.parent in written, one
+        assert one.out not in written, one.out
+        written.add(one.out)
+    assert len(asked) > 100
+
+
+def test_labels_are_made_from_the_boxes_that_stage_1_saw(asked, settings):
+    voc_animals.main(replace(settings, parts=("classifiers", "labels", "conditions")))
+    trained = {one.out.name: one.margin for one in asked if hasattr(one, "pool")}
+    labelled = {one.classifier.parent.name: one.margin for one in asked if hasattr(one, "crf")}
+    assert labelled == {name: trained[name] for name in labelled}
+    assert set(labelled.values()) == {0.0, voc_animals.MARGIN}
+
+
+def test_what_is_finished_is_not_run_again(asked, settings):
+    voc_animals.main(settings)
+    first = len(asked)
+    (settings.out / "evaluate_labels_val_box.json").unlink()
+    voc_animals.main(settings)
+    assert [one.out.name for one in asked[first:]] == ["evaluate_labels_val_box.json"]
+
+
+def test_jobs_can_be_named(asked, settings):
+    more = {"root": settings.root, "work": settings.work, "out": settings.out}
+    voc_animals.main(
+        voc_animals.Settings(parts=("rivals",), only=("wssl", "box"), **more),
+    )
+    assert [one.out.name for one in asked] == [
+        *("box", "evaluate_labels_val_box.json"),
+        *("wssl", "evaluate_labels_val_wssl.json"),
+    ]
+    with pytest.raises(ValueError, match=r"parts must be among classifiers, .*, got rival"):
+        voc_animals.main(voc_animals.Settings(parts=("rival",), **more))
+
+
+def test_results_name_no_machine(asked, settings):
+    voc_animals.main(settings)
+    copies = {path.name for path in settings.out.glob("*.json")}
+    assert {"classifier_bap_0.json", "search_gap_0_fine.json", "labels_val_box.json"} <= copies
+    for path in settings.out.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert str(settings.root.parents[3]) not in text, path
+    plain = json.loads((settings.out / "labels_val_box.json").read_text(encoding="utf-8"))
+    assert plain["settings"]["root"] == str(Path("voc-animals/VOCdevkit/VOC2012"))
+    assert plain["settings"]["out"] == str(Path("runs/voc_animals/labels_val/box"))
+
+
+def test_area_under_roc_counts_pairs():
+    generator = torch.Generator().manual_seed(0)
+    right, wrong = (torch.randint(5, (n,), generator=generator) for n in (40, 30))
+    pairs = right[:, None] - wrong
+    expected = float((pairs > 0).double().mean() + (pairs == 0).double().mean() / 2)
+    counts = (torch.bincount(x, minlength=5).double() for x in (right, wrong))
+    assert voc_animals_confidence.area_under_roc(*counts) == pytest.approx(expected)
+
+
+def test_gradient_of_the_unreliable_part_is_what_lambda_adds():
+    generator = torch.Generator().manual_seed(0)
+    cosine = 2 * torch.rand(1, 3, 8, 8, generator=generator) - 1
+    first = torch.randint(3, (1, 8, 8), generator=generator)
+    same = voc_animals_confidence.gradients(cosine, first, first, 7.0)
+    assert torch.equal(same[0], same[1])  # where nothing differs, lambda has nothing to weigh
+    second = first.roll(1, 2)
+    one, whole, detached = voc_animals_confidence.gradients(cosine, first, second, 7.0)
+    assert (whole - one).norm() > 0 < (whole - detached).norm()
+    assert not one[:, :, (first != second)[0]].any()

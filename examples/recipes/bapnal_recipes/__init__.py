@@ -1,0 +1,1 @@
+"""Recipes: from PASCAL VOC to the paper's tables, with bapnal."""

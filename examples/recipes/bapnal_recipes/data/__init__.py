@@ -1,0 +1,1 @@
+"""Data sets: images, boxes, label maps, metrics."""

@@ -1,0 +1,66 @@
+"""How training images vary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as transforms
+
+from bapnal_recipes.data.dataset import Sample
+from bapnal_recipes.data.label_maps import VOID
+
+GREY = (124, 116, 104)  # what padding is filled with: the mean of natural images
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images vary; applied to image, boxes and label maps alike.
+
+    Args:
+        crop: Side of the square crop; smaller images are padded.
+        scale: Range of the random zoom.
+        flip: Whether to mirror half of the images.
+        jitter: Strength of the colour changes; 0 for none.
+        min_side: Boxes with less than this many pixels left along a side are dropped.
+    """
+
+    crop: int
+    scale: tuple[float, float] = (0.5, 1.5)
+    flip: bool = True
+    jitter: float = 0.3
+    min_side: float = 4.0
+
+    def __call__(self, sample: Sample) -> Sample:
+        """Return a varied copy of ``sample``."""
+        height, width = sample.image.shape[1:]
+        # Padding is labelled 255 everywhere, so one more map of zeros tells where the image is.
+        everywhere = torch.cat([(~sample.valid).long()[None] * VOID, sample.maps])
+        parts = (
+            tv_tensors.Image(sample.image),
+            tv_tensors.BoundingBoxes(sample.boxes, format="XYXY", canvas_size=(height, width)),
+            tv_tensors.Mask(everywhere.to(torch.uint8)),
+        )
+        if self.scale != (1.0, 1.0):
+            low, high = self.scale
+            zoom = low + (high - low) * float(torch.rand(()))
+            size = [max(1, round(height * zoom)), max(1, round(width * zoom))]
+            parts = tuple(transforms.resize(part, size) for part in parts)
+        image, boxes, maps = self._compose()(*parts)
+        boxes, maps = boxes.as_subclass(Tensor), maps.as_subclass(Tensor).long()
+        left = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= self.min_side
+        image = image.as_subclass(Tensor)
+        valid = maps[0] != VOID
+        return Sample(sample.name, image, boxes[left], sample.labels[left], valid, maps[1:])
+
+    def _compose(self) -> v2.Transform:
+        fill = {tv_tensors.Image: GREY, tv_tensors.Mask: VOID, "others": 0}
+        steps: list[v2.Transform] = [v2.RandomCrop(self.crop, pad_if_needed=True, fill=fill)]
+        if self.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if self.jitter:
+            steps.append(v2.ColorJitter(self.jitter, self.jitter, self.jitter, self.jitter / 6))
+        return v2.Compose(steps)

@@ -1,0 +1,153 @@
+"""What every result file says of the run it comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bapnal
+from bapnal.label.files import read_json
+
+# Packages that results depend on besides torch.
+PACKAGES = (
+    *("numpy", "torchvision", "timm", "lightning", "torchmetrics"),
+    *("opencv-python-headless", "pillow"),
+)
+
+
+def about() -> dict[str, object]:
+    """Machine, versions and commit."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": torch.cuda.get_device_name() if cuda else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "bapnal": bapnal.__version__,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class Meter:
+    """Time and peak memory of what runs inside ``with Meter() as meter:``.
+
+    Attributes:
+        seconds: How long it took.
+        memory: Peak bytes: ``"host"``, of the process since it began (None on Windows), and
+            ``"device"``, None without a GPU.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.memory: dict[str, int | None] = {"host": None, "device": None}
+
+    def __enter__(self) -> Meter:
+        """Begin."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Read the clock and the peaks."""
+        self.seconds = time.perf_counter() - self._begin
+        if sys.platform != "win32":
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            self.memory["host"] = peak if sys.platform == "darwin" else 1024 * peak
+        if torch.cuda.is_available():
+            self.memory["device"] = torch.cuda.max_memory_allocated()
+
+
+def result(
+    kind: str, settings: dict[str, object], scores: dict[str, object], meter: Meter, **more: object
+) -> dict[str, object]:
+    """Put together what a result file holds.
+
+    Args:
+        kind: What was run, such as ``"classifier"``.
+        settings: All of them.
+        scores: What came out.
+        meter: Around the run.
+        **more: Further entries.
+    """
+    found = {
+        "kind": kind,
+        "settings": settings,
+        "scores": scores,
+        "seconds": round(meter.seconds, 3),
+        "peak_memory_bytes": meter.memory,
+        "about": about(),
+        **more,
+    }
+    return json.loads(json.dumps(found, default=str))  # as it comes back from the file
+
+
+def read_result(path: Path, kind: str) -> dict[str, Any]:
+    """Read what :func:`result` put together.
+
+    Args:
+        path: The file.
+        kind: What must have been run.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    found = read_json(path, dict, "kind", "settings", "scores")
+    if found["kind"] != kind:
+        raise ValueError(f"{path} must be of the kind {kind!r}, got {found['kind']!r}")
+    return found
+
+
+@contextmanager
+def expecting(path: Path, what: str) -> Iterator[None]:
+    """Name the file whatever a broken or a foreign one leads to.
+
+    Args:
+        path: The file that is read and used inside.
+        what: What it must be.
+
+    Raises:
+        ValueError: If anything goes wrong but the import of a package.
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        short = textwrap.shorten(reason, 200, placeholder=" ...")
+        raise ValueError(f"{path} must be {what}: {short}") from error
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

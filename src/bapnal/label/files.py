@@ -1,0 +1,104 @@
+"""Write files whole or not at all, and keep a folder to one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+Content = TypeVar("Content", dict[str, Any], list[Any])
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Lend a path to write to; it becomes ``path`` when all went well, and else is removed.
+
+    Args:
+        path: The file to write; its folder is made.
+
+    Raises:
+        OSError: If the file cannot be written; it then is as it was before.
+    """
+    unfinished = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        unfinished.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path} could not be written: {reason}") from error
+    finally:
+        # Where the path is impossible so is the removal, and the reason above says more.
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file whole, or not at all."""
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, form: type[Content], *entries: str) -> Content:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+        form: What it holds.
+        *entries: Keys that it must have.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file: {error}") from error
+    if not isinstance(content, form):
+        raise ValueError(f"{path} must hold a {form.__name__}, got a {type(content).__name__}")
+    lacking = [entry for entry in entries if entry not in content]
+    if lacking:
+        raise ValueError(f"{path} must hold {', '.join(entries)}, lacks {', '.join(lacking)}")
+    return content
+
+
+def require_same_run(
+    path: Path, there: dict[str, object], now: dict[str, object], option: str = "out"
+) -> None:
+    """Raise ValueError if a file notes other settings than these, or none of them.
+
+    Args:
+        path: The file.
+        there: Settings that it notes; those that it does not know are not compared.
+        now: Those of this run.
+        option: How the user names the folder.
+    """
+    differing = [key for key in now if key in there and there[key] != now[key]]
+    if differing:
+        facts = ", ".join(f"{key}={there[key]!r} there, {now[key]!r} now" for key in differing)
+        raise ValueError(f"{path} belongs to another run ({facts}): choose another {option}")
+    if there.keys().isdisjoint(now):
+        raise ValueError(f"{path} notes none of this run's settings: choose another {option}")
+
+
+def claim(
+    path: Path, settings: dict[str, object], option: str = "out", *, write: bool = True
+) -> None:
+    """Note settings in a file of the folder that is written to, or check those noted there.
+
+    Args:
+        path: The file.
+        settings: All that the run's files depend on.
+        option: How the user names the folder.
+        write: Whether to write the file where it is missing; one process of several does.
+
+    Raises:
+        ValueError: If the folder belongs to a run with other settings.
+    """
+    now = json.loads(json.dumps(settings, default=str))  # as it comes back from the file
+    if path.is_file():
+        require_same_run(path, read_json(path, dict), now, option)
+    elif write:
+        write_json(path, now)

