@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from assertions import close
 from bapnal.crf import DenseCRF, PairwiseTerm, PermutohedralLattice, dense_crf
-from comparing import close
-from drawing import seeded
+from strategies import seeded
 
 # Of PyTorch about itself, where it loads its rules for forward mode.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")

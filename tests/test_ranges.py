@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from assertions import Largest, close, finite, finite_gradients
 from bapnal import (
     PRESETS,
     CosineClassifier,
@@ -24,8 +25,7 @@ from bapnal import (
     paint_boxes,
     pseudo_labels,
 )
-from comparing import Largest, close, finite, finite_gradients
-from drawing import seeded
+from strategies import seeded
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

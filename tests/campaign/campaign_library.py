@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bapnal
+from assertions import close, finite, finite_gradients
 from bapnal import PRESETS, DenseCRF, PairwiseTerm, PermutohedralLattice
 from bapnal.losses import noise_aware_loss
-from comparing import close, finite, finite_gradients
-from drawing import seeded
+from strategies import seeded
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 seeds = st.integers(0, 2**40)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import bapnal
 from bapnal import DenseCRF, PairwiseTerm
-from drawing import seeded
+from strategies import seeded
 
 X = torch.rand(2, 3, 4, 5, generator=seeded(0))
 BOXES = [torch.tensor([[4.0, 4.0, 12.0, 12.0]]), torch.zeros(0, 4)]
