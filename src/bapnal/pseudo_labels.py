@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._math import SUM_SCALE, divide, full_precision, inverse_norm, unit, widen
 from bapnal.boxes import Boxes, PaddedBoxes, check_valid, pad_boxes
+from bapnal.crf import DenseCRF
 from bapnal.pooling import labels_of_boxes
 from bapnal.unaries import Regions, UnaryOptions, class_regions, make_unaries, upsample
 
 
 class PseudoLabels(NamedTuple):
     """What :func:`pseudo_labels` returns. P is the largest number of classes in one image.
+
+    On a GPU, where that would have to be waited for, P is the largest number of boxes.
 
     Attributes:
         crf: ``(B, H, W)`` long, Y_crf; ``ignore_index`` on padding.
@@ -100,9 +103,10 @@ def pseudo_labels(
         boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
             index first; xyxy in pixels of the image, half open.
         labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor; 1..L.
-        crf: Called as ``crf(images, probabilities)``, with ``valid=`` where that is given; None
-            takes the probabilities as they are. Called once for each number of classes in the
-            batch, so an image gets the same labels alone and in a batch.
+        crf: A :class:`~bapnal.DenseCRF`, or None, which takes the probabilities as they are. Any
+            other callable is called as ``crf(images, probabilities)``, with ``valid=`` where that
+            is given, once for each number of classes in the batch, so an image gets the same
+            labels alone and in a batch.
         valid: ``(B, H, W)`` bool, which pixels show the image.
         grid_size: N of the attention's grid.
         attention_reduction: Whether A is the ``"mean"`` over the prototypes of the grid (Eq. 2) or
@@ -153,6 +157,7 @@ def pseudo_labels(
         align_corners,
     )
     options.check()
+    _checks.integer("ignore_index", ignore_index, minimum=-(2**31))
     if weight is None and background == "cam":
         raise ValueError('background must not be "cam" where weight is None, which has no map')
     with full_precision(features):
@@ -206,6 +211,7 @@ def _check_inputs(
 def _check_weight(weight: Tensor, channels: int) -> None:
     """Check one row per class, with or without a bias."""
     _checks.floating("weight", _checks.shape("weight", weight, ("L + 1", "D")))
+    _checks.not_empty("weight", weight, 0)
     if weight.shape[1] not in (channels, channels + 1):
         raise ValueError(
             f"weight must have shape (L + 1, {channels}), or (L + 1, {channels + 1}) with a bias, "
@@ -223,8 +229,11 @@ def _apply_crf(
     """Marginals of a CRF that sees, in each image, only the classes it holds."""
     if crf is None:
         return probabilities
-    marginals = probabilities.clone()
     counts = (classes > 0).sum(1)
+    if isinstance(crf, DenseCRF):
+        together: Tensor = crf(images, probabilities, valid, num_classes=counts + 1)
+        return together.to(probabilities.dtype)
+    marginals = probabilities.clone()
     for count in range(1, classes.shape[1] + 1):
         members = (counts == count).nonzero()[:, 0]
         if members.numel() == 0:
@@ -334,7 +343,7 @@ class PseudoLabelGenerator(nn.Module):
         self.cam_normalization = cam_normalization
         self.unary_softmax = unary_softmax
         self.align_corners = align_corners
-        self.ignore_index = ignore_index
+        self.ignore_index = _checks.integer("ignore_index", ignore_index, minimum=-(2**31))
         UnaryOptions(**self._unary_options()).check()
 
     def _unary_options(self) -> dict[str, Any]:

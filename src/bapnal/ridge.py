@@ -82,7 +82,7 @@ def box_targets(
     _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
     size = _checks.size("image_size", image_size)
     _checks.integer("num_classes", num_classes, minimum=2)
-    _checks.integer("grid_size", grid_size, minimum=1)
+    _checks.grid("grid_size", grid_size)
     batch, _, h, w = features.shape
     check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)
@@ -210,7 +210,7 @@ class RidgeBoxClassifier(nn.Module):
         self.in_channels = _checks.integer("in_channels", in_channels, minimum=1)
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=2)
         self.penalty = _checks.number("penalty", penalty, above=0)
-        self.grid_size = _checks.integer("grid_size", grid_size, minimum=1)
+        self.grid_size = _checks.grid("grid_size", grid_size)
         side = in_channels + 1
         self.register_buffer("gram", torch.zeros(side, side, dtype=torch.float64))
         self.register_buffer("moment", torch.zeros(side, num_classes, dtype=torch.float64))
