@@ -55,6 +55,7 @@ def pseudo_labels(
     background: str = "both",
     background_threshold: float | None = None,
     background_minmax: bool = True,
+    background_otsu: bool = True,
     foreground: str = "complement",
     cam_normalization: str = "class",
     unary_softmax: float = 3.0,
@@ -71,14 +72,16 @@ def pseudo_labels(
         \quad 0 \;\text{elsewhere}, \qquad u_0(p) = A(p),
 
     which is ``PRESETS["paper"]``. Those values need settings searched for each backbone. The
-    defaults compare pixels of the same image only: with m the scaling to [0, 1] in its boxes,
+    defaults compare pixels of the same image only: with m the scaling to [0, 1] in its boxes, and
+    :math:`\theta` the threshold of Otsu (1979) between its two kinds of boxed pixels,
 
     .. math::
-        u_0 = m\big(m(A) + m(f \cdot w_0)\big), \qquad
+        b = m\big(m(A) + m(f \cdot w_0)\big), \qquad
+        u_0 = \mathrm{clip}(b + \tfrac{1}{2} - \theta, 0, 1), \qquad
         u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c}{\sum_k \mathrm{CAM}_k},
 
     the sum being over the classes whose boxes cover the pixel, each activation plus 1e-3 of the
-    largest in the boxes of the image. Without weights :math:`u_0 = m(A)`, and those classes share
+    largest in the boxes of the image. Without weights :math:`b = m(A)`, and those classes share
     equally; where the boxes leave no background, A is the likeness to the border of the image.
 
     A softmax over the unaries of the background and these classes gives the probabilities that
@@ -119,6 +122,8 @@ def pseudo_labels(
             paper; other backbones want another.
         background_minmax: Scale each part of u_0, and their mean, to [0, 1] in the boxes of an
             image, in place of the ReLU and the division by the maximum.
+        background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to
+            lie at 1/2: how much of a box is object differs from box to box.
         foreground: What u_c is with weights: ``"cam"`` (Eq. 5), or ``"complement"``: 1 - u_0,
             shared by the classes whose boxes cover a pixel in proportion to their activations.
         cam_normalization: Maximum of Eq. 5 over all boxes of the class (``"class"``), or over each
@@ -151,6 +156,7 @@ def pseudo_labels(
         background,
         background_threshold,
         background_minmax,
+        background_otsu,
         foreground,
         cam_normalization,
         unary_softmax,
@@ -293,6 +299,7 @@ class PseudoLabelGenerator(nn.Module):
         attention_reduction: ``"max"`` or ``"mean"`` over the prototypes of the grid.
         background: ``"both"``, ``"attention"`` or ``"cam"``.
         background_minmax: Scale the parts of u_0 to [0, 1] in the boxes of an image.
+        background_otsu: Shift u_0 so that the threshold of Otsu lies at 1/2.
         foreground: ``"complement"`` or ``"cam"``.
         cam_normalization: ``"class"`` or ``"box"``.
         unary_softmax: Scale of the softmax over the unaries.
@@ -324,6 +331,7 @@ class PseudoLabelGenerator(nn.Module):
         attention_reduction: str = "max",
         background: str = "both",
         background_minmax: bool = True,
+        background_otsu: bool = True,
         foreground: str = "complement",
         cam_normalization: str = "class",
         unary_softmax: float = 3.0,
@@ -339,6 +347,7 @@ class PseudoLabelGenerator(nn.Module):
         self.attention_reduction = attention_reduction
         self.background = background
         self.background_minmax = background_minmax
+        self.background_otsu = background_otsu
         self.foreground = foreground
         self.cam_normalization = cam_normalization
         self.unary_softmax = unary_softmax

@@ -24,6 +24,7 @@ from bapnal.boxes import PaddedBoxes, box_cells, box_masks, outside_of, valid_ce
 BACKGROUNDS = ("attention", "cam", "both")
 FOREGROUNDS = ("complement", "cam")
 CAM_NORMALIZATIONS = ("class", "box")
+OTSU_BINS = 64
 LEAST_SHARE = 1e-3  # of the strongest activation: what a class without any keeps of a pixel
 
 _PAPER: Mapping[str, Any] = {
@@ -32,6 +33,7 @@ _PAPER: Mapping[str, Any] = {
     "background": "attention",
     "background_threshold": 0.99,
     "background_minmax": False,
+    "background_otsu": False,
     "foreground": "cam",
     "cam_normalization": "class",
     "unary_softmax": 1.0,
@@ -59,6 +61,7 @@ class UnaryOptions(NamedTuple):
     background: str
     background_threshold: float | None
     background_minmax: bool
+    background_otsu: bool
     foreground: str
     cam_normalization: str
     unary_softmax: float
@@ -72,6 +75,7 @@ class UnaryOptions(NamedTuple):
         if self.background_threshold is not None:
             _checks.number("background_threshold", self.background_threshold, minimum=0, maximum=1)
         _checks.flag("background_minmax", self.background_minmax)
+        _checks.flag("background_otsu", self.background_otsu)
         _checks.choice("foreground", self.foreground, FOREGROUNDS)
         _checks.choice("cam_normalization", self.cam_normalization, CAM_NORMALIZATIONS)
         _checks.number("unary_softmax", self.unary_softmax, above=0)
@@ -327,6 +331,8 @@ def _background_unary(
         u_0 = (parts[0] + parts[1]) / 2
         if options.background_minmax:
             u_0 = minmax(u_0, boxed)
+    if options.background_otsu:
+        u_0 = (u_0 + 0.5 - otsu_threshold(u_0, boxed)).clamp(0, 1)
     return torch.where(boxed, u_0, 1.0)
 
 
@@ -374,3 +380,31 @@ def minmax(maps: Tensor, inside: Tensor) -> Tensor:
     rounding = 8 * torch.finfo(maps.dtype).eps * torch.maximum(high.abs(), low.abs())
     span = span.masked_fill(2 * span <= rounding, 0)
     return divide(maps / 2 - low / 2, span).clamp(0, 1)
+
+
+def otsu_threshold(maps: Tensor, inside: Tensor) -> Tensor:
+    """Threshold that parts the values inside into two classes of least variance (Otsu 1979).
+
+    Args:
+        maps: In [0, 1]; ``(B, H, W)``.
+        inside: ``(B, H, W)`` bool.
+
+    Returns:
+        ``(B, 1, 1)``: the border of a bin of 1/64, in the middle of those that serve equally; 1/2
+        where all values lie in one bin, or none is inside.
+    """
+    batch = maps.shape[0]
+    bins = (maps.clamp(0, 1) * OTSU_BINS).long().clamp(max=OTSU_BINS - 1).flatten(1)
+    counts = torch.zeros(batch, OTSU_BINS, dtype=torch.long, device=maps.device)
+    # Whole numbers, which add up to the same in any order.
+    counts = counts.scatter_add(1, bins, inside.flatten(1).long()).double()
+    centre = (torch.arange(OTSU_BINS, device=maps.device, dtype=torch.float64) + 0.5) / OTSU_BINS
+    low, mass = counts.cumsum(1), (counts * centre).cumsum(1)
+    high, rest = low[:, -1:] - low, mass[:, -1:] - mass
+    between = low * high * (divide(mass, low) - divide(rest, high)).square()
+    best = between.amax(1, keepdim=True)
+    serves = (between >= best * (1 - 1e-9)) & (best > 0)
+    number = torch.arange(1, OTSU_BINS + 1, device=maps.device, dtype=torch.float64) / OTSU_BINS
+    first = number.expand_as(serves).masked_fill(~serves, 2).amin(1)
+    last = number.expand_as(serves).masked_fill(~serves, -1).amax(1)
+    return ((first + last) / 2).to(maps.dtype)[:, None, None]
