@@ -9,6 +9,14 @@ from bapnal.attention import (
 from bapnal.boxes import box_bins, box_cells, definite_background
 from bapnal.classifier import CosineClassifier, cosine_similarity
 from bapnal.crf import DenseCRF, PairwiseTerm, PermutohedralLattice, dense_crf
+from bapnal.instances import (
+    InstanceLabelGenerator,
+    InstanceLabels,
+    ZoomedBoxes,
+    box_log_odds,
+    instance_crf,
+    instance_labels,
+)
 from bapnal.losses import (
     BootstrappingLoss,
     EntropyRegularizationLoss,
@@ -44,6 +52,12 @@ __all__ = [
     "PseudoLabels",
     "PseudoLabelGenerator",
     "pseudo_labels",
+    "InstanceLabels",
+    "InstanceLabelGenerator",
+    "instance_labels",
+    "instance_crf",
+    "ZoomedBoxes",
+    "box_log_odds",
     "DenseCRF",
     "dense_crf",
     "PairwiseTerm",

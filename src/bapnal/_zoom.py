@@ -1,0 +1,158 @@
+"""Boxes as the generator of instances sees them: crops, features, attention to the background."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bapnal import _checks
+from bapnal._crops import Crop, coordinates, corners_in, cover, cut, resize, sample, zoomed_size
+from bapnal._math import full_precision, unit, widen
+from bapnal.boxes import PaddedBoxes, box_cells
+
+BACKGROUND_SHARE = 0.01  # of a cell that the box may cover
+LEAST_BACKGROUND = 4  # cells
+NEAREST = 3  # background cells that A is the mean over
+
+
+class ZoomedBoxes(NamedTuple):
+    """Boxes of equally large crops, as a head sees them; the pixels are those of the CRF.
+
+    Attributes:
+        images: RGB crops, uint8; ``(n, 3, h, w)``.
+        features: Unit vectors of the crops at twice that size; ``(n, D, fh, fw)``.
+        u: -1 at the left side of the box, 1 at the right one; ``(n, h, w)``.
+        v: The same from top to bottom; ``(n, h, w)``.
+        inside: The pixels of the box; ``(n, h, w)`` bool, never empty.
+        extent: sqrt(box area / image area); ``(n,)``.
+        z: -A, with mean 0 and standard deviation 1 inside the box; ``(n, h, w)``.
+    """
+
+    images: Tensor
+    features: Tensor
+    u: Tensor
+    v: Tensor
+    inside: Tensor
+    extent: Tensor
+    z: Tensor
+
+
+def influence(extent: Tensor) -> Tensor:
+    r"""Tau: how far features lead, from 0 for tiny boxes to 1 for boxes of a quarter of the image.
+
+    .. math:: \tau = \min\big(1, 2 \sqrt{w h / (W H)}\big)
+    """
+    return (2 * extent).clamp(max=1)
+
+
+def zoom(
+    images: Tensor,
+    crops: Sequence[Crop],
+    backbone: Callable[[Tensor], Tensor],
+    whole: Tensor,
+) -> ZoomedBoxes:
+    """Steps 1-3 for crops of one size, with A_I from :func:`image_attention`."""
+    large = crops[0].size
+    small = (large[0] // 2, large[1] // 2)
+    f = _features(backbone, cut(images, crops, large))
+    with full_precision(f):
+        own = background_likeness(
+            f, cover(corners_in(crops, large, f), large, (f.shape[2], f.shape[3]))
+        )
+        corners = corners_in(crops, small, f)
+        u, v = coordinates(corners, small)
+        inside = box_cells(corners, small, small)
+        extent = torch.tensor([crop.extent for crop in crops], dtype=f.dtype, device=f.device)
+        share = influence(extent)[:, None, None] / 2
+        near = F.interpolate(own[:, None], small, mode="bilinear", align_corners=False)[:, 0]
+        far = _windows(whole.to(f.dtype), crops, (images.shape[2], images.shape[3]), small)
+        z = _standardized((share - 1) * near - share * far, inside)
+    return ZoomedBoxes(cut(images, crops, small), f, u, v, inside, extent, z)
+
+
+def _features(backbone: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Features of a backbone after a look at their shape; float32 for half ones."""
+    features = backbone(images)
+    _checks.shape("features of the backbone", features, (images.shape[0], "D", "h", "w"))
+    _checks.floating("features of the backbone", features)
+    _checks.same_device(images=images, features=features)
+    return widen(features)
+
+
+def image_attention(
+    images: Tensor, padded: PaddedBoxes, backbone: Callable[[Tensor], Tensor], side: int
+) -> Tensor:
+    """Step 3 on whole images: A by the cells outside all boxes of each; ``(B, h, w)``.
+
+    Args:
+        images: RGB, uint8; ``(B, 3, H, W)``.
+        padded: Their boxes.
+        backbone: As in :func:`instance_labels`.
+        side: Images of an area above ``side ** 2`` are reduced to it.
+    """
+    size = (images.shape[2], images.shape[3])
+    shown = zoomed_size(size, min(side, math.isqrt(size[0] * size[1])))
+    if images.shape[0] == 0 or padded.image.shape[0] == 0:
+        return torch.zeros(images.shape[0], 1, 1, device=images.device)
+    maps = []
+    for image, corners, there in zip(images, padded.corners, padded.present, strict=True):
+        f = _features(backbone, resize(image[None], shown))
+        with full_precision(f):
+            scaled = corners.to(f.dtype) * f.new_tensor([1 / size[1], 1 / size[0]]).repeat(2)
+            covered = cover(scaled, (1, 1), (f.shape[2], f.shape[3])) * there[:, None, None]
+            maps.append(background_likeness(f, covered.amax(0, keepdim=True)))
+    return torch.cat(maps)
+
+
+def _windows(
+    maps: Tensor, crops: Sequence[Crop], image_size: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """What maps of whole images ``(B, h, w)`` show in the windows of crops; ``(n, *size)``."""
+    height, width = image_size
+    sides = maps.new_tensor([crop.window for crop in crops])
+    left, top, right, bottom = sides[:, :, None].unbind(1)
+    x = (torch.arange(size[1], device=maps.device) + 0.5) / size[1]
+    y = (torch.arange(size[0], device=maps.device) + 0.5) / size[0]
+    chosen = maps[[crop.image for crop in crops]]
+    return sample(chosen, (left + x * (right - left)) / width, (top + y * (bottom - top)) / height)
+
+
+def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
+    r"""Step 3: how much each cell looks like the background of its crop or image.
+
+    .. math:: A(p) = \tfrac{1}{3} \sum_{j=1}^{3} \cos\big(f(p), f(b_j)\big)
+
+    over the three background cells :math:`b_j` most similar to p. Background are the cells of which
+    the box covers less than 1 %, and always the 4 least covered ones.
+
+    Args:
+        features: f; ``(n, D, h, w)``.
+        covered: Share of each cell that the box covers; ``(n, h, w)``.
+
+    Returns:
+        A, in [-1, 1]; ``(n, h, w)``.
+
+    Example:
+        >>> f = torch.eye(2)[torch.tensor([0, 0, 1, 0, 0])].T.reshape(1, 2, 1, 5)
+        >>> background_likeness(f, torch.tensor([[[0.0, 0.0, 1.0, 0.0, 0.0]]]))
+        tensor([[[1., 1., 0., 1., 1.]]])
+    """
+    vectors, share = unit(features, dim=1).flatten(2), covered.flatten(1)
+    rank = share.argsort(dim=1, stable=True).argsort(dim=1)
+    background = (share < BACKGROUND_SHARE) | (rank < LEAST_BACKGROUND)
+    cosines = (vectors.mT @ vectors).masked_fill(~background[:, None], -torch.inf)
+    nearest = cosines.topk(min(NEAREST, share.shape[1]), dim=2).values
+    return nearest.mean(2).reshape(covered.shape)
+
+
+def _standardized(values: Tensor, inside: Tensor) -> Tensor:
+    """Values with mean 0 and standard deviation 1 inside; all 0 where they are constant."""
+    count = inside.sum((1, 2), keepdim=True)
+    centred = values - (values * inside).sum((1, 2), keepdim=True) / count
+    variance = (centred.square() * inside).sum((1, 2), keepdim=True) / count
+    return torch.where(variance > 1e-12, centred * variance.clamp(min=1e-12).rsqrt(), 0.0)
