@@ -226,11 +226,12 @@ def difference(zoomed, q):  # cosine to the mask's mean feature minus that to th
 
 
 def box_pixels(box, image_size):
-    def along(low, high, pixels):
-        found = [k for k in range(pixels) if low <= k + 0.5 < high]
-        return found or [min(max(math.floor((low + high) / 2), 0), pixels - 1)]
-
-    rows, columns = along(box[1], box[3], image_size[0]), along(box[0], box[2], image_size[1])
+    x1, y1, x2, y2 = box
+    rows = [i for i in range(image_size[0]) if y1 <= i + 0.5 < y2]
+    columns = [j for j in range(image_size[1]) if x1 <= j + 0.5 < x2]
+    if not rows or not columns:
+        rows = [min(max(math.floor((y1 + y2) / 2), 0), image_size[0] - 1)]
+        columns = [min(max(math.floor((x1 + x2) / 2), 0), image_size[1] - 1)]
     return [(i, j) for i in rows for j in columns]
 
 

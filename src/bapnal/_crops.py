@@ -55,13 +55,8 @@ def plan(image: int, corners: Sequence[float], image_size: tuple[int, int], side
     top, bottom = _widen(y1, y2, margin, height)
     size = zoomed_size((bottom - top, right - left), side)
     extent = math.sqrt((x2 - x1) * (y2 - y1) / (height * width))
-    (px1, px2), (py1, py2) = (
-        _centres(corners[0], corners[2], width),
-        _centres(corners[1], corners[3], height),
-    )
-    return Crop(
-        image, (x1, y1, x2, y2), (left, top, right, bottom), size, extent, (px1, py1, px2, py2)
-    )
+    box = (x1, y1, x2, y2)
+    return Crop(image, box, (left, top, right, bottom), size, extent, _pixels(corners, image_size))
 
 
 def _clip(low: float, high: float, pixels: int) -> tuple[float, float]:
@@ -72,13 +67,18 @@ def _clip(low: float, high: float, pixels: int) -> tuple[float, float]:
     return middle - 0.5, middle + 0.5
 
 
-def _centres(low: float, high: float, pixels: int) -> tuple[int, int]:
-    """The pixels with their centre in [low, high), or the one under the middle: never none."""
-    first, last = max(math.ceil(low - 0.5), 0), min(math.ceil(high - 0.5), pixels)
-    if first < last:
-        return first, last
-    middle = min(max(math.floor((low + high) / 2), 0), pixels - 1)
-    return middle, middle + 1
+def _pixels(corners: Sequence[float], image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """What ``box_cells`` marks in the image: pixels with their centre in the box, or its middle."""
+    found, middle = [], []
+    for low, high, pixels in (
+        (corners[0], corners[2], image_size[1]),
+        (corners[1], corners[3], image_size[0]),
+    ):
+        found.append((max(math.ceil(low - 0.5), 0), min(math.ceil(high - 0.5), pixels)))
+        middle.append(min(max(math.floor((low + high) / 2), 0), pixels - 1))
+    if any(first >= last for first, last in found):
+        found = [(x, x + 1) for x in middle]
+    return found[0][0], found[1][0], found[0][1], found[1][1]
 
 
 def _widen(low: float, high: float, margin: float, pixels: int) -> tuple[int, int]:
