@@ -113,6 +113,9 @@ def attention(f, covered):  # f: [D][h][w]
     background = [p for p in cells if covered[p[0]][p[1]] < 0.01 or p in least]
 
     def value(i, j):
+        around = [(i + y, j + x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+        if all(covered[y][x] == 0 for y, x in around if 0 <= y < size[0] and 0 <= x < size[1]):
+            return 1.0
         nearest = sorted((cosine(vector[i, j], vector[p]) for p in background), reverse=True)[:3]
         return sum(nearest) / len(nearest)
 
@@ -267,10 +270,14 @@ def ellipse(zoomed, pixels):
 def instances(image, boxes, labels, backbone, crf, side, stretch=0.15):
     """-> masks, retrieved (sets of pixels), log-odds, (dicts), classes, reliable ([H][W])."""
     size = len(image[0]), len(image[0][0])
-    shown = crop_size(*size, min(2 * side, math.isqrt(size[0] * size[1])))
+    shown = crop_size(*size, min(3 * side // 2, math.isqrt(size[0] * size[1])))
     f = backbone([resized(channel, shown) for channel in image])
     everything = [0, 0, size[1], size[0]]
-    whole = attention(f, cover(boxes, everything, (len(f[0]), len(f[0][0]))))
+    shrunken = []
+    for x1, y1, x2, y2 in boxes:
+        (left, right), (top, bottom) = clipped(x1, x2, size[1]), clipped(y1, y2, size[0])
+        shrunken.append([left, top, right, bottom])
+    whole = attention(f, cover(shrunken, everything, (len(f[0]), len(f[0][0]))))
     masks, retrieved, odds, area = [], [], [], []
     for box in boxes:
         z = Zoomed(image, box, backbone, whole, side)

@@ -1,5 +1,6 @@
 """Pixel labels from object boxes, and training on such noisy labels, in the order of the method."""
 
+from bapnal._zoom import ZoomedBoxes
 from bapnal.attention import (
     Attention,
     BackgroundAttention,
@@ -12,7 +13,6 @@ from bapnal.crf import DenseCRF, PairwiseTerm, PermutohedralLattice, dense_crf
 from bapnal.instances import (
     InstanceLabelGenerator,
     InstanceLabels,
-    ZoomedBoxes,
     box_log_odds,
     instance_crf,
     instance_labels,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._crops import Crop, coordinates, corners_in, cover, cut, resize, sample, zoomed_size
 from bapnal._math import full_precision, unit, widen
-from bapnal.boxes import PaddedBoxes, box_cells
+from bapnal.boxes import box_cells
 
 BACKGROUND_SHARE = 0.01  # of a cell that the box may cover
 LEAST_BACKGROUND = 4  # cells
+HOST = torch.zeros((), dtype=torch.float64)  # where shapes are decided, and how exactly
 NEAREST = 3  # background cells that A is the mean over
 
 
@@ -54,23 +55,23 @@ def zoom(
     images: Tensor,
     crops: Sequence[Crop],
     backbone: Callable[[Tensor], Tensor],
-    whole: Tensor,
+    whole: Mapping[int, Tensor],
 ) -> ZoomedBoxes:
     """Steps 1-3 for crops of one size, with A_I from :func:`image_attention`."""
     large = crops[0].size
     small = (large[0] // 2, large[1] // 2)
     f = _features(backbone, cut(images, crops, large))
     with full_precision(f):
-        own = background_likeness(
-            f, cover(corners_in(crops, large, f), large, (f.shape[2], f.shape[3]))
-        )
+        covered = cover(corners_in(crops, large, HOST), large, (f.shape[2], f.shape[3]))
+        own = background_likeness(f, covered)
         corners = corners_in(crops, small, f)
         u, v = coordinates(corners, small)
         inside = box_cells(corners, small, small)
         extent = torch.tensor([crop.extent for crop in crops], dtype=f.dtype, device=f.device)
         share = influence(extent)[:, None, None] / 2
         near = F.interpolate(own[:, None], small, mode="bilinear", align_corners=False)[:, 0]
-        far = _windows(whole.to(f.dtype), crops, (images.shape[2], images.shape[3]), small)
+        maps = torch.stack([whole[crop.image] for crop in crops]).to(f.dtype)
+        far = _windows(maps, crops, (images.shape[2], images.shape[3]), small)
         z = _standardized((share - 1) * near - share * far, inside)
     return ZoomedBoxes(cut(images, crops, small), f, u, v, inside, extent, z)
 
@@ -85,41 +86,39 @@ def _features(backbone: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def image_attention(
-    images: Tensor, padded: PaddedBoxes, backbone: Callable[[Tensor], Tensor], side: int
-) -> Tensor:
-    """Step 3 on whole images: A by the cells outside all boxes of each; ``(B, h, w)``.
+    images: Tensor, crops: Sequence[Crop], backbone: Callable[[Tensor], Tensor], side: int
+) -> dict[int, Tensor]:
+    """Step 3 on the images with boxes: A by the cells outside all boxes of each, ``(h, w)``.
 
     Args:
         images: RGB, uint8; ``(B, 3, H, W)``.
-        padded: Their boxes.
+        crops: Their boxes.
         backbone: As in :func:`instance_labels`.
         side: Images of an area above ``side ** 2`` are reduced to it.
     """
     size = (images.shape[2], images.shape[3])
     shown = zoomed_size(size, min(side, math.isqrt(size[0] * size[1])))
-    if images.shape[0] == 0 or padded.image.shape[0] == 0:
-        return torch.zeros(images.shape[0], 1, 1, device=images.device)
-    maps = []
-    for image, corners, there in zip(images, padded.corners, padded.present, strict=True):
-        f = _features(backbone, resize(image[None], shown))
+    maps: dict[int, Tensor] = {}
+    for image in sorted({crop.image for crop in crops}):
+        f = _features(backbone, resize(images[image, None], shown))
+        boxes = [crop.box for crop in crops if crop.image == image]
+        corners = torch.tensor(boxes, dtype=HOST.dtype)
         with full_precision(f):
-            scaled = corners.to(f.dtype) * f.new_tensor([1 / size[1], 1 / size[0]]).repeat(2)
-            covered = cover(scaled, (1, 1), (f.shape[2], f.shape[3])) * there[:, None, None]
-            maps.append(background_likeness(f, covered.amax(0, keepdim=True)))
-    return torch.cat(maps)
+            covered = cover(corners, size, (f.shape[2], f.shape[3])).amax(0, keepdim=True)
+            maps[image] = background_likeness(f, covered)[0]
+    return maps
 
 
 def _windows(
     maps: Tensor, crops: Sequence[Crop], image_size: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """What maps of whole images ``(B, h, w)`` show in the windows of crops; ``(n, *size)``."""
+    """What maps of whole images ``(n, h, w)`` show in the windows of crops; ``(n, *size)``."""
     height, width = image_size
     sides = maps.new_tensor([crop.window for crop in crops])
     left, top, right, bottom = sides[:, :, None].unbind(1)
     x = (torch.arange(size[1], device=maps.device) + 0.5) / size[1]
     y = (torch.arange(size[0], device=maps.device) + 0.5) / size[0]
-    chosen = maps[[crop.image for crop in crops]]
-    return sample(chosen, (left + x * (right - left)) / width, (top + y * (bottom - top)) / height)
+    return sample(maps, (left + x * (right - left)) / width, (top + y * (bottom - top)) / height)
 
 
 def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
@@ -128,11 +127,13 @@ def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
     .. math:: A(p) = \tfrac{1}{3} \sum_{j=1}^{3} \cos\big(f(p), f(b_j)\big)
 
     over the three background cells :math:`b_j` most similar to p. Background are the cells of which
-    the box covers less than 1 %, and always the 4 least covered ones.
+    the box covers less than 1 %, and always the 4 least covered ones. Only cells of the box and
+    their neighbours are looked at; A is 1 elsewhere (Eq. 3).
 
     Args:
         features: f; ``(n, D, h, w)``.
-        covered: Share of each cell that the box covers; ``(n, h, w)``.
+        covered: Share of each cell that the box covers; ``(n, h, w)``, on the CPU: where the
+            cells are decides about shapes.
 
     Returns:
         A, in [-1, 1]; ``(n, h, w)``.
@@ -142,12 +143,15 @@ def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
         >>> background_likeness(f, torch.tensor([[[0.0, 0.0, 1.0, 0.0, 0.0]]]))
         tensor([[[1., 1., 0., 1., 1.]]])
     """
-    vectors, share = unit(features, dim=1).flatten(2), covered.flatten(1)
-    rank = share.argsort(dim=1, stable=True).argsort(dim=1)
-    background = (share < BACKGROUND_SHARE) | (rank < LEAST_BACKGROUND)
-    cosines = (vectors.mT @ vectors).masked_fill(~background[:, None], -torch.inf)
-    nearest = cosines.topk(min(NEAREST, share.shape[1]), dim=2).values
-    return nearest.mean(2).reshape(covered.shape)
+    near = F.max_pool2d(covered[:, None], 3, stride=1, padding=1)[:, 0] > 0
+    rank = covered.flatten(1).argsort(dim=1, stable=True).argsort(dim=1).reshape(covered.shape)
+    background = (covered < BACKGROUND_SHARE) | (rank < LEAST_BACKGROUND)
+    found = features.new_ones(covered.shape)
+    for a, f, rows, columns in zip(found, unit(features, dim=1), near, background, strict=True):
+        rows, columns = (x.to(f.device).nonzero(as_tuple=True) for x in (rows, columns))
+        cosines = f[:, rows[0], rows[1]].T @ f[:, columns[0], columns[1]]
+        a[rows] = cosines.topk(min(NEAREST, cosines.shape[1]), dim=1).values.mean(1)
+    return found
 
 
 def _standardized(values: Tensor, inside: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def instance_labels(
     ]
     crf = instance_crf() if crf is None else crf
     head = box_log_odds if head is None else head
-    whole = image_attention(images, padded, backbone, 2 * side)
+    whole = image_attention(images, crops, backbone, 3 * side // 2)
     shape = (len(crops), *size)
     odds = torch.full(shape, -torch.inf, device=images.device)
     masks = torch.zeros(shape, dtype=torch.bool, device=images.device)
