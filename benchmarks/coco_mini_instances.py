@@ -116,14 +116,14 @@ def generated(head: Callable[[ZoomedBoxes], Tensor] | None = None) -> Method:
 
 def prior_alone(zoomed: ZoomedBoxes) -> Tensor:
     """The shape prior of small boxes, without features."""
-    return 3 * (1 - zoomed.u.square() - zoomed.v.square()) + 0.5
+    return 3 * (1 - zoomed.u.square() - zoomed.v.square()) + 0.9
 
 
 def methods(options: Options) -> Iterator[tuple[str, Method]]:
     """The rows of the table that are asked for, made when their turn comes."""
     makers: dict[str, Callable[[], Method]] = {
         "box": lambda: filled(lambda u, v: (u.abs() < 2) & (v.abs() < 2)),
-        "ellipse": lambda: filled(lambda u, v: u.square() + v.square() < 1 + 0.5 / 3),
+        "ellipse": lambda: filled(lambda u, v: u.square() + v.square() < 1),
         "prior": lambda: generated(prior_alone),
         "features": generated,
     }

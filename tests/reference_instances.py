@@ -174,7 +174,7 @@ class Zoomed:
             if not self.inside[i][j]:
                 return -6.0
             z = (-a[i][j] - mean) / deviation if deviation > 1e-6 else 0.0
-            return (3 - 2 * self.tau) * (1 - self.radius[i][j]) + (1 + self.tau) * z + 0.5
+            return (3 - 2 * self.tau) * (1 - self.radius[i][j]) + (1 + self.tau) * z + 0.9 - 0.4 * self.tau
 
         self.odds = plane(self.size, odds)
 
@@ -184,7 +184,7 @@ class Zoomed:
 
     def ellipse(self):
         least = min(self.radius[i][j] for i, j in self.pixels())
-        return {(i, j) for i, j in self.pixels() if self.radius[i][j] < 3.5 / 3} | {
+        return {(i, j) for i, j in self.pixels() if self.radius[i][j] < 1 + 0.9 / 3} | {
             (i, j) for i, j in self.pixels() if self.radius[i][j] == least
         }
 
@@ -201,7 +201,7 @@ def gaps(zoomed, q, stretch):  # left, top, right, bottom; shares of the box
         every = sorted({p[axis] for p in zoomed.pixels()}, reverse=sign < 0)
         first = (min if sign > 0 else max)(p[axis] for p in on)
         gap = every.index(first) / len(every)
-        found.append(gap if gap <= stretch * (1 - zoomed.tau) else 0.0)
+        found.append(gap if gap <= stretch else 0.0)
     return found
 
 
@@ -264,7 +264,7 @@ def ellipse(zoomed, pixels):
         return u * u + v * v
 
     least = min(radius(p) for p in pixels)
-    return {p for p in pixels if radius(p) < 3.5 / 3 or radius(p) == least}
+    return {p for p in pixels if radius(p) < 1 + 0.9 / 3 or radius(p) == least}
 
 
 def instances(image, boxes, labels, backbone, crf, side, stretch=0.15):

@@ -36,7 +36,7 @@ from bapnal.crf import DenseCRF, PairwiseTerm
 from bapnal.pooling import join_labels
 
 PRIOR = 3.0  # log-odds of the middle of a small box over its outline
-OFFSET = 0.5  # log-odds of its outline: objects fill more than half of their boxes
+OFFSET = 0.9  # log-odds of its outline: objects fill most of their boxes
 OUTSIDE = -6.0  # log-odds outside the box
 STRETCH = 0.15  # of the side of a box
 DOUBTFUL = 0.3  # doubt from which a box counts as doubtful
@@ -51,8 +51,8 @@ class InstanceLabels(NamedTuple):
             the box.
         retrieval: ``(K, H, W)`` bool, Y_ret of each box.
         reliable: ``(K, H, W)`` bool, S of each box: where ``masks`` and ``retrieval`` agree.
-        doubt: ``(K,)`` in [0, 1], how likely the mask is a poor one.
-        doubtful: ``(K,)`` bool, the boxes to look at first.
+        doubt: ``(K,)`` in [0, 1], the share of the box that is not reliably its object.
+        doubtful: ``(K,)`` bool, the boxes to look at first: those of the largest doubt.
         semantic: ``(B, H, W)`` long, the class of each pixel's box in front, 0 background.
         semantic_reliable: ``(B, H, W)`` bool, where every box that covers the pixel is reliable.
     """
@@ -89,7 +89,7 @@ def box_log_odds(zoomed: ZoomedBoxes) -> Tensor:
 
     With :math:`\tau` from :func:`influence`, inside the box
 
-    .. math:: L(p) = (3 - 2 \tau) (1 - u^2 - v^2) + (1 + \tau) z(p) + 0.5,
+    .. math:: L(p) = (3 - 2 \tau) (1 - u^2 - v^2) + (1 + \tau) z(p) + 0.9 - 0.4 \tau,
 
     and -6 outside: small boxes trust the prior, large ones their features.
 
@@ -101,7 +101,7 @@ def box_log_odds(zoomed: ZoomedBoxes) -> Tensor:
     """
     tau = influence(zoomed.extent)[:, None, None]
     radius = zoomed.u.square() + zoomed.v.square()
-    return (PRIOR - 2 * tau) * (1 - radius) + (1 + tau) * zoomed.z + OFFSET
+    return (PRIOR - 2 * tau) * (1 - radius) + (1 + tau) * zoomed.z + OFFSET - 0.4 * tau
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def instance_labels(
     head: Callable[[ZoomedBoxes], Tensor] | None = None,
     stretch: float = STRETCH,
     side: int = 256,
-    batch_size: int = 16,
+    batch_size: int = 4,
 ) -> InstanceLabels:
     r"""A mask for every box, a semantic map, and where both are reliable.
 
@@ -125,10 +125,10 @@ def instance_labels(
     .. math::
         A(p) &= (1 - \tfrac{\tau}{2}) \, \mathrm{mean}_3 \cos(f(p), f(b))
             + \tfrac{\tau}{2} A_I(p), \quad b \text{ in the background of the crop}, \\
-        L(p) &= (3 - 2 \tau) (1 - u^2 - v^2) + (1 + \tau) z(p) + 0.5,
+        L(p) &= (3 - 2 \tau) (1 - u^2 - v^2) + (1 + \tau) z(p) + 0.9 - 0.4 \tau,
 
-    and -6 outside. The marginals of a CRF on :math:`\sigma(L)`, stretched by gaps of up to
-    :math:`0.15 (1 - \tau)` of the box's side, are above 1/2 on the mask. The mean features of mask
+    and -6 outside. The marginals of a CRF on :math:`\sigma(L)`, stretched by gaps of up to 15 % of
+    the box's side, are above 1/2 on the mask. The mean features of mask
     and rest retrieve similar ones (Eq. 8-9), which gives Y_ret.
 
     The boxes are read once to the host, which a GPU waits for: the sizes of crops depend on them.
@@ -145,7 +145,7 @@ def instance_labels(
             :func:`instance_crf`. ``lambda guidance, p: p`` is none.
         head: Gives log-odds ``(n, h, w)`` in place of :func:`box_log_odds`; what it says outside
             the box is not used.
-        stretch: Largest gap that is stretched away, as a share of the side of a small box.
+        stretch: Largest gap that is stretched away, as a share of the side of a box.
         side: Square root of the area of a crop, in pixels.
         batch_size: Number of crops at a time.
 
@@ -256,7 +256,6 @@ def _retrieve(zoomed: ZoomedBoxes, marginals: Tensor) -> Tensor:
 def _gaps(zoomed: ZoomedBoxes, marginals: Tensor, stretch: float) -> list[list[float]]:
     """Step 6: gaps at the left, top, right and bottom side, as shares; 0 where too large."""
     mask = (marginals > 0.5) & zoomed.inside
-    limit = stretch * (1 - influence(zoomed.extent))
     sides = []
     for dim in (1, 2):  # columns, rows
         seen, there = mask.any(dim), zoomed.inside.any(dim)
@@ -264,7 +263,7 @@ def _gaps(zoomed: ZoomedBoxes, marginals: Tensor, stretch: float) -> list[list[f
         for taken, own in ((seen, there), (seen.flip(1), there.flip(1))):
             before = (taken.cumsum(1) == 0) & own
             gap = before.sum(1) / count
-            sides.append(torch.where((gap <= limit) & (gap < 1), gap, 0.0))
+            sides.append(torch.where((gap <= stretch) & (gap < 1), gap, 0.0))
     left, right, top, bottom = sides
     return torch.stack([left, top, right, bottom], dim=1).tolist()
 
@@ -337,7 +336,7 @@ def _decide(
         agreed = masks[k][here] == retrieval[k][here]
         reliable[k][here] = agreed
         settled[crop.image][here] &= agreed
-        doubt[k] = 1 - agreed.float().mean()
+        doubt[k] = 1 - (masks[k][here] & agreed).float().mean()
     return InstanceLabels(
         masks, odds, retrieval, reliable, doubt, doubt > DOUBTFUL, semantic, settled
     )
@@ -352,7 +351,7 @@ class InstanceLabelGenerator(nn.Module):
         backbone: Gives features ``(n, D, fh, fw)`` of uint8 crops ``(n, 3, h, w)``.
         crf: In place of :func:`instance_crf`.
         head: Gives log-odds in place of :func:`box_log_odds`.
-        stretch: Largest gap that is stretched away, as a share of the side of a small box.
+        stretch: Largest gap that is stretched away, as a share of the side of a box.
         side: Square root of the area of a crop, in pixels.
         batch_size: Number of crops at a time.
 
@@ -377,7 +376,7 @@ class InstanceLabelGenerator(nn.Module):
         *,
         stretch: float = STRETCH,
         side: int = 256,
-        batch_size: int = 16,
+        batch_size: int = 4,
     ) -> None:
         super().__init__()
         for name, part in (("backbone", backbone), ("crf", crf), ("head", head)):
