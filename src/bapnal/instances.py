@@ -39,7 +39,7 @@ PRIOR = 3.0  # log-odds of the middle of a small box over its outline
 OFFSET = 0.9  # log-odds of its outline: objects fill most of their boxes
 OUTSIDE = -6.0  # log-odds outside the box
 STRETCH = 0.15  # of the side of a box
-DOUBTFUL = 0.3  # doubt from which a box counts as doubtful
+DOUBTFUL = 0.45  # doubt from which a box counts as doubtful: one box in ten
 
 
 class InstanceLabels(NamedTuple):
