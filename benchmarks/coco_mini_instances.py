@@ -33,7 +33,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.nn import functional as F
 
-from bapnal import InstanceLabelGenerator, ZoomedBoxes
+from bapnal import InstanceLabelGenerator, MaskHead, ZoomedBoxes, fit_mask_head
 from bapnal.boxes import box_cells
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # what the examples share
@@ -58,7 +58,8 @@ class Options:
         split: Which images.
         images: How many of them, drawn at random; 0 for all.
         rows: Which rows: box, ellipse, prior, features, refined.
-        head: Weights of the refined row.
+        fit_images: Training images whose boxes the refined row's head is trained on.
+        head: Where that head is kept; it is used where it is there.
         note: A word that is kept with the rows.
         out: The file of results.
     """
@@ -68,7 +69,8 @@ class Options:
     split: str = "val"
     images: int = 0
     rows: tuple[str, ...] = ("box", "ellipse", "prior", "features")
-    head: Path | None = None
+    fit_images: int = 150
+    head: Path = Path("runs/coco_mini_head.pt")
     note: str = ""
     out: Path = HERE / "results" / "coco_mini_instances.jsonl"
 
@@ -137,11 +139,56 @@ def methods(options: Options) -> Iterator[tuple[str, Method]]:
         "ellipse": lambda: filled(lambda u, v: u.square() + v.square() < 1),
         "prior": lambda: generated(prior_alone, colours),
         "features": generated,
+        "refined": lambda: generated(fitted(options)),
     }
     for name in options.rows:
         if name not in makers:
             raise ValueError(f"rows must be of {', '.join(makers)}, got {name!r}")
         yield name, makers[name]()
+
+
+def fitted(options: Options) -> MaskHead:
+    """A head trained on the boxes of training images, or the one that is kept."""
+    if options.head.is_file():
+        return torch.load(options.head, weights_only=False)
+    coco = annotations(options.coco, "train")
+
+    def samples() -> Iterator[tuple[Tensor, Tensor]]:
+        for image_id in chosen(coco, options.fit_images):
+            yield (
+                read(options.coco / "train2017" / coco.imgs[image_id]["file_name"]),
+                corners(objects(coco, image_id)),
+            )
+
+    head = fit_mask_head(samples(), TimmFeatures(stride=8, normalize=True).eval())
+    options.head.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(head, options.head)
+    return head
+
+
+def annotations(root: Path, split: str) -> COCO:
+    """The annotations of one split."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return COCO(str(root / "annotations" / f"instances_{split}2017.json"))
+
+
+def chosen(coco: COCO, count: int) -> list[int]:
+    """Images with objects, all or some of them."""
+    return drawn(
+        list({a["image_id"] for a in coco.dataset["annotations"] if not a["iscrowd"]}), count
+    )
+
+
+def objects(coco: COCO, image_id: int) -> list[dict[str, Any]]:
+    """The objects of an image that are no crowds."""
+    return [a for a in coco.imgToAnns[image_id] if not a["iscrowd"]]
+
+
+def corners(own: list[dict[str, Any]]) -> Tensor:
+    """Boxes of objects, xyxy."""
+    found = torch.tensor([a["bbox"] for a in own])
+    found[:, 2:] += found[:, :2]
+    return found
 
 
 def drawn(names: list[Any], count: int) -> list[Any]:
@@ -158,20 +205,18 @@ def read(path: Path) -> Tensor:
 
 def coco_row(options: Options, coco: COCO, method: Method) -> tuple[dict[str, Any], np.ndarray]:
     """Scores over the boxes of COCO-mini, and what is known of each box."""
-    boxed = {a["image_id"] for a in coco.dataset["annotations"] if not a["iscrowd"]}
-    chosen = drawn(list(boxed), options.images)
+    images = chosen(coco, options.images)
     folder = options.coco / f"{options.split}2017"
     rows, results, seconds = [], [], 0.0
-    for image_id in chosen:
-        own = [a for a in coco.imgToAnns[image_id] if not a["iscrowd"]]
+    for image_id in images:
+        own = objects(coco, image_id)
         image = read(folder / coco.imgs[image_id]["file_name"])
-        corners = torch.tensor([a["bbox"] for a in own])
-        corners[:, 2:] += corners[:, :2]
+        boxes = corners(own)
         labels = torch.tensor([a["category_id"] for a in own])
         start = time.process_time()
-        found = method(image, corners, labels)
+        found = method(image, boxes, labels)
         seconds += time.process_time() - start
-        whole = box_cells(corners, found.masks.shape[1:], found.masks.shape[1:]).numpy()
+        whole = box_cells(boxes, found.masks.shape[1:], found.masks.shape[1:]).numpy()
         for k, a in enumerate(own):
             mask, truth = found.masks[k].numpy(), coco.annToMask(a).astype(bool)
             rows.append(
@@ -196,7 +241,7 @@ def coco_row(options: Options, coco: COCO, method: Method) -> tuple[dict[str, An
         "iou_s": found_iou[area < SMALL].mean(),
         "iou_m": found_iou[(area >= SMALL) & (area < LARGE)].mean(),
         "iou_l": found_iou[area >= LARGE].mean(),
-        **precision(coco, results, chosen),
+        **precision(coco, results, images),
         "worse_than_box": worse.mean(),
         "empty": int((table[:, 5] == 0).sum()),
         "doubtful": doubtful.mean(),
@@ -290,9 +335,7 @@ def main(options: Options) -> None:
     torch.set_num_threads(1)
     coco = None
     if options.coco is not None:
-        path = options.coco / "annotations" / f"instances_{options.split}2017.json"
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco = COCO(str(path))
+        coco = annotations(options.coco, options.split)
     kit = Devkit(options.voc) if options.voc is not None else None
     for name, method in methods(options):
         head = {"row": name, "split": options.split, "note": options.note, "seed": 0}

@@ -174,7 +174,12 @@ class Zoomed:
             if not self.inside[i][j]:
                 return -6.0
             z = (-a[i][j] - mean) / deviation if deviation > 1e-6 else 0.0
-            return (3 - 2 * self.tau) * (1 - self.radius[i][j]) + (1 + self.tau) * z + 0.9 - 0.4 * self.tau
+            return (
+                (3 - 2 * self.tau) * (1 - self.radius[i][j])
+                + (1 + self.tau) * z
+                + 0.9
+                - 0.4 * self.tau
+            )
 
         self.odds = plane(self.size, odds)
 
@@ -312,3 +317,36 @@ def instances(image, boxes, labels, backbone, crf, side, stretch=0.15):
             )
             reliable[i][j] = agreed and len({labels[k] for k in holding}) <= 1
     return masks, retrieved, odds, classes, reliable
+
+
+# --------------------------------------------------------------------------------------- refinement
+
+
+def box_mask_loss(logits, lab, valid, pairs):  # of one box: [28][28], [3][28][28], [28][28]
+    n = 28
+    place = [((k + 0.5) / n * 2 - 1) * 1.3 for k in range(n)]
+    box = plane((n, n), lambda i, j: abs(place[i]) < 1 and abs(place[j]) < 1)
+    p = plane((n, n), lambda i, j: 1 / (1 + math.exp(-logits[i][j])))
+    loss = 0.0
+    for turned in (False, True):
+        shared, mine, its = 0.0, 0.0, 0.0
+        for a in range(n):
+            line = [(b, a) if turned else (a, b) for b in range(n)]
+            most = max(p[i][j] * box[i][j] for i, j in line)
+            side = max(float(box[i][j]) for i, j in line)
+            shared, mine, its = shared + most * side, mine + most**2, its + side**2
+        loss += (1 - (2 * shared + 1) / (mine + its + 1)) / 2
+    every = [(i, j) for i in range(n) for j in range(n)]
+    outside = [(i, j) for i, j in every if not box[i][j] and valid[i][j]]
+    loss += sum(-math.log(1 - p[i][j]) for i, j in outside) / max(len(outside), 1)
+    total, count = 0.0, 0
+    for i, j in every:
+        for y, x in ((0, 2), (2, 0), (2, 2), (2, -2)):
+            k, m = i + y, j + x
+            if not (0 <= k < n and 0 <= m < n and valid[i][j] and valid[k][m]):
+                continue
+            gap = math.sqrt(sum((c[i][j] - c[k][m]) ** 2 for c in lab))
+            if math.exp(-gap / 2) > 0.3 and (box[i][j] or box[k][m]):
+                total -= math.log(p[i][j] * p[k][m] + (1 - p[i][j]) * (1 - p[k][m]))
+                count += 1
+    return loss + pairs * total / max(count, 1)

@@ -10,6 +10,7 @@ from bapnal.attention import (
 from bapnal.boxes import box_bins, box_cells, definite_background
 from bapnal.classifier import CosineClassifier, cosine_similarity
 from bapnal.crf import DenseCRF, PairwiseTerm, PermutohedralLattice, dense_crf
+from bapnal.instance_refine import MaskHead, box_mask_loss, fit_mask_head
 from bapnal.instances import (
     InstanceLabelGenerator,
     InstanceLabels,
@@ -58,6 +59,9 @@ __all__ = [
     "instance_crf",
     "ZoomedBoxes",
     "box_log_odds",
+    "MaskHead",
+    "fit_mask_head",
+    "box_mask_loss",
     "DenseCRF",
     "dense_crf",
     "PairwiseTerm",

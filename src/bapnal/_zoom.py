@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,24 @@ def influence(extent: Tensor) -> Tensor:
     .. math:: \tau = \min\big(1, 2 \sqrt{w h / (W H)}\big)
     """
     return (2 * extent).clamp(max=1)
+
+
+def zoom_boxes(
+    images: Tensor,
+    crops: Sequence[Crop],
+    backbone: Callable[[Tensor], Tensor],
+    side: int,
+    batch_size: int,
+) -> Iterator[tuple[list[int], ZoomedBoxes]]:
+    """Steps 1-3 for all crops, those of one size together: their numbers, and what is seen."""
+    whole = image_attention(images, crops, backbone, 3 * side // 2)
+    of_size: dict[tuple[int, int], list[int]] = {}
+    for k, crop in enumerate(crops):
+        of_size.setdefault(crop.size, []).append(k)
+    for members in of_size.values():
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            yield chosen, zoom(images, [crops[k] for k in chosen], backbone, whole)
 
 
 def zoom(

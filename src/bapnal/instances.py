@@ -20,7 +20,7 @@ the two ways disagree on is unreliable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._crops import Crop, coordinates, plan, sample
 from bapnal._math import divide, unit
-from bapnal._zoom import ZoomedBoxes, image_attention, influence, zoom
+from bapnal._zoom import ZoomedBoxes, influence, zoom_boxes
 from bapnal.boxes import Boxes, pad_boxes
 from bapnal.crf import DenseCRF, PairwiseTerm
 from bapnal.pooling import join_labels
@@ -182,13 +182,11 @@ def instance_labels(
     ]
     crf = instance_crf() if crf is None else crf
     head = box_log_odds if head is None else head
-    whole = image_attention(images, crops, backbone, 3 * side // 2)
     shape = (len(crops), *size)
     odds = torch.full(shape, -torch.inf, device=images.device)
     masks = torch.zeros(shape, dtype=torch.bool, device=images.device)
     retrieval = torch.zeros_like(masks)
-    for chosen in _groups(crops, batch_size):
-        zoomed = zoom(images, [crops[k] for k in chosen], backbone, whole)
+    for chosen, zoomed in zoom_boxes(images, crops, backbone, side, batch_size):
         marginals = _marginals(zoomed, crf, head)
         retrieved = _retrieve(zoomed, marginals)
         gaps = _gaps(zoomed, marginals, stretch)
@@ -204,16 +202,6 @@ def _check_numbers(stretch: float, side: int, batch_size: int) -> None:
     _checks.number("stretch", stretch, minimum=0, maximum=0.5)
     _checks.integer("side", side, minimum=32)
     _checks.integer("batch_size", batch_size, minimum=1)
-
-
-def _groups(crops: Sequence[Crop], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of crops of one size, at most ``batch_size`` at a time."""
-    of_size: dict[tuple[int, int], list[int]] = {}
-    for k, crop in enumerate(crops):
-        of_size.setdefault(crop.size, []).append(k)
-    for members in of_size.values():
-        for start in range(0, len(members), batch_size):
-            yield members[start : start + batch_size]
 
 
 def _marginals(
