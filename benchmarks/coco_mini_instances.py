@@ -43,6 +43,13 @@ from record import about
 
 VOC_CLASSES = 21
 ANIMALS = (0, 8, 10, 12, 13, 17)  # what the semantic score is averaged over
+TITLES = {
+    "box": "filled box",
+    "ellipse": "ellipse",
+    "prior": "shape prior + CRF, no features",
+    "features": "**prior + features + CRF (default)**",
+    "refined": "**refined by a head trained on boxes**",
+}
 SMALL, LARGE = 32**2, 96**2  # COCO's areas of objects
 RESAMPLED = 1000
 HERE = Path(__file__).parent
@@ -61,6 +68,7 @@ class Options:
         fit_images: Training images whose boxes the refined row's head is trained on.
         head: Where that head is kept; it is used where it is there.
         note: A word that is kept with the rows.
+        table: Only print the table of the guide from the results that are there.
         out: The file of results.
     """
 
@@ -72,6 +80,7 @@ class Options:
     fit_images: int = 150
     head: Path = Path("runs/coco_mini_head.pt")
     note: str = ""
+    table: bool = False
     out: Path = HERE / "results" / "coco_mini_instances.jsonl"
 
 
@@ -331,7 +340,39 @@ def write(options: Options, row: dict[str, Any]) -> None:
             writer.writerow(short)
 
 
+def table(path: Path) -> str:
+    """The guide's table in Markdown, from the latest row of each kind on val."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    latest = {(r["data"], r["row"]): r["scores"] for r in rows if r["split"] == "val"}
+    lines = [
+        "| | mean IoU | S / M / L | AP | AP50 | worse than the box | empty | s per box | voc-animals |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, title in TITLES.items():
+        s, voc = latest.get(("coco-mini", name)), latest.get(("voc-animals", name))
+        if s is None:
+            continue
+        low, high = s["iou_low_high"]
+        sizes = " / ".join(f"{s[key]:.2f}" for key in ("iou_s", "iou_m", "iou_l"))
+        cells = [
+            title,
+            f"{s['iou']:.3f} [{low:.3f}, {high:.3f}]",
+            sizes,
+            f"{s['ap']:.1f}",
+            f"{s['ap50']:.1f}",
+            f"{s['worse_than_box']:.1%}",
+            str(s["empty"]),
+            f"{s['cpu_seconds_per_box']:.3f}",
+            "-" if voc is None else f"{voc['miou']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(options: Options) -> None:
+    if options.table:
+        print(table(options.out))
+        return
     torch.set_num_threads(1)
     coco = None
     if options.coco is not None:

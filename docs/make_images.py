@@ -178,6 +178,55 @@ def short_run(path: Path) -> None:
     plt.close(figure)
 
 
+def instances(path: Path) -> None:
+    """Show how one box becomes a mask: prior, attention, log-odds, marginals, mask."""
+    import skimage
+    import torch
+
+    import label_photo
+    from bapnal import InstanceLabelGenerator, ZoomedBoxes, box_log_odds
+    from networks import TimmFeatures
+
+    seen: list[ZoomedBoxes] = []
+
+    def head(zoomed: ZoomedBoxes) -> torch.Tensor:
+        seen.append(zoomed)
+        return box_log_odds(zoomed)
+
+    network = TimmFeatures("tf_efficientnet_lite0", stride=8, normalize=True).eval()
+    generate = InstanceLabelGenerator(network, head=head)
+    titles = ("box", "prior", "standardised -A", "log-odds L", "marginals", "mask")
+    names = ("astronaut.png", "coffee.png", "rocket.jpg")
+    figure, rows = plt.subplots(len(names), 6, figsize=(13, 7.2), layout="constrained")
+    for axes, name in zip(rows, names, strict=True):
+        file = Path(skimage.__file__).parent / "data" / name
+        image, boxes = label_photo.load_photo(file, label_photo.PHOTOS[name])
+        with torch.inference_mode():
+            y = generate(image[None], [boxes], [torch.tensor([1])])
+        zoomed = seen.pop()
+        outside = ~zoomed.inside[0]
+        prior = 1 - zoomed.u[0].square() - zoomed.v[0].square()
+        odds = box_log_odds(zoomed)[0]
+        pixels = image.permute(1, 2, 0).numpy()
+        axes[0].imshow(pixels)
+        x1, y1, x2, y2 = boxes[0].tolist()
+        frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="yellow", lw=1.5)
+        axes[0].add_patch(frame)
+        for axis, values in zip(axes[1:4], (prior, zoomed.z[0], odds), strict=True):
+            axis.imshow(values.masked_fill(outside, torch.nan), cmap="RdBu_r", vmin=-3, vmax=3)
+        axes[4].imshow(torch.sigmoid(y.log_odds[0]), cmap="magma", vmin=0, vmax=1)
+        axes[5].imshow(pixels, alpha=0.35)
+        mask = y.masks[0].numpy()
+        axes[5].imshow(mask, cmap="Reds", alpha=mask * 0.7, vmin=0, vmax=1.3)
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title if name == names[0] else "", fontsize=10)
+            axis.axis("off")
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+# Drawn by ``python docs/make_images.py kept`` and kept in docs/images: GitHub shows them too.
+KEPT: dict[str, Callable[[Path], None]] = {"instances.png": instances}
 PICTURES: dict[str, Callable[[Path], None]] = {
     "flow.svg": flow,
     "drawn.png": drawn,
@@ -197,4 +246,7 @@ def main(folder: Path = HERE / "generated") -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["kept"]:
+        for kept, draw_kept in KEPT.items():
+            draw_kept(HERE / "images" / kept)
     main()
