@@ -321,23 +321,24 @@ def miou(counts: Tensor) -> float:
     return 100 * float((shared / union)[list(ANIMALS)].mean())
 
 
-def write(options: Options, row: dict[str, Any]) -> None:
-    """Append a row, and rewrite the table of all rows."""
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("a", encoding="utf-8") as lines:
+def write(path: Path, row: dict[str, Any]) -> None:
+    """Append a row, and rewrite the CSV of all rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(row) + "\n")
-    rows = [json.loads(line) for line in options.out.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     flat = [{**{k: r[k] for k in ("data", "split", "row", "note")}, **r["scores"]} for r in rows]
-    columns = list(dict.fromkeys(key for r in flat for key in r))
-    with options.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as table:
-        writer = csv.DictWriter(table, columns)
+    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as csv_file:
+        writer = csv.DictWriter(csv_file, list(dict.fromkeys(key for r in flat for key in r)))
         writer.writeheader()
-        for r in flat:
-            short = {k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()}
-            for k, v in short.items():
-                if isinstance(v, list):
-                    short[k] = " ".join(f"{x:.4f}" for x in v)
-            writer.writerow(short)
+        writer.writerows({key: short(value) for key, value in r.items()} for r in flat)
+
+
+def short(value: Any) -> Any:
+    """A number, or several, with four digits."""
+    if isinstance(value, list):
+        return " ".join(f"{x:.4f}" for x in value)
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def table(path: Path) -> str:
@@ -382,13 +383,13 @@ def main(options: Options) -> None:
         head = {"row": name, "split": options.split, "note": options.note, "seed": 0}
         if coco is not None:
             scores, table = coco_row(options, coco, method)
-            write(options, {"data": "coco-mini", **head, "scores": scores, "about": about()})
+            write(options.out, {"data": "coco-mini", **head, "scores": scores, "about": about()})
             print(name, json.dumps(scores))
             if "INSTANCES_TABLE" in os.environ:
                 np.save(os.environ["INSTANCES_TABLE"] + f"_{name}.npy", table)
         if kit is not None:
             scores = voc_row(options, kit, method)
-            write(options, {"data": "voc-animals", **head, "scores": scores, "about": about()})
+            write(options.out, {"data": "voc-animals", **head, "scores": scores, "about": about()})
             print(name, json.dumps(scores))
 
 
