@@ -341,12 +341,12 @@ def short(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def table(path: Path) -> str:
+def markdown(path: Path) -> str:
     """The guide's table in Markdown, from the latest row of each kind on val."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     latest = {(r["data"], r["row"]): r["scores"] for r in rows if r["split"] == "val"}
     lines = [
-        "| | mean IoU | S / M / L | AP | AP50 | worse than the box | empty | s per box | voc-animals |",
+        "| | mean IoU | S / M / L | AP | AP50 | worse than box | empty | s per box | voc-animals |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, title in TITLES.items():
@@ -372,7 +372,7 @@ def table(path: Path) -> str:
 
 def main(options: Options) -> None:
     if options.table:
-        print(table(options.out))
+        print(markdown(options.out))
         return
     torch.set_num_threads(1)
     coco = None
