@@ -4,8 +4,9 @@
 
 Boxes are the ground truth's and scores are 1, so AP is that of the masks alone. ``--coco`` is a
 folder in COCO's layout (``train2017``, ``val2017``, ``annotations``), ``--voc`` a devkit; each can
-be left out, but the refined row trains on COCO-mini's boxes. Settings were chosen with ``--split train``; the published rows are of val. Rows are
-appended to ``benchmarks/results/coco_mini_instances.jsonl``, and the CSV beside it is rewritten.
+be left out, but the refined row trains a head on COCO-mini's training boxes. Settings were chosen
+with ``--split train``; the published rows are of val. Rows are appended to
+``benchmarks/results/coco_mini_instances.jsonl``, and the CSV beside it is rewritten.
 """
 
 from __future__ import annotations
