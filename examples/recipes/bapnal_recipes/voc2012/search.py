@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import rich
 
@@ -151,7 +151,7 @@ PRESETS = {
 }
 
 
-def main(settings: Settings) -> dict:
+def main(settings: Settings) -> dict[str, Any]:
     """Search; the result also goes to ``OUT/result.json``.
 
     Raises:
@@ -223,7 +223,7 @@ class Rows:
         self.path = path
         self.bench = bench
         self.together = together
-        self.rows: list[dict] = []
+        self.rows: list[dict[str, Any]] = []
         with together.alike():  # all have read before the first of them writes
             if path.is_file():
                 self.rows = read_json(path, list)
@@ -233,25 +233,25 @@ class Rows:
                     )
 
     def measure(
-        self, stage: str, generator: GeneratorSettings, crf: CrfSettings, **options: object
+        self, stage: str, generator: GeneratorSettings, crf: CrfSettings, **options: Any
     ) -> float:
         """Measure a row unless it is there; return its mIoU."""
         key = {"stage": stage, "generator": asdict(generator), "crf": asdict(crf)}
         for row in self.rows:
             if all(row[name] == value for name, value in key.items()):
-                return row["miou"]
+                return float(row["miou"])
         self.rows.append({**key, **held_out.measure(self.bench, generator, crf, **options)})
         with self.together.alike():
             if self.together.rank == 0:
                 write_json(self.path, self.rows)
-        return self.rows[-1]["miou"]
+        return float(self.rows[-1]["miou"])
 
 
-def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
+def search(settings: Settings, bench: Bench, rows: Rows) -> dict[str, Any]:
     """Go through all stages; return the best settings with their mIoU."""
 
     def ranked(
-        stage: str, tried: Sequence[tuple[GeneratorSettings, CrfSettings]], **options: object
+        stage: str, tried: Sequence[tuple[GeneratorSettings, CrfSettings]], **options: Any
     ) -> list[Ranked]:
         shown = bar(tried, stage, bench.fabric)
         found = [(rows.measure(stage, *one, **options), *one) for one in shown]
@@ -287,7 +287,11 @@ def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
 def unaries(settings: Settings) -> list[GeneratorSettings]:
     """List all that the unaries may be on the first grid; what has no effect is not varied."""
     agnostic = settings.method == "agnostic"
-    first = {"grid_size": settings.grid_sizes[0], "attention_reduction": settings.reductions[0]}
+    common = replace(
+        settings.generator,
+        grid_size=settings.grid_sizes[0],
+        attention_reduction=settings.reductions[0],
+    )
     found = []
     for background, minmax, threshold in product(
         ("attention",) if agnostic else settings.backgrounds, settings.minmax, settings.thresholds
@@ -299,8 +303,7 @@ def unaries(settings: Settings) -> list[GeneratorSettings]:
             only = agnostic or foreground == "complement"
             for maximum in maxima[: 1 if only else None]:
                 one = replace(
-                    settings.generator,
-                    **first,
+                    common,
                     background=background,
                     background_minmax=minmax,
                     background_threshold=threshold,
@@ -322,6 +325,12 @@ def grids(one: GeneratorSettings, settings: Settings) -> list[GeneratorSettings]
     ]
 
 
+def with_parameter(crf: CrfSettings, name: str, value: float) -> CrfSettings:
+    """Return a CRF with another value of one parameter."""
+    changed: dict[str, Any] = {name: float(value)}
+    return replace(crf, **changed)
+
+
 def _descend(
     best: Ranked, ranked: Callable[[list[tuple[GeneratorSettings, CrfSettings]]], list[Ranked]]
 ) -> list[Ranked]:
@@ -330,7 +339,7 @@ def _descend(
     while True:
         start = best
         for name, values in CRF_VALUES.items():
-            several = [(best[1], replace(best[2], **{name: float(value)})) for value in values]
+            several = [(best[1], with_parameter(best[2], name, value)) for value in values]
             tried += (found := ranked(several))
             best = max(best, found[0], key=lambda one: one[0])
         if best is start:

@@ -27,7 +27,7 @@ from bapnal_recipes.engine.commands import above, at_least, cli, run
 from bapnal_recipes.engine.logs import Logging, LoggingOption
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
-from bapnal_recipes.models.deeplab import build_features
+from bapnal_recipes.models.deeplab import Features, build_features
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class BoxClassifier(nn.Module):
         num_classes: L + 1.
     """
 
-    def __init__(self, features: nn.Module, num_classes: int) -> None:
+    def __init__(self, features: Features, num_classes: int) -> None:
         super().__init__()
         self.features = features
         self.weight = nn.Parameter(0.01 * torch.randn(num_classes, features.channels))

@@ -355,7 +355,7 @@ def main(settings: Settings) -> dict[str, Any]:
     return SegmentationStage(settings).run()
 
 
-def train_batch_norm(features: nn.Module) -> None:
+def train_batch_norm(features: Any) -> None:
     """Take back that pretrained networks leave batch normalisation as it was."""
     features.freeze_batch_norm = False
     for module in features.modules():
