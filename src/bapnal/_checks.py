@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGRAL = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LARGEST_INTEGER = 2**31 - 1
+LARGEST_GRID = 1000
 LARGEST_NUMBER = torch.finfo(torch.float32).max
 LONGEST_SIDE = 2**30  # pixels; twice the product of two sides fits 64 bits
 
@@ -24,10 +26,20 @@ def shape_text(shape: Sequence[int | str]) -> str:
     return "(" + ", ".join(str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
 
 
+def brief(value: object) -> str:
+    """One line about any value."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"an int of {value.bit_length()} bits"  # thousands of digits cannot be printed
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 60 else f"{line[:57]}..."
+
+
 def tensor(name: str, value: object) -> Tensor:
     """Return ``value`` as a tensor, or raise ``TypeError``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense Tensor, got layout {value.layout}")
     return value
 
 
@@ -69,6 +81,11 @@ def real(name: str, value: Tensor) -> Tensor:
     if value.dtype not in FLOATING + INTEGRAL:
         raise TypeError(f"{name} must have a floating-point or integer dtype, got {value.dtype}")
     return value
+
+
+def real_or_bool(name: str, value: Tensor) -> Tensor:
+    """Check that a tensor holds numbers or is a bool mask."""
+    return value if value.dtype == torch.bool else real(name, value)
 
 
 def not_empty(name: str, value: Tensor, *dims: int) -> Tensor:
@@ -122,10 +139,13 @@ def number(
         if bound is not None
     )
     if value != value or any(broken for broken, _ in bounds):
-        raise ValueError(f"{name} must be {expected or 'a number'}, got {value}")
+        raise ValueError(f"{name} must be {expected or 'a number'}, got {brief(value)}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(
+            f"{name} must be a float or an int below 2^63, got one of {value.bit_length()} bits"
+        )
     if abs(value) > LARGEST_NUMBER:
-        fact = value if isinstance(value, float) else f"an int of {value.bit_length()} bits"
-        raise ValueError(f"{name} must be finite in float32, got {fact}")
+        raise ValueError(f"{name} must be finite in float32, got {value}")
     return float(value)
 
 
@@ -134,11 +154,15 @@ def integer(name: str, value: object, *, minimum: int, maximum: int = LARGEST_IN
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
+        raise ValueError(f"{name} must be >= {minimum}, got {brief(value)}")
     if value > maximum:
-        fact = value if value < 2**64 else f"an int of {value.bit_length()} bits"
-        raise ValueError(f"{name} must be <= {maximum}, got {fact}")
+        raise ValueError(f"{name} must be <= {maximum}, got {brief(value)}")
     return value
+
+
+def grid(name: str, value: object) -> int:
+    """Check how many cells, bins or samples there are along each side of something."""
+    return integer(name, value, minimum=1, maximum=LARGEST_GRID)
 
 
 def flag(name: str, value: object) -> bool:
@@ -150,15 +174,17 @@ def flag(name: str, value: object) -> bool:
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:
     """Check a string against the few it may be."""
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, options))}, got {brief(value)}"
+        )
     return str(value)
 
 
 def size(name: str, value: object) -> tuple[int, int]:
     """Check a ``(height, width)`` in pixels."""
     if not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(f"{name} must be (height, width), got {value!r}")
+        raise ValueError(f"{name} must be (height, width), got {brief(value)}")
     return (
         integer(f"{name}[0]", value[0], minimum=1, maximum=LONGEST_SIDE),
         integer(f"{name}[1]", value[1], minimum=1, maximum=LONGEST_SIDE),
@@ -168,14 +194,14 @@ def size(name: str, value: object) -> tuple[int, int]:
 def readable(value: Tensor) -> bool:
     """Whether values can be looked at without a synchronisation, a graph break or a vmap error.
 
-    Where operations are traced or intercepted, as by ``FakeTensorMode``, there may be no values.
+    Where operations are traced, and in ``FakeTensorMode``, there may be no values.
     """
     return (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not isinstance(value, FakeTensor)
     )
 
 
