@@ -43,7 +43,7 @@ from bapnal.label.files import whole, write_json
 from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
-from bapnal_recipes.engine.runs import Meter, result
+from bapnal_recipes.engine.runs import Meter, result, summary
 from bapnal_recipes.engine.training import (
     Machines,
     MachinesOption,
@@ -789,7 +789,7 @@ def _write(
         meter,
         what=EVALUATIONS[type(settings)].__name__.removeprefix("evaluate_"),
         split=settings.split,
-        subject={key: made.get(key) for key in ("kind", "settings")},
+        inputs={made["kind"]: summary(made)} if "kind" in made else {},
         **more,
     )
     first = together is None or together.rank == 0

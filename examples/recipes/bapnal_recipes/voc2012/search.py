@@ -43,6 +43,7 @@ from bapnal_recipes.data.dataset import BoxDataset
 from bapnal_recipes.data.label_maps import VOID
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root, read_names
+from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.runs import Meter, digest, result
 from bapnal_recipes.engine.training import (
     Machines,
@@ -201,7 +202,8 @@ def main(settings: Settings) -> dict:
         rows = Rows(settings.out / "rows.json", bench, together)
         best = search(settings, bench, rows)
     scores = {"best": best, "rows": rows.rows, "pictures": bench.names}
-    found = result("search", plain(settings), scores, meter)
+    made = runs.inputs(classifier=settings.classifier)
+    found = result("search", plain(settings), scores, meter, inputs=made)
     if fabric.is_global_zero:
         write_json(settings.out / "result.json", found)
         rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")

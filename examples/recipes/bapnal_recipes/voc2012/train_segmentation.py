@@ -413,7 +413,8 @@ def main(settings: Settings) -> dict:
         "pictures": len(dataset),
         "true_masks": len(dataset.true),
     }
-    found = runs.result("segmentation", plain(settings), scores, meter)
+    inputs = runs.inputs(labels=settings.labels)
+    found = runs.result("segmentation", plain(settings), scores, meter, inputs=inputs)
     if fabric.is_global_zero:
         files.write_json(settings.out / "result.json", found)
         (settings.out / CHECKPOINT).unlink()  # half of it is the optimiser's, for going on
