@@ -267,6 +267,17 @@ def test_any_other_series_is_a_table(tmp_path):
     assert ["BAP", "stride 16", "70.0 (1)", "69.0 (1)"] in lines
 
 
+def test_plain_label_series_stand_with_the_other_labels(tmp_path):
+    path = tmp_path / "series/labels.jsonl"
+    for method, miou in (("ridge", 89.0), ("box", 63.0)):
+        row = {"data": "coco-mini", "split": "val", "method": method, "miou": miou, "ci_low": 60.5}
+        series.append(path, {**row, "seed": None, "seconds_per_1000_images": 31.25})
+    text = show(tmp_path / "series", tmp_path / "page")
+    lines = section(text, "Labels (coco-mini val)")
+    assert lines[0] == ["", "miou", "ci low", "seconds per 1000 images"]
+    assert lines[2:] == [["Box", "63.0", "60.5", "31.2"], ["ridge", "89.0", "60.5", "31.2"]]
+
+
 def test_rows_of_the_faulty_normalisation_are_named(tmp_path):
     row = {"data": "x", "split": "val", "pool": "bap", "stage": "crf", "chosen": False, "miou": 1.0}
     row["probabilities"] = "division by the sum, until 0.1"

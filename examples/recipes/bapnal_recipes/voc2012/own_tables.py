@@ -12,6 +12,7 @@ from bapnal_recipes.voc2012.wording import (
     LOSSES,
     METHODS,
     NOTHING,
+    background_name,
     label_name,
     loss_name,
     pool_name,
@@ -24,14 +25,16 @@ from bapnal_recipes.voc2012.wording import (
 # Settings of evaluate that some modes of a segmentation network have and others have not.
 OF_TEST = ("evaluation.scales", "evaluation.crf", "evaluation.iterations")
 OF_TEST += ("evaluation.half_resolution",)
-# Facts that the name of a row tells already.
-TOLD = frozenset(
-    (
-        *("labels.method", "method", "labels.generator", "labels.generator.background"),
-        *("stage1.pool", "pool", "stage1.min_background", "made elsewhere", "map", "u_0"),
-        *("stage3.loss", "stage3.supervision", "stage3.true_masks", "stage3.classifier"),
-    )
-)
+# Facts that the names of rows tell already.
+TOLD: dict[Callable[[Facts], str], frozenset[str]] = {
+    pool_name: frozenset(("stage1.pool", "pool", "stage1.min_background")),
+    loss_name: frozenset(
+        f"stage3.{x}" for x in ("loss", "supervision", "true_masks", "classifier")
+    ),
+}
+TOLD[label_name] = TOLD[pool_name] | {"labels.method", "method", "made elsewhere", "map"}
+TOLD[background_name] = frozenset(("u_0",))
+TOLD[label_name] |= {"labels.generator", "labels.generator.background"}
 USUAL_N = {"stage1.grid_size": (4, None), "labels.generator.grid_size": (1, None)}
 
 
@@ -73,11 +76,13 @@ def plain_table(
     groups = group(several, {*OF_TEST, *(x for c in columns.values() for x in c.rule)})
     if not groups or not columns:
         return
-    told = [x for x in varying([facts for facts, _ in groups]) if x not in TOLD]
-    usual = {x: _most_frequent([facts[x] for facts, _ in groups if x in facts]) for x in told}
+    told = [x for x in varying([facts for facts, _ in groups]) if x not in TOLD[name]]
+    usual = _usual([facts for facts, _ in groups], told)
     lines = []
     for facts, ms in groups:
-        unlike = settings_text(facts, [x for x in told if x in facts and facts[x] != usual[x]])
+        unlike = settings_text(
+            facts, [x for x in told if x in facts and facts[x] != usual.get(x, UNSAID)]
+        )
         cells = [
             score_text([m for m in ms if fits(m.facts, c.rule)], c.score, c.decimals)
             for c in columns.values()
@@ -93,8 +98,13 @@ def plain_table(
     yield "\n\n".join(x for x in (f"### {title}", table(head, lines), note) if x)
 
 
-def _most_frequent(values: Sequence[Any]) -> Any:
-    return max(values, key=values.count)
+UNSAID = object()
+
+
+def _usual(several: Sequence[Facts], names: Sequence[str]) -> Facts:
+    """Return the most frequent value of each setting that at least half of the rows have."""
+    values = {x: [facts[x] for facts in several if x in facts] for x in names}
+    return {x: max(v, key=v.count) for x, v in values.items() if 2 * len(v) >= len(several)}
 
 
 def _order(name: str) -> int:
@@ -156,6 +166,8 @@ def _classes(scored: Sequence[int]) -> str:
 
 
 def _labels(where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    yield from _any("Labels", where, [m for m in several if "map" not in m.facts])
+    several = [m for m in several if "map" in m.facts]
     usual = [m for m in several if fits(m.facts, USUAL_N)] or list(several)
     scored = usual[0].facts.get("scored", ()) if usual else ()
     columns = {
@@ -229,7 +241,7 @@ def _conditions(where: str, several: Sequence[Measurement]) -> Iterator[str]:
         "classifier alone, trained to the end, on several samples of the training images."
     )
     several = [m for m in several if m.facts.get("generating") == 1]
-    yield from plain_table(title, several, columns, lambda f: f"u_0 {f.get('u_0')}", note)
+    yield from plain_table(title, several, columns, background_name, note)
 
 
 def _searches(where: str, several: Sequence[Measurement]) -> Iterator[str]:

@@ -38,6 +38,8 @@ NAMES = {
     "stage3.gamma": "γ",
     "stage3.balance": "λ",
     "scored": "classes scored",
+    "labels.generator": "settings of labelling",
+    "labels.generator.background": "u_0",
     "labels.crf": "CRF",
     "labels.crf.half_resolution": "CRF at half resolution",
     "search": "searched",
@@ -53,7 +55,7 @@ def label_name(facts: Facts) -> str:
         features = "features of stage 1" if "stage1.backbone" in facts else "ImageNet features"
         return f"{METHODS[method]}, {features}"
     if method != "network":
-        return METHODS.get(str(method), str(facts.get("made elsewhere", "labels")))
+        return METHODS.get(str(method), str(method or facts.get("made elsewhere", "labels")))
     background = facts.get("labels.generator.background", facts.get("labels.generator"))
     return pool_name(facts) + BACKGROUND.get(str(background), "")
 
@@ -61,6 +63,11 @@ def label_name(facts: Facts) -> str:
 def pool_name(facts: Facts) -> str:
     """``BAP``."""
     return str(facts.get("stage1.pool", facts.get("pool", "unknown classifier"))).upper()
+
+
+def background_name(facts: Facts) -> str:
+    """``u_0 attention``."""
+    return f"u_0 {facts.get('u_0')}"
 
 
 def loss_name(facts: Facts) -> str:
