@@ -199,6 +199,32 @@ def rows_of(condition: Condition) -> list[tuple[dict[str, object], tuple[tuple[s
     return [({**facts, "u_0": background, "generating": n}, seeds) for background, n in runs]
 
 
+def measure_all(
+    devkit: Devkit,
+    train: list[ImageFeatures],
+    val: list[ImageFeatures],
+    condition: Condition,
+    rows: list[Measurement],
+) -> list[Measurement]:
+    """Train the classifier under a condition and fill in the scores of its rows."""
+    boxes, seen = (
+        [loosen(devkit.annotation(p.name).boxes, condition.margin, p.size) for p in entries]
+        for entries in (train, val)
+    )
+    labels = [devkit.annotation(p.name).labels for p in train]
+    weight = fit(pooled(train, boxes, condition), labels, condition.sample)
+    alike = [uniformity(p, own) for p, own in zip(val, seen, strict=True)]
+    middle = float(torch.tensor(alike).median())
+    halves = [value > middle for value in alike]
+    found = []
+    for row in rows:
+        u_0, n = row.facts["u_0"], row.facts["generating"]
+        scores = measure(devkit, val, seen, weight, halves, u_0, n)
+        rich.print(condition, u_0, n, scores)
+        found.append(row._replace(scores=scores, images=len(val), more=source()))
+    return found
+
+
 def main(
     root: Path,
     out: Path = Path("benchmarks/results/voc_animals"),
@@ -247,23 +273,7 @@ def main(
                 features_of(network, devkit, devkit.names(train_split)),
                 features_of(network, devkit, devkit.names(val_split)),
             )
-        train, val = cached[condition.stride]
-        boxes, seen = (
-            [loosen(devkit.annotation(p.name).boxes, condition.margin, p.size) for p in entries]
-            for entries in (train, val)
-        )
-        labels = [devkit.annotation(p.name).labels for p in train]
-        weight = fit(pooled(train, boxes, condition), labels, condition.sample)
-        alike = [uniformity(p, own) for p, own in zip(val, seen, strict=True)]
-        middle = float(torch.tensor(alike).median())
-        halves = [value > middle for value in alike]
-        found = []
-        for row in rows:
-            u_0, n = row.facts["u_0"], row.facts["generating"]
-            scores = measure(devkit, val, seen, weight, halves, u_0, n)
-            rich.print(condition, u_0, n, scores)
-            found.append(row._replace(scores=scores, images=len(val), more=source()))
-        write_series(out, found)
+        write_series(out, measure_all(devkit, *cached[condition.stride], condition, rows))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,13 @@ def test_a_measurement_knows_the_settings_of_all_stages(tmp_path):
 
 def test_settings_that_a_method_does_not_heed_are_none_of_its_facts(tmp_path):
     several = animals(tmp_path)
+    several.labels("agnostic", {"crf": 80.0}, several.classifier("bap"), method="agnostic")
+    several.labels("alone", {"crf": 81.0}, method="agnostic")
     several.labels("box", {"labels": 63.0}, several.classifier("bap"), method="box")
-    (box,) = [m for m in read(tmp_path) if m.what == "labels"]
+    agnostic, alone, box = [m for m in read(tmp_path) if m.what == "labels"]
+    assert "labels.backbone" not in agnostic.facts
+    assert agnostic.facts["stage1.backbone"] == "tf_efficientnet_lite0"
+    assert alone.facts["labels.backbone"] == "tf_efficientnet_lite0"
     assert {x for x in box.facts if x.startswith(("stage1.", "labels."))} == {
         *("labels.method", "labels.difficult", "labels.margin")
     }

@@ -121,6 +121,18 @@ def test_other_data_and_unknown_classifiers_do_not_stand_beside_the_paper(tmp_pa
     assert "### Table 3" not in text
 
 
+def test_searched_labels_and_plain_series_do_not_stand_beside_the_paper(tmp_path):
+    runs = voc(tmp_path / "runs")
+    made = {"kind": "search", "settings": {"crf_search": True}, "scores": {}}
+    options = {"inputs": {"search": made}, "search": Path("result.json")}
+    runs.labels("searched", {"crf": 80.0}, runs.classifier("bap"), **options)
+    row = {"data": "VOC 2012", "split": "val", "map": "crf", "labels": {"method": "box"}}
+    series.append(tmp_path / "runs/labels.jsonl", {**row, "seed": 0, "miou": 70.5})
+    text = show(tmp_path / "runs", tmp_path / "page")
+    assert "### Table 1" not in text
+    assert cell(text, "Labels, mIoU (VOC 2012 val)", "Box", "Y_crf") == "70.5 (1)"
+
+
 def test_deeplab_on_all_of_voc_is_ours(tmp_path):
     runs = voc(tmp_path / "runs")
     labels = runs.labels("labels", {"crf": 79.0}, runs.classifier("bap_0"))
@@ -238,6 +250,24 @@ def test_rows_say_in_what_they_differ(tmp_path):
         ["BAP", "stride 8", "90.0 (1)"],
     ]
     assert "Where nothing else is said: stride 16." in text
+
+
+def test_rows_say_what_most_others_do_not_have(tmp_path):
+    runs = animals(tmp_path / "runs")
+    for name in ("network", "agnostic"):
+        runs.labels(name, {"crf": 80.0}, runs.classifier("bap"), method=name)
+    for centre in (0.2, 0.3):
+        name = {"method": "wssl", "centre": centre}
+        runs.labels(f"wssl_{centre}", {"labels": 70.0 + centre}, **name)
+    for method in ("box", "masks", "mcg"):
+        runs.labels(method, {"labels": 60.0}, method=method)
+    text = show(tmp_path / "runs", tmp_path / "page")
+    lines = section(text, "Labels, mIoU (voc-animals val, 200 images)")
+    assert [line[:2] for line in lines if line[0] == "WSSL"] == [
+        ["WSSL", "centre 0.2"],
+        ["WSSL", "centre 0.3"],
+    ]
+    assert "centre" not in text.split("Where nothing else is said")[-1]
 
 
 def test_few_scored_classes_have_columns(tmp_path):
