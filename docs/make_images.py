@@ -86,9 +86,7 @@ def photos(path: Path) -> None:
     from bapnal.label.backbone import TimmFeatures
 
     network = TimmFeatures("tf_efficientnet_lite0", stride=8, normalize=True).eval()
-    generate = PseudoLabelGenerator(
-        DenseCRF(), background_threshold=None, attention_minmax=True, unary_softmax=3.0
-    )
+    generate = PseudoLabelGenerator(DenseCRF())
     figure, rows = plt.subplots(len(PHOTOS), 4, figsize=(12, 7.2), layout="constrained")
     for axes, name in zip(rows, PHOTOS, strict=True):
         file = Path(skimage.__file__).parent / "data" / name

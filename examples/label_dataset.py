@@ -956,15 +956,9 @@ def main(
         settings |= {"steps": steps, "batch_size": batch_size, "crop": crop}
         settings |= {"frozen": frozen, "seed": seed}
         network = TimmFeatures(backbone, weights, frozen=frozen).to(device)
-        generate = PseudoLabelGenerator(
-            CRFS[crf](), background="cam", cam_normalization="box", unary_softmax=3.0
-        )
     else:
         network = TimmFeatures(backbone, weights, stride=8, normalize=True).to(device)
-        # Nothing is learned, so A is only compared within a picture: scaled to [0, 1], sharpened.
-        generate = PseudoLabelGenerator(
-            CRFS[crf](), background_threshold=None, attention_minmax=True, unary_softmax=3.0
-        )
+    generate = PseudoLabelGenerator(CRFS[crf]())
     claim(out / "settings.json", settings)
     _write_classes(out, source)
     weight, broken, done = None, {}, []

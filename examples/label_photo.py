@@ -152,13 +152,7 @@ def main(
     chosen = [(path, *load_photo(path, boxes)) for path, boxes in photos(image, box)]
     network = TimmFeatures(backbone, weights, stride=8, normalize=True)
     network.eval().to(memory_format=torch.channels_last)
-    # Nothing is learned, so A is only compared within a picture: scaled to [0, 1], and sharpened.
-    generate = PseudoLabelGenerator(
-        DenseCRF() if crf else None,
-        background_threshold=None,
-        attention_minmax=True,
-        unary_softmax=3.0,
-    )
+    generate = PseudoLabelGenerator(DenseCRF() if crf else None)
     written = []
     figure, rows = plt.subplots(
         len(chosen), 3, figsize=(12, 3.2 * len(chosen)), squeeze=False, layout="constrained"

@@ -225,7 +225,7 @@ def test_undecided_overlaps_go_to_the_smaller_box(monkeypatch, drawn, tmp_path):
     picture = read_boxes(**data(drawn, "voc")).pictures[0]
     image, _ = open_picture(picture)
     network = label_dataset.TimmFeatures("test_efficientnet", "random", 8, normalize=True).eval()
-    generate = label_dataset.PseudoLabelGenerator(background_threshold=None, unary_softmax=3.0)
+    generate = label_dataset.PseudoLabelGenerator()
     boxes = torch.tensor([[8.0, 8, 56, 56], [20, 20, 40, 40]])
     for classes in ([1, 5], [5, 1]):
         labels, _ = label_dataset.make_labels(

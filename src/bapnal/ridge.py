@@ -25,10 +25,11 @@ from bapnal.boxes import (
     pad_boxes,
     valid_cells,
 )
-from bapnal.pooling import join_labels
-from bapnal.unaries import minmax
+from bapnal.pooling import labels_of_boxes
+from bapnal.unaries import minmax, otsu_threshold
 
-SHARPNESS = 4.0  # of the step from background to foreground in the targets
+SHARPNESS = 8.0  # of the step from background to foreground in the targets
+MARGIN = 0.1  # below the threshold of Otsu: what is taken for foreground is so
 
 
 @torch.no_grad()
@@ -45,10 +46,12 @@ def box_targets(
     r"""How much of each cell is background and how much each class, as far as boxes tell.
 
     With v_c the largest share of a cell that a box of class c covers, v their maximum, A the
-    attention with the maximum over the grid and m the scaling to [0, 1] over boxed cells,
+    attention with the maximum over the grid, not set to 1 on the definite background, m the scaling
+    to [0, 1] over the cells that a box covers in part, and :math:`\theta` the threshold of Otsu
+    between their values, less 0.1,
 
     .. math::
-        y_c = v \, \mathrm{sigmoid}\big(4 (1 - 2 m(A))\big) \frac{v_c}{\sum_k v_k}, \qquad
+        y_c = v \, \mathrm{sigmoid}\big(8 (\theta - m(A))\big) \frac{v_c}{\sum_k v_k}, \qquad
         y_0 = 1 - \sum_c y_c.
 
     Args:
@@ -76,17 +79,17 @@ def box_targets(
         >>> boxes, labels = [torch.tensor([[1.0, 0.0, 4.0, 1.0]])], [torch.tensor([1])]
         >>> y, known = box_targets(features, boxes, labels, (1, 4), 2)
         >>> y[0, 1, 0]
-        tensor([0.0000, 0.0180, 0.9820, 0.0180])
+        tensor([0.0000, 0.0082, 0.9608, 0.0082])
     """
     _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
     size = _checks.size("image_size", image_size)
     _checks.integer("num_classes", num_classes, minimum=2)
-    _checks.integer("grid_size", grid_size, minimum=1)
+    _checks.grid("grid_size", grid_size)
     batch, _, h, w = features.shape
     check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)
     _checks.same_device(features=features, boxes=padded.corners)
-    target = join_labels(labels, batch, padded.image.shape[0], features.device)
+    target = labels_of_boxes(labels, boxes, padded, features.device)
     _checks.labels_within("labels", target, 1, num_classes - 1)
     with full_precision(features):
         x = widen(features)
@@ -95,7 +98,9 @@ def box_targets(
         attention = background_similarity(x, *grid_prototypes(x, outside, grid_size), "max")[:, 0]
         boxed = covered.amax(1) > 0
         shown = torch.ones_like(boxed) if valid is None else valid_cells(valid, (h, w))
-        likely = torch.sigmoid(SHARPNESS * (1 - 2 * minmax(attention, boxed & shown)))
+        attention = minmax(attention, boxed & shown)
+        threshold = otsu_threshold(attention, boxed & shown) - MARGIN
+        likely = torch.sigmoid(SHARPNESS * (threshold - attention))
         likely = covered.amax(1) * likely
         y = likely[:, None] * divide(covered, covered.sum(1, keepdim=True))
         y[:, 0] = 1 - likely
@@ -130,7 +135,8 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     .. math:: W = \big(G + \lambda \bar s \, \mathrm{diag}(1, \dots, 1, 0)\big)^{-1} R
 
     where G is the mean of :math:`x x^T` over :math:`x = (f, 1)`, R the mean of :math:`x y^T`, and
-    :math:`\bar s` the mean variance of a channel.
+    :math:`\bar s` the mean variance of a channel. Where no channel varies by more than rounding, W
+    predicts the mean of y; where there are no vectors, W is 0.
 
     Args:
         gram: Sum of :math:`x x^T`, whose last entry is the number of vectors; ``(D + 1, D + 1)``.
@@ -140,20 +146,32 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     Returns:
         ``(C, D + 1)``, the bias last.
 
+    Raises:
+        TypeError: If a sum is not floating, or ``penalty`` not a number.
+        ValueError: If a shape does not fit, ``penalty`` is not above 0, or the sums lie on
+            different devices.
+
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
         >>> y = torch.tensor([[1.0], [5.0]])
         >>> ridge_weights(x.T @ x, x.T @ y, penalty=1.0)  # half the slope, the same mean
         tensor([[1., 2.]])
     """
-    g, r = gram / gram[-1, -1], moment / gram[-1, -1]
-    variance = (g.diagonal()[:-1] - g[-1, :-1].square()).clamp_min(0).mean()
-    # Where no channel varies there is nothing but the bias to find; any positive number does.
-    variance = torch.where(variance > 0, variance, 1.0)
-    ridge = torch.full_like(g[-1], penalty)
-    ridge[-1] = 0
-    solution: Tensor = torch.linalg.solve(g + torch.diag(variance * ridge), r)
-    return solution.mT
+    _checks.floating("gram", _checks.shape("gram", gram, ("D + 1", "D + 1")))
+    _checks.shape("gram", gram, (gram.shape[0], gram.shape[0]))
+    _checks.floating("moment", _checks.shape("moment", moment, (gram.shape[0], "C")))
+    _checks.same_device(gram=gram, moment=moment)
+    _checks.number("penalty", penalty, above=0)
+    g, r = divide(gram, gram[-1, -1]), divide(moment, gram[-1, -1])
+    f, y = g[-1, :-1], r[-1]
+    # Centred, which is the same but for rounding: the bias has no part in the equations.
+    covariance, cross = g[:-1, :-1] - f[:, None] * f, r[:-1] - f[:, None] * y
+    variance = covariance.diagonal().clamp_min(0).mean()
+    rounding = 2**14 * torch.finfo(g.dtype).eps * g.diagonal()[:-1].mean()
+    ridge = penalty * torch.maximum(variance, rounding)
+    ridge = torch.where(ridge > 0, ridge, 1.0)  # of all zeros; any positive number does
+    slope: Tensor = torch.linalg.solve(covariance + torch.diag(ridge.expand_as(f)), cross)
+    return torch.cat([slope, (y - f @ slope)[None]]).mT
 
 
 class RidgeBoxClassifier(nn.Module):
@@ -196,7 +214,7 @@ class RidgeBoxClassifier(nn.Module):
         self.in_channels = _checks.integer("in_channels", in_channels, minimum=1)
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=2)
         self.penalty = _checks.number("penalty", penalty, above=0)
-        self.grid_size = _checks.integer("grid_size", grid_size, minimum=1)
+        self.grid_size = _checks.grid("grid_size", grid_size)
         side = in_channels + 1
         self.register_buffer("gram", torch.zeros(side, side, dtype=torch.float64))
         self.register_buffer("moment", torch.zeros(side, num_classes, dtype=torch.float64))
@@ -218,6 +236,7 @@ class RidgeBoxClassifier(nn.Module):
                 the CPU).
         """
         _checks.shape("features", features, ("B", self.in_channels, "h", "w"))
+        _checks.same_device(features=features, gram=self.gram)
         y, known = box_targets(
             features,
             boxes,
@@ -254,7 +273,8 @@ class RidgeBoxClassifier(nn.Module):
     def solve(self) -> Tensor:
         """Return weights for :func:`bapnal.pseudo_labels`; ``(L + 1, D + 1)`` float32, bias last.
 
-        Classes without a box are zero, which counts as unseen there.
+        Classes without a box, or with none in an image that has definite background, are zero,
+        which counts as unseen there.
 
         Raises:
             ValueError: If no box was seen.
@@ -263,7 +283,8 @@ class RidgeBoxClassifier(nn.Module):
         if not bool(seen[1:].any()):
             raise ValueError("update must have seen a box beside background, got none")
         weight = ridge_weights(self.gram, self.moment, self.penalty)
-        return (weight * seen[:, None]).float()
+        most = torch.finfo(torch.float32).max
+        return (weight * seen[:, None]).clamp(-most, most).float()
 
     def extra_repr(self) -> str:
         """Name the settings in ``repr``."""

@@ -10,7 +10,8 @@ from PIL import Image
 from result_files import animals, write
 
 import shapes
-from bapnal_recipes.data.label_maps import fill_boxes, write_label_map
+from bapnal import paint_boxes
+from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import Devkit
 from bapnal_recipes.voc2012 import (
     figures,
@@ -42,7 +43,7 @@ def drawn(tmp_path_factory):
         for name in devkit.names("train"):
             sample = devkit.annotation(name)
             size = tuple(devkit.mask(name).shape)
-            filled = fill_boxes(sample.boxes, sample.labels, size)
+            filled = paint_boxes(sample.boxes, sample.labels, size)
             if method == "wssl":
                 write_label_map(out / "labels" / f"{name}.png", filled)
                 continue

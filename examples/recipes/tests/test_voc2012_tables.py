@@ -10,7 +10,8 @@ import pytest
 import tyro
 from result_files import animals, voc
 
-from bapnal_recipes.engine import series, training
+from bapnal_recipes.engine import series
+from bapnal_recipes.engine.commands import cli
 from bapnal_recipes.voc2012 import (
     generate_labels,
     page,
@@ -305,7 +306,7 @@ def test_plain_label_series_stand_with_the_other_labels(tmp_path):
     text = show(tmp_path / "series", tmp_path / "page")
     lines = section(text, "Labels (coco-mini val)")
     assert lines[0] == ["", "miou", "ci low", "seconds per 1000 images"]
-    assert lines[2:] == [["Box", "63.0", "60.5", "31.2"], ["ridge", "89.0", "60.5", "31.2"]]
+    assert lines[2:] == [["Box", "63.0", "60.5", "31.2"], ["closed form", "89.0", "60.5", "31.2"]]
 
 
 def test_rows_of_the_faulty_normalisation_are_named(tmp_path):
@@ -424,7 +425,7 @@ def test_the_commands_of_the_readme_are_understood(monkeypatch):
         monkeypatch.setattr("sys.argv", [f"{script}.py", *options.split()])
         module = importlib.import_module(f"bapnal_recipes.voc2012.{script}")
         if hasattr(module, "PRESETS"):
-            settings = training.cli(module.__doc__, module.PRESETS)
+            settings = cli(module.__doc__, module.PRESETS)
         else:
             settings = tyro.cli(module.Settings)
         assert str(getattr(settings, "out", "runs")).startswith("runs")

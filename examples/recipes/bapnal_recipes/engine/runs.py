@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -88,8 +89,12 @@ class Meter:
 
 
 def result(
-    kind: str, settings: dict[str, object], scores: dict[str, object], meter: Meter, **more: object
-) -> dict[str, object]:
+    kind: str,
+    settings: Mapping[str, object],
+    scores: Mapping[str, object],
+    meter: Meter,
+    **more: object,
+) -> dict[str, Any]:
     """Put together what a result file holds.
 
     Args:
@@ -108,7 +113,8 @@ def result(
         "about": about(),
         **more,
     }
-    return json.loads(json.dumps(found, default=str))  # as it comes back from the file
+    stored: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return stored  # as it comes back from the file
 
 
 def inputs(**paths: Path | None) -> dict[str, dict[str, Any]]:
@@ -184,3 +190,9 @@ def expecting(path: Path, what: str) -> Iterator[None]:
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Return the settings in a dataclass as they come back from a JSON file."""
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return found

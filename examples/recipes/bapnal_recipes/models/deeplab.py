@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bapnal import CosineClassifier, cosine_similarity
 from bapnal.label.backbone import TimmFeatures
-from bapnal_recipes.models.backbones import Resnet101Features, Vgg16Features
+from bapnal_recipes.models.backbones import Resnet101Features, Vgg16Features, zero_bias
 from bapnal_recipes.models.small import SmallFeatures
+
+Features = Vgg16Features | Resnet101Features | SmallFeatures | TimmFeatures
+"""Modules with ``channels`` and ``pretrained`` that give features of images."""
 
 HEADS = ("largefov", "aspp", "linear")
 CLASSIFIERS = ("cosine", "dot")
@@ -24,7 +28,7 @@ def build_features(
     frozen: int = 0,
     *,
     dilated: bool = False,
-) -> nn.Module:
+) -> Features:
     """Build the network whose features stages 1 and 2 stand on.
 
     Args:
@@ -96,33 +100,41 @@ def build_segmenter(
         raise ValueError(f"classifier must be {known}, got {classifier!r}")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
+    features: Features
     top: nn.Module
+    if name in ("deeplab_v1", "deeplab_v2"):
+        _require_stride_8(name, stride)
     if name == "deeplab_v1":
-        _require_stride_8(name, stride)
         features = Vgg16Features(weights, fc6_dilation=12, fifth_pooling=True, frozen=frozen)
-        channels, top = features.channels, nn.Dropout(0.5)
+        top, channels = nn.Dropout(0.5), features.channels
     elif name == "deeplab_v2":
-        _require_stride_8(name, stride)
         features = Resnet101Features(weights, frozen=frozen)
-        top = Aspp(features.channels)
-        channels = top.channels
+        top, channels = _head("aspp", features.channels, stride)
+    elif name == "small":
+        features = _small(weights, frozen)
+        top, channels = _head(head, features.channels, SMALL_STRIDE)
     else:
-        if name == "small":
-            features, stride = _small(weights, frozen), SMALL_STRIDE
-        else:
-            coarsest = max(TimmFeatures(name, "random").network.feature_info.reduction())
-            dilated = stride if stride < coarsest else None
-            features = _timm(name, weights, stride, frozen, dilated)
-        if head == "linear":
-            channels, top = features.channels, nn.Identity()
-        else:
-            top = (LargeFov if head == "largefov" else Aspp)(features.channels, stride=stride)
-            channels = top.channels
-    if classifier == "cosine":
-        return Segmenter(features, top, CosineClassifier(channels, num_classes, scale=20))
+        info: Any = TimmFeatures(name, "random").network.feature_info
+        dilated = stride if stride < max(info.reduction()) else None
+        features = _timm(name, weights, stride, frozen, dilated)
+        top, channels = _head(head, features.channels, stride)
+    return Segmenter(features, top, _classifier(classifier, channels, num_classes))
+
+
+def _head(name: str, inputs: int, stride: int) -> tuple[nn.Module, int]:
+    """The head by its name, and the channels that it gives."""
+    if name == "linear":
+        return nn.Identity(), inputs
+    top = (LargeFov if name == "largefov" else Aspp)(inputs, stride=stride)
+    return top, top.channels
+
+
+def _classifier(name: str, channels: int, num_classes: int) -> CosineClassifier | nn.Conv2d:
+    if name == "cosine":
+        return CosineClassifier(channels, num_classes, scale=20)
     dot = nn.Conv2d(channels, num_classes, 1, bias=False)
     nn.init.normal_(dot.weight, std=0.01)
-    return Segmenter(features, top, dot)
+    return dot
 
 
 class Segmenter(nn.Module):
@@ -135,7 +147,7 @@ class Segmenter(nn.Module):
     """
 
     def __init__(
-        self, features: nn.Module, head: nn.Module, classifier: CosineClassifier | nn.Conv2d
+        self, features: Features, head: nn.Module, classifier: CosineClassifier | nn.Conv2d
     ) -> None:
         super().__init__()
         self.features = features
@@ -188,12 +200,14 @@ class LargeFov(nn.Module):
         self.dropout = nn.Dropout(0.5)
         for layer in (self.fc6, self.fc7):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            zero_bias(layer)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return vectors ``(B, D, h, w)``, nowhere negative."""
-        x = self.dropout(F.relu(self.fc6(features), inplace=True))
-        return self.dropout(F.relu(self.fc7(x), inplace=True))
+        x = features
+        for layer in (self.fc6, self.fc7):
+            x = self.dropout(F.relu(layer(x), inplace=True))
+        return x
 
 
 class Aspp(nn.Module):
@@ -221,17 +235,20 @@ class Aspp(nn.Module):
         super().__init__()
         self.channels = channels
         rates = [_rate(rate, stride) for rate in (6, 12, 18, 24)]
-        self.branches = nn.ModuleList(
+        branches = [
             nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate) for rate in rates
-        )
-        for branch in self.branches:
+        ]
+        for branch in branches:
             nn.init.normal_(branch.weight, std=0.01)
-            nn.init.zeros_(branch.bias)
+            zero_bias(branch)
+        self.branches = nn.ModuleList(branches)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return vectors ``(B, D, h, w)`` of either sign."""
-        first, *others = (branch(features) for branch in self.branches)
-        return sum(others, start=first)
+        x: Tensor = self.branches[0](features)
+        for branch in self.branches[1:]:
+            x = x + branch(features)
+        return x
 
 
 def _rate(at_8: int, stride: int) -> int:

@@ -40,6 +40,7 @@ PLACES = frozenset(
 HEEDED: dict[str, tuple[str, ...]] = {
     "network": ("generator", "crf"),
     "agnostic": ("generator", "crf", "backbone", "weights", "stride"),
+    "ridge": ("generator", "crf", "backbone", "weights", "stride", "fit_split"),
     "wssl": ("centre", "crf"),
     "grabcut": ("rounds",),
     "sdi": ("rounds",),
@@ -235,7 +236,7 @@ def _labels(facts: Facts, settings: Mapping[str, Any], inputs: dict[str, Any]) -
     """Leave out the settings that the method does not heed, and merge those that were searched."""
     method = str(settings.get("method"))
     heeded = set(HEEDED.get(method, ()))
-    if method not in ("network", "agnostic"):
+    if method not in ("network", "agnostic", "ridge"):
         inputs.pop("classifier", None)
     elif "classifier" in inputs:
         heeded -= {"backbone", "weights", "stride"}

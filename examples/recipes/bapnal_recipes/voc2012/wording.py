@@ -15,6 +15,7 @@ METHODS = {
     "sdi": "SDI",
     "masks": "masks made elsewhere",
     "agnostic": "without class weights",
+    "ridge": "closed form",
 }
 BACKGROUND = {
     "cam": ", without u_0",
