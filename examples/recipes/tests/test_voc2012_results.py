@@ -206,6 +206,10 @@ def test_series_hold_all_that_result_files_say(tmp_path):
     for m in there:
         again = found[m.what, repr(sorted(m.facts.items())), m.seeds]
         assert (again.scores, again.images, again.more) == (m.scores, m.images, m.more)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "series").glob("*.*")}
+    write_series(tmp_path / "series", list(found.values())[::-1])
+    for name, content in written.items():
+        assert (tmp_path / "series" / name).read_bytes() == content, name
 
 
 def test_rows_say_the_settings_that_differ(tmp_path):
@@ -234,6 +238,8 @@ def test_rows_say_the_settings_that_differ(tmp_path):
 
 
 def test_a_setting_that_comes_to_differ_moves_into_the_rows(tmp_path):
+    write_series(tmp_path, [measured("cams", {"data": "voc", "stride": 8}, 70.0, stage1=0)])
+    other = (tmp_path / "cams.jsonl").read_bytes()
     write_series(tmp_path, [measured("labels", {"data": "voc", "stride": 8}, 80.0, stage1=0)])
     write_series(tmp_path, [measured("labels", {"data": "coco", "stride": 8}, 50.0, stage1=0)])
     write_series(tmp_path, [measured("labels", {"data": "voc", "stride": 8}, 81.0, stage1=0)])
@@ -244,6 +250,8 @@ def test_a_setting_that_comes_to_differ_moves_into_the_rows(tmp_path):
         ({"data": "coco", "stride": 8}, 50.0),
         ({"data": "voc", "stride": 8}, 81.0),
     ]
+    assert (tmp_path / "cams.jsonl").read_bytes() == other
+    assert read_series(tmp_path / "cams.jsonl")[0].facts == {"data": "voc", "stride": 8}
 
 
 def test_plain_rows_have_their_numbers_among_the_settings(tmp_path):

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
 from bapnal.label.files import write_json
 from bapnal_recipes.engine import series
 
 Facts = dict[str, Any]
 SHARED = "shared.json"
-OWN_FIELDS = ("seeds", "images", "scores", "seconds", "memory", "rates")
 SOURCE = ("commit", "machine", "versions")
+MORE = ("seconds", "memory", *SOURCE, "rates")
+OWN_FIELDS = ("seeds", "images", "scores", *MORE)
 
 
 class Measurement(NamedTuple):
@@ -78,7 +81,7 @@ def _measurement(path: Path, row: dict[str, Any], shared: Mapping[str, Any]) -> 
         own = {"seed", *scores}
     if "scores" not in row and not scores:
         raise ValueError(f"{path}: a row has neither scores nor a decimal number")
-    more = {x: row[x] for x in ("seconds", "memory", "rates", *SOURCE) if x in row}
+    more = {x: row[x] for x in MORE if x in row}
     told = {x: v for x, v in row.items() if x not in own and x not in SOURCE}
     _fill(told, shared)
     facts = {x: tuple(v) if isinstance(v, list) else v for x, v in _unnested(told)}
@@ -104,17 +107,22 @@ def write_series(folder: Path, measurements: Iterable[Measurement]) -> None:
         folder: Of the series, one file ``WHAT.jsonl`` with a table ``WHAT.csv`` for each kind.
         measurements: What to add.
     """
-    there = [m for path in folder.glob("*.jsonl") for m in read_series(path)]
     kinds: dict[str, list[Measurement]] = {}
-    for m in {key(m): m for m in (*there, *measurements)}.values():
+    for m in measurements:
         kinds.setdefault(m.what, []).append(m)
-    shared = {}
-    for what, several in sorted(kinds.items()):
-        same = _shared([m.facts for m in several])
-        shared[what] = _nested(dict(sorted(same.items())))
-        series.write(folder / f"{what}.jsonl", [_row(m, same) for m in several])
-        series.write_csv(folder / f"{what}.jsonl", leave_out=("rates",))
-    write_json(folder / SHARED, shared)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".series.lock"):
+        path = folder / SHARED
+        shared = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for what, new in kinds.items():
+            path = folder / f"{what}.jsonl"
+            there = read_series(path) if path.is_file() else []
+            several = list({key(m): m for m in (*there, *new)}.values())
+            same = _shared([m.facts for m in several])
+            shared[what] = _nested(dict(sorted(same.items())))
+            series.write(path, [_row(m, same) for m in several])
+            series.write_csv(path, leave_out=("rates",))
+        write_json(folder / SHARED, dict(sorted(shared.items())))
 
 
 def _shared(several: Sequence[Facts]) -> Facts:
@@ -133,8 +141,8 @@ def _shared(several: Sequence[Facts]) -> Facts:
 
 def _row(m: Measurement, same: Facts) -> dict[str, Any]:
     row = _nested({x: v for x, v in m.facts.items() if x not in same}, m.facts)
-    more = {"seeds": dict(m.seeds), "images": m.images, "scores": _nested(m.scores), **m.more}
-    return {**row, **more}
+    numbers = {"seeds": dict(m.seeds), "images": m.images, "scores": _nested(m.scores)}
+    return {**row, **numbers, **{x: m.more[x] for x in MORE if x in m.more}}
 
 
 def _nested(found: Mapping[str, Any], parts: Iterable[str] = ()) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def _render(examples: Sequence[Sequence[Panel]], width: int, legend: Mapping[int
     figure = Figure(figsize=(across / dots, down / dots), dpi=dots, facecolor="white")
 
     def write(x: float, y: float, words: str, align: str) -> None:
-        where = {"ha": align, "va": "center", "fontsize": text * 72 / dots}
+        where: dict[str, Any] = {"ha": align, "va": "center", "fontsize": text * 72 / dots}
         figure.text(x / across, 1 - y / down, as_mathematics(words), **where)
 
     def place(x: int, y: int, pixels: np.ndarray) -> None:
@@ -339,9 +339,9 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
             Panel("where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, VOID))),
             *source.truth(name, image),
         ]
-        for steps in sorted(moments[name])[:5]:
-            sigma = read_label_map(moments[name][steps]).float() / 255
-            panels.append(Panel(f"σ, step {steps}", grey_map(sigma)))
+        for moment in sorted(moments[name])[:5]:
+            sigma = read_label_map(moments[name][moment]).float() / 255
+            panels.append(Panel(f"σ, step {moment}", grey_map(sigma)))
         shown.append(panels)
     grid(path, shown, source.legend())
     settings = run.settings
