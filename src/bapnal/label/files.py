@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,10 +31,9 @@ def whole(path: Path) -> Iterator[Path]:
     unfinished = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        number, name = tempfile.mkstemp(".part", ".bapnal-", path.parent)
-        os.close(number)
-        unfinished = Path(name)
-        unfinished.chmod(0o666 & ~_umask())
+        new = path.parent / f".bapnal-{secrets.token_hex(8)}.part"
+        new.touch(exist_ok=False)  # fails where anything lies there
+        unfinished = new
         yield unfinished
         unfinished.replace(path)
     except OSError as error:
@@ -45,13 +44,6 @@ def whole(path: Path) -> Iterator[Path]:
         if unfinished is not None:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """What this process takes from the rights of new files; only setting it tells."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def finite(content: Any) -> Any:

@@ -58,9 +58,11 @@ def image_head(path: Path) -> tuple[tuple[int, int], str]:
 
 def open_image(path: Path) -> Image.Image:
     """Open and decode an image, or say which file is broken."""
-    with _named(path), Image.open(path) as image:
-        image.load()
-        return image
+    with _named(path):
+        image = Image.open(path)
+        with image:
+            image.load()
+    return image
 
 
 def read_rgb(
@@ -113,7 +115,8 @@ def rgb_array(image: Image.Image) -> NDArray[np.uint8]:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, layer)
-    return np.array(image.convert("RGB"))
+    pixels: NDArray[np.uint8] = np.array(image.convert("RGB"))
+    return pixels
 
 
 def stretch(values: NDArray[np.generic]) -> NDArray[np.uint8]:
@@ -131,7 +134,8 @@ def stretch(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     x = np.where(known, x, low).clip(low, high)
     # Halves first: the range of float32 exceeds nothing, that of float64 can exceed itself.
     share = (x / 2 - low / 2) / max(high / 2 - low / 2, np.finfo(np.float64).tiny)
-    return np.round(255 * share).astype(np.uint8)
+    scaled: NDArray[np.uint8] = np.round(255 * share).astype(np.uint8)
+    return scaled
 
 
 def write_image(path: Path, image: Image.Image, format: str, **options: object) -> None:
