@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -42,7 +43,9 @@ def decode(counts: str, size: tuple[int, int]) -> NDArray[np.bool_]:
     """Return the mask ``(H, W)`` that run lengths stand for."""
     from pycocotools import mask as run_lengths
 
-    found = run_lengths.decode({"size": list(size), "counts": counts.encode("ascii")})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of its arrays, with NumPy 2
+        found = run_lengths.decode({"size": list(size), "counts": counts.encode("ascii")})
     return np.asarray(found).astype(bool)
 
 

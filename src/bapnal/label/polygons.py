@@ -75,7 +75,7 @@ def simplify(polygon: Points, tolerance: float = TOLERANCE) -> Points:
         tolerance: No point left out is further from the result, in pixels.
 
     Returns:
-        At least three of the points, in order.
+        Some of the points, in order; at least three where they are not all on a line.
     """
     if len(polygon) <= 4:
         return polygon
