@@ -363,8 +363,7 @@ def generator(options: Options) -> Iterator[Row]:
     if densecrf is not None:
         crfs["pydensecrf"] = DenseCRF(backend="pydensecrf")
     crfs["plain form"] = by_plain
-    settings = {"background_threshold": None, "attention_minmax": True, "unary_softmax": 3.0}
-    generators = {key: PseudoLabelGenerator(crf, **settings) for key, crf in crfs.items()}
+    generators = {key: PseudoLabelGenerator(crf) for key, crf in crfs.items()}
     times: dict[str, list[float]] = {key: [] for key in generators}
     for generate in generators.values():
         generate(*data[0])

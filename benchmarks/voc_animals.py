@@ -26,7 +26,10 @@ import tyro
 from bapnal.label.backbone import load_by_position, packaged_weights
 from bapnal.label.files import whole, write_json
 from bapnal_recipes.data.voc import default_root
-from bapnal_recipes.engine.training import Logging, Machines
+from bapnal_recipes.engine.logs import Logging
+from bapnal_recipes.engine.machines import Machines
+from bapnal_recipes.models.classifier import load_classifier
+from bapnal_recipes.models.generator import PAPER, RELEASED, CrfSettings, GeneratorSettings
 from bapnal_recipes.voc2012 import (
     evaluate,
     generate_labels,
@@ -34,20 +37,15 @@ from bapnal_recipes.voc2012 import (
     train_classifier,
     train_segmentation,
 )
-from bapnal_recipes.voc2012.generate_labels import CrfSettings, GeneratorSettings
-from bapnal_recipes.voc2012.train_classifier import load_classifier
+from bapnal_recipes.voc2012.evaluate.segmentation import Mode
 
 ANIMALS = (0, 8, 10, 12, 13, 17)  # what the scores are averaged over
 UNSEEN = ("cow", "horse")
 UNSEEN_CLASSES = (10, 13)
 QUIET = Logging(tensorboard=False)
-# Without a trained classifier nothing is learned, so A is only compared within an image.
-AGNOSTIC = GeneratorSettings(
-    background_threshold=None, attention_minmax=True, unary_softmax=3.0, cam_normalization="box"
-)
-WITHOUT_U0 = GeneratorSettings(background="cam", cam_normalization="box", unary_softmax=1.0)
+WITHOUT_U0 = replace(RELEASED, background="cam", align_corners=False)
 # How N is compared: u_0 is the attention, on which alone N bears when labels are generated.
-BY_ATTENTION = GeneratorSettings(background_threshold=None, unary_softmax=4.0)
+BY_ATTENTION = replace(PAPER, background_threshold=None, unary_softmax=4.0, align_corners=False)
 MARGIN = 0.25  # of their sides, by which boxes are loosened
 HALF = CrfSettings(half_resolution=True)
 FOLDERS = (
@@ -167,7 +165,7 @@ def _labels(
     score_classes: tuple[int, ...] = ANIMALS,
 ) -> Iterator[Job]:
     yield f"labels_{name}", lambda: generate_labels.main(settings)
-    evaluation = evaluate.Labels(
+    evaluation = evaluate.EvaluateLabels(
         folder=settings.out,
         out=s.out / f"evaluate_labels_{name}.json",
         root=s.root,
@@ -183,8 +181,6 @@ def rivals(s: Settings) -> Iterator[Job]:
         settings = generate_labels.Settings(
             root=s.root, out=s.work / "labels_val" / method, split="val", method=method
         )
-        if method == "agnostic":
-            settings = replace(settings, generator=AGNOSTIC)
         yield from _labels(s, f"val_{method}", settings)
 
 
@@ -194,21 +190,21 @@ def facts(s: Settings) -> Iterator[Job]:
         classifier = s.work / "classifier" / name / "classifier.pt"
         common = {"classifier": classifier, "root": s.root, "split": "val"}
         runs = {
-            f"cams_{name}": evaluate.Cams(
+            f"cams_{name}": evaluate.EvaluateCams(
                 out=s.out / f"evaluate_cams_{name}.json", score_classes=ANIMALS[1:], **common
             ),
-            f"boxes_{name}": evaluate.Boxes(
+            f"boxes_{name}": evaluate.EvaluateBoxes(
                 out=s.out / f"evaluate_boxes_{name}.json", score_classes=ANIMALS[1:], **common
             ),
         }
         if name == "bap_0":
-            runs["runtime"] = evaluate.Runtime(
+            runs["runtime"] = evaluate.EvaluateRuntime(
                 out=s.out / "evaluate_runtime.json", generator=WITHOUT_U0, **common
             )
         for what, settings in runs.items():
             yield f"evaluate_{what}", lambda settings=settings: evaluate.main(settings)
     for name in ("bap_0", "gap_0", "wssl", "grabcut"):
-        settings = evaluate.Filling(
+        settings = evaluate.EvaluateFilling(
             folder=s.work / "labels_val" / name,
             out=s.out / f"evaluate_filling_{name}.json",
             root=s.root,
@@ -223,7 +219,7 @@ def unseen(s: Settings) -> Iterator[Job]:
     runs = {
         "weights": ("network", "bap_0"),
         "without": ("agnostic", "without"),
-        "mixed": ("network", "without"),  # by weights where all classes of an image have some
+        "mixed": ("network", "without"),  # by weights where a class has some
         "seen": ("agnostic", "bap_0"),
         "imagenet": ("agnostic", None),
     }
@@ -234,7 +230,7 @@ def unseen(s: Settings) -> Iterator[Job]:
             split="val",
             method=method,
             classifier=s.work / "classifier" / own / "classifier.pt" if own else None,
-            generator=WITHOUT_U0 if name == "weights" else AGNOSTIC,
+            generator=WITHOUT_U0 if name == "weights" else GeneratorSettings(),
         )
         yield from _labels(s, f"unseen_{name}", settings, UNSEEN_CLASSES)
 
@@ -381,10 +377,10 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
         **options,
     )
     yield f"segmentation_{name}", lambda: train_segmentation.main(settings)
-    modes: tuple[evaluate.Mode, ...] = ("single",)
+    modes: tuple[Mode, ...] = ("single",)
     if name in ("crf_0", "ignore_0", "nal_0"):
         modes = ("single", "single+crf")
-    evaluation = evaluate.Segmentation(
+    evaluation = evaluate.EvaluateSegmentation(
         segmenter=settings.out / "segmenter.pt",
         out=s.out / f"evaluate_segmentation_{name}.json",
         root=s.root,

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal import (
+    PRESETS,
     DenseCRF,
     PseudoLabelGenerator,
     background_aware_pooling,
@@ -172,11 +173,13 @@ def measure(
     """Measure Y_crf on ``val``, in all and on the halves with uniform and cluttered backgrounds."""
     generate = PseudoLabelGenerator(
         FAST,
-        grid_size=grid_size,
-        background=background,
-        background_threshold=None,
-        cam_normalization="box",
-        unary_softmax=1.0,
+        **{
+            **PRESETS["released"],
+            "grid_size": grid_size,
+            "background": background,
+            "background_threshold": None,
+            "align_corners": False,
+        },
     )
     scores = {key: SegmentationScore(CLASSES, ANIMALS) for key in ("all", "uniform", "cluttered")}
     for entry, own, uniform in zip(entries, boxes, halves, strict=True):

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from bapnal import confidence_map, noise_aware_loss
 from bapnal.label.files import write_json
 from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.labelled import LabelledImages, label_folder
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine.runs import Meter, result
-from bapnal_recipes.voc2012.train_segmentation import LabelledImages, label_folder, load_segmenter
+from bapnal_recipes.models.segmenter import load_segmenter
 
 BINS = 1000
 SCALE = 20.0  # of the cosine classifier

@@ -131,7 +131,7 @@ def plan_shapes(root: Path, steps: int, crf_backend: str, device: str) -> Plan:
         val=devkit.names("val"),
         classes=list(range(len(shapes.CLASSES) + 1)),
         features=lambda: SmallFeatures(64),
-        generator=PseudoLabelGenerator(crf, cam_normalization="box", unary_softmax=2.0),
+        generator=PseudoLabelGenerator(crf),
         augment=Augmentation(side * 6 // 7, scale=(0.8, 1.25), jitter=0),
         first=stages.Schedule(steps, batch_size=8, rate=3e-3, head_rate=3e-3),
         third=stages.Schedule(steps, batch_size=8, rate=3e-3, head_rate=3e-3),
@@ -154,11 +154,7 @@ def plan_devkit(
     crf_backend: str,
     device: str,
 ) -> Plan:
-    """Return the plan for real images in a VOC devkit and a pretrained backbone.
-
-    The background's class activation map serves as u_0: with this backbone it gives better labels
-    than the attention map. The classifier's part of the background is learned either way.
-    """
+    """Return the plan for real images in a VOC devkit and a pretrained backbone."""
     devkit = Devkit(root)
     unknown = [name for name in classes if name not in devkit.classes]
     if unknown:
@@ -166,12 +162,7 @@ def plan_devkit(
             f"classes must be among {', '.join(devkit.classes)}, got {', '.join(unknown)}"
         )
     chosen = classes or devkit.classes
-    generator = PseudoLabelGenerator(
-        DenseCRF(4, 55, 3, 3, 3, backend=crf_backend),
-        background="cam",
-        cam_normalization="box",
-        unary_softmax=3.0,
-    )
+    generator = PseudoLabelGenerator(DenseCRF(4, 55, 3, 3, 3, backend=crf_backend))
     workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
     schedule = stages.Schedule(steps, rate=1e-3, head_rate=1e-2, optimizer="sgd", workers=workers)
     return Plan(
@@ -338,7 +329,7 @@ def draw_examples(
     segmentation: stages.SegmentationNetwork,
 ) -> list[list[report.Panel]]:
     """Draw everything that happens to some images, on the way from boxes to prediction."""
-    plain = PseudoLabelGenerator(crf=None, background_threshold=None, cam_normalization="box")
+    plain = PseudoLabelGenerator(crf=None, background="attention", foreground="cam")
     network.eval()
     examples = []
     for sample in (plan.dataset(names, masks=True)[i] for i in range(len(names))):

@@ -22,10 +22,11 @@ from bapnal import (
     NoiseAwareLoss,
     PseudoLabelGenerator,
     box_classification_loss,
+    paint_boxes,
     poly_schedule,
 )
 from bapnal_recipes.data.dataset import BoxDataset, collate
-from bapnal_recipes.data.label_maps import VOID, fill_boxes, read_label_map, write_label_map
+from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
 from bapnal_recipes.data.metrics import Segmentation, SegmentationScore
 
 LOSSES = ("plain", "ignore", "nal", "truth")
@@ -242,8 +243,8 @@ def score_labels(
     score = SegmentationScore(_count(dataset), classes)
     for name in dataset.names:
         if kind == "box":
-            image, annotation = dataset.devkit.annotated(name)
-            found = fill_boxes(annotation.boxes, annotation.labels, tuple(image.shape[1:]))
+            image, (boxes, labels, _) = dataset.devkit.annotated(name)
+            found = paint_boxes(boxes, labels, (image.shape[1], image.shape[2]))
         elif kind == "both":
             crf, ret = (read_label_map(folder / k / f"{name}.png") for k in ("crf", "ret"))
             found = crf.masked_fill(crf != ret, VOID)

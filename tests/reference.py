@@ -76,6 +76,19 @@ def box_cells(box, image_size, map_size):  # -> [h][w] bool
     return plane_of(map_size, belongs)
 
 
+def box_coverage(box, image_size, map_size):  # -> [h][w]: the share of each cell in the box
+    x1, y1, x2, y2 = (Fraction(x) for x in box)
+    dy, dx = Fraction(image_size[0], map_size[0]), Fraction(image_size[1], map_size[1])
+
+    def common(low, high, i, step):  # length of [low, high) within cell i
+        return max(min(high, (i + 1) * step) - max(low, i * step), Fraction(0))
+
+    return plane_of(
+        map_size,
+        lambda i, j: float(common(y1, y2, i, dy) * common(x1, x2, j, dx) / (dy * dx)),
+    )
+
+
 def box_bins(box, bins):  # -> [bins * bins][4], row by row, as fractions
     x1, y1, x2, y2 = (Fraction(x) for x in box)
     dx, dy = (x2 - x1) / bins, (y2 - y1) / bins
@@ -131,18 +144,22 @@ def grid_prototypes(f, m, n):  # f: [D][h][w], m: [h][w] -> [n * n][D], [n * n] 
     return prototypes, valid
 
 
-def background_similarity(vector, prototypes, valid):  # [D], [n * n][D], [n * n] -> number
+def background_similarity(vector, prototypes, valid, reduction="mean"):
+    # [D], [n * n][D], [n * n] -> number
     scores = [max(cosine(vector, q), 0.0) for q, ok in zip(prototypes, valid, strict=True) if ok]
+    if reduction == "max":
+        return max(scores, default=0.0)
     return sum(scores) / len(scores) if scores else 0.0
 
 
-def background_attention(f, m, n):  # f: [D][h][w], m: [h][w] -> A: [h][w], q: [n * n][D], [n * n]
+def background_attention(f, m, n, reduction="mean"):
+    # f: [D][h][w], m: [h][w] -> A: [h][w], q: [n * n][D], [n * n]
     prototypes, valid = grid_prototypes(f, m, n)
 
     def attention(i, j):
         if m[i][j] != 0:
             return 1.0
-        return background_similarity(vector_at(f, i, j), prototypes, valid)
+        return background_similarity(vector_at(f, i, j), prototypes, valid, reduction)
 
     return plane_of(size_of(m), attention), prototypes, valid
 
@@ -292,9 +309,14 @@ def ratio(a, b):
     return a / b if b != 0 else 0.0
 
 
+def scores_of(f, w, size, align_corners=False):  # f . w + b, w: [D] or [D + 1] -> [H][W]
+    bias = w[len(f)] if len(w) > len(f) else 0.0
+    plane = plane_of(size_of(f[0]), lambda i, j: dot(vector_at(f, i, j), w[: len(f)]) + bias)
+    return bilinear(plane, size, align_corners)
+
+
 def activation(f, w, size, align_corners=False):  # Eq. 6, f: [D][h][w], w: [D] -> [H][W]
-    scores = plane_of(size_of(f[0]), lambda i, j: dot(vector_at(f, i, j), w))
-    scores = bilinear(scores, size, align_corners)
+    scores = scores_of(f, w, size, align_corners)
     return plane_of(size, lambda i, j: max(scores[i][j], 0.0))
 
 
@@ -311,61 +333,95 @@ def foreground_unary(cam, masks, normalization="class"):  # Eq. 5 of one class, 
     return plane_of(size, value)
 
 
-def attention_unary(
-    f, boxes, masks, image_size, n=1, threshold=0.99, scaling=None, valid=None, align_corners=False
-):  # Eq. 7: f: [D][h][w], masks: [K][H][W] of all boxes -> [H][W]
+def minmax(plane, mask):  # [h][w], [h][w] bool -> [h][w]: 0 to 1 in the mask
+    size = size_of(plane)
+    inside = [plane[i][j] for i, j in positions(size) if mask[i][j]]
+    low, high = min(inside, default=0.0), max(inside, default=0.0)
+    span = high - low
+    if span <= 1e-14 * max(abs(low), abs(high)):  # rounding, and nothing else
+        span = 0.0
+    return plane_of(size, lambda i, j: ratio(plane[i][j] - low, span))
+
+
+def border(shown):  # [h][w] bool -> [h][w] in {0, 1}: cells with a side at the edge of the image
+    h, w = size_of(shown)
+
+    def at_the_edge(i, j):
+        sides = [(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)]
+        within = [0 <= a < h and 0 <= b < w and shown[a][b] for a, b in sides]
+        return 1.0 if shown[i][j] and not all(within) else 0.0
+
+    return plane_of((h, w), at_the_edge)
+
+
+def attention_part(f, boxes, image_size, n, reduction, threshold, valid, align_corners, agnostic):
+    # Eq. 7 before the 1s outside the boxes: [H][W]
     map_size = size_of(f[0])
-    q, q_valid = grid_prototypes(f, definite_background(boxes, image_size, map_size, valid), n)
-    a = plane_of(map_size, lambda i, j: background_similarity(vector_at(f, i, j), q, q_valid))
+    m = definite_background(boxes, image_size, map_size, valid)
+    if agnostic and not any(any(row) for row in m):
+        m = border(valid_cells(valid, map_size) if valid is not None else everywhere(map_size))
+    q, q_valid = grid_prototypes(f, m, n)
+    a = plane_of(
+        map_size,
+        lambda i, j: background_similarity(vector_at(f, i, j), q, q_valid, reduction),
+    )
     a = bilinear(a, image_size, align_corners)
-    boxed = union(masks, image_size)
-    shown = valid if valid is not None else everywhere(image_size)
-    if scaling == "minmax":
-        inside = [a[i][j] for i, j in positions(image_size) if boxed[i][j] and shown[i][j]]
-        low, high = min(inside, default=0.0), max(inside, default=0.0)
-        span = high - low if high - low > 1e-12 else 0.0  # the rest is rounding
-        a = plane_of(image_size, lambda i, j: ratio(a[i][j] - low, span))
-    a = plane_of(image_size, lambda i, j: a[i][j] if boxed[i][j] else 1.0)
     if threshold is not None:
-        limit = threshold * largest(a, shown)
+        limit = threshold * largest(a, valid if valid is not None else everywhere(image_size))
         a = plane_of(image_size, lambda i, j: a[i][j] if a[i][j] >= limit else 0.0)
     return a
 
 
-def cam_unary(f, w0, masks, image_size, valid=None, align_corners=False):  # -> [H][W]
-    cam = activation(f, w0, image_size, align_corners)
-    boxed = union(masks, image_size)
-    peak = largest(cam, valid if valid is not None else everywhere(image_size))
-    return plane_of(image_size, lambda i, j: ratio(cam[i][j], peak) if boxed[i][j] else 1.0)
+def background_unary(f, weight, boxes, boxed, image_size, o, valid=None):  # u_0: [H][W]
+    parts = []
+    if o["background"] != "cam":
+        a = attention_part(
+            f,
+            boxes,
+            image_size,
+            o["grid_size"],
+            o["attention_reduction"],
+            o["background_threshold"],
+            valid,
+            o["align_corners"],
+            weight is None,
+        )
+        parts.append(minmax(a, boxed) if o["background_minmax"] else a)
+    if o["background"] != "attention" and weight is not None:
+        if o["background_minmax"]:
+            parts.append(minmax(scores_of(f, weight[0], image_size, o["align_corners"]), boxed))
+        else:
+            cam = activation(f, weight[0], image_size, o["align_corners"])
+            peak = largest(cam, valid if valid is not None else everywhere(image_size))
+            parts.append(plane_of(image_size, lambda i, j: ratio(cam[i][j], peak)))
+    u_0 = plane_of(image_size, lambda i, j: sum(part[i][j] for part in parts) / len(parts))
+    if o["background_minmax"]:
+        u_0 = minmax(u_0, boxed)
+    return plane_of(image_size, lambda i, j: u_0[i][j] if boxed[i][j] else 1.0)
 
 
-def normalise(scores, softmax_scale=None):  # {class: unary} -> {class: probability}
-    if softmax_scale is not None:
-        parts = log_softmax([softmax_scale * u for u in scores.values()])
-        return {c: math.exp(p) for c, p in zip(scores, parts, strict=True)}
-    total = sum(scores.values())
-    if total == 0:
-        return {c: 1 / len(scores) for c in scores}
-    return {c: u / total for c, u in scores.items()}
+def class_shares(cams, unseen, covered, size, least=1e-3):
+    # {class: CAM_c in its boxes [H][W]}, classes without weights -> [H][W] of {class: share}
+    peak = max((largest(cam, covered[c]) for c, cam in cams.items()), default=0.0)
+
+    def shares(i, j):
+        here = [c for c in covered if covered[c][i][j]]
+        rest = sum(1 / len(here) for c in here if c not in unseen)
+        scores = {c: ratio(cams[c][i][j], peak) + least for c in here if c not in unseen}
+        total = sum(scores.values())
+        return {c: 1 / len(here) if c in unseen else rest * scores[c] / total for c in here}
+
+    return plane_of(size, shares)
 
 
-def unaries(
-    f,
-    weight,
-    boxes,
-    labels,
-    image_size,
-    classes,
-    n=1,
-    threshold=0.99,
-    background="attention",
-    scaling=None,
-    normalization="class",
-    softmax_scale=None,
-    align_corners=False,
-    valid=None,
-):
-    # f: [D][h][w], weight: [L + 1][D] or None, boxes: [K][4], labels: [K], classes = L
+def softmax(scores):  # {class: score} -> {class: probability}
+    parts = log_softmax(list(scores.values()))
+    return {c: math.exp(p) for c, p in zip(scores, parts, strict=True)}
+
+
+def unaries(f, weight, boxes, labels, image_size, classes, options, valid=None):
+    # f: [D][h][w], weight: [L + 1][D or D + 1] or None, boxes: [K][4], labels: [K], classes = L,
+    # options: those of pseudo_labels, by name
     # -> u_0: [H][W], u: {class: [H][W]}, probabilities: [H][W] of {candidate class: probability}
     shown = valid if valid is not None else everywhere(image_size)
     masks = [box_cells(box, image_size, image_size) for box in boxes]
@@ -375,36 +431,39 @@ def unaries(
         for c in range(1, classes + 1)
     }
     covered = {c: union(of_class[c], image_size) for c in of_class}
-
-    a = attention_unary(f, boxes, masks, image_size, n, threshold, scaling, valid, align_corners)
-    if background == "attention":
-        u_0 = a
-    else:
-        cam = cam_unary(f, weight[0], masks, image_size, valid, align_corners)
-        both = background == "both"
-        u_0 = plane_of(image_size, lambda i, j: (a[i][j] + cam[i][j]) / 2 if both else cam[i][j])
-
-    def candidates(i, j):
-        return [0] + [c for c in covered if covered[c][i][j]]
-
+    boxed = union(masks, image_size)
+    u_0 = background_unary(f, weight, boxes, boxed, image_size, options, valid)
+    unseen = [c for c in of_class if weight is None or not any(weight[c])]
+    cams = {
+        c: activation(f, weight[c], image_size, options["align_corners"])
+        for c in of_class
+        if c not in unseen
+    }
+    scale = options["unary_softmax"]
     u = {}
-    for c in of_class:
-        if weight is not None:
-            cam = activation(f, weight[c], image_size, align_corners)
-            u[c] = foreground_unary(cam, of_class[c], normalization)
-        else:
+    if weight is not None and options["foreground"] == "cam":
+        for c in of_class:
+            if c in unseen:
+                u[c] = plane_of(image_size, lambda i, j, c=c: (1 - u_0[i][j]) * covered[c][i][j])
+            else:
+                u[c] = foreground_unary(cams[c], of_class[c], options["cam_normalization"])
 
-            def share(i, j, c=c):
-                return (1 - u_0[i][j]) / (len(candidates(i, j)) - 1) if covered[c][i][j] else 0.0
+        def probability(i, j):
+            here = [c for c in covered if covered[c][i][j]]
+            return softmax({0: scale * u_0[i][j], **{c: scale * u[c][i][j] for c in here}})
 
-            u[c] = plane_of(image_size, share)
+    else:
+        shares = class_shares(cams, unseen, covered, image_size)
+        for c in of_class:
+            u[c] = plane_of(
+                image_size, lambda i, j, c=c: (1 - u_0[i][j]) * shares[i][j].get(c, 0.0)
+            )
 
-    def probability(i, j):
-        found = candidates(i, j)
-        if weight is None and softmax_scale is not None and len(found) > 1:
-            two = normalise({0: u_0[i][j], 1: 1 - u_0[i][j]}, softmax_scale)
-            return {c: two[1] / (len(found) - 1) if c else two[0] for c in found}
-        return normalise({c: u[c][i][j] if c else u_0[i][j] for c in found}, softmax_scale)
+        def probability(i, j):
+            if not boxed[i][j]:
+                return {0: 1.0}
+            two = softmax({0: scale * u_0[i][j], 1: scale * (1 - u_0[i][j])})
+            return {0: two[0], **{c: two[1] * share for c, share in shares[i][j].items()}}
 
     return u_0, u, plane_of(image_size, probability)
 
@@ -418,13 +477,84 @@ def retrieval(f, weight, y_crf, classes, align_corners=False):
         members = [(i, j) for i, j in positions(size) if y_crf[i][j] == c]
         if members:
             query = [sum(x[i][j] for i, j in members) / len(members) for x in large]  # Eq. 8
-        elif weight is not None:
-            query = weight[c]
+        elif weight is not None and any(weight[c][: len(f)]):
+            query = weight[c][: len(f)]
         else:
             continue
         correlation = cosine_similarity(f, [query])[0]  # Eq. 9
         found[c] = bilinear(correlation, size, align_corners)
     return found
+
+
+# --------------------------------------------------------------- the classifier in closed form
+
+
+def box_targets(f, boxes, labels, image_size, num_classes, n=4, valid=None):
+    # f: [D][h][w], boxes: [K][4], labels: [K] -> y: [L + 1][h][w], known: [h][w] bool
+    map_size = size_of(f[0])
+    shown = valid_cells(valid, map_size) if valid is not None else everywhere(map_size)
+    shares = [box_coverage(box, image_size, map_size) for box in boxes]
+
+    def covered(c, i, j):  # v_c
+        of_class = [v for v, label in zip(shares, labels, strict=True) if label == c]
+        return max((v[i][j] for v in of_class), default=0.0)
+
+    v = plane_of(map_size, lambda i, j: max((s[i][j] for s in shares), default=0.0))
+    m = definite_background(boxes, image_size, map_size, valid)
+    q, q_valid = grid_prototypes(f, m, n)
+    a = plane_of(
+        map_size, lambda i, j: background_similarity(vector_at(f, i, j), q, q_valid, "max")
+    )
+    scaled = minmax(a, plane_of(map_size, lambda i, j: v[i][j] > 0 and shown[i][j]))
+
+    def target(c, i, j):
+        every = [covered(k, i, j) for k in range(1, num_classes)]
+        likely = v[i][j] / (1 + math.exp(-4 * (1 - 2 * min(max(scaled[i][j], 0.0), 1.0))))
+        return likely * ratio(covered(c, i, j), sum(every))
+
+    y = [None] + [
+        plane_of(map_size, lambda i, j, c=c: target(c, i, j)) for c in range(1, num_classes)
+    ]
+    y[0] = plane_of(map_size, lambda i, j: 1 - sum(plane[i][j] for plane in y[1:]))
+    background = any(any(row) for row in m)
+    known = plane_of(map_size, lambda i, j: shown[i][j] and (v[i][j] == 0 or background))
+    return y, known
+
+
+def ridge_sums(cells):  # of (x: [D], y: [C]) -> sum of x x^T: [D + 1][D + 1], of x y^T: [D + 1][C]
+    d, c = len(cells[0][0]) + 1, len(cells[0][1])
+    gram, moment = [[0.0] * d for _ in range(d)], [[0.0] * c for _ in range(d)]
+    for x, y in cells:
+        x = [*x, 1.0]
+        for i in range(d):
+            for j in range(d):
+                gram[i][j] += x[i] * x[j]
+            for j in range(c):
+                moment[i][j] += x[i] * y[j]
+    return gram, moment
+
+
+def eliminate(matrix, right):  # [n][n], [n][m] -> [n][m], by Gauss
+    rows = [[*a, *b] for a, b in zip(matrix, right, strict=True)]
+    n = len(rows)
+    for k in range(n):
+        best = max(range(k, n), key=lambda i: abs(rows[i][k]))
+        rows[k], rows[best] = rows[best], rows[k]
+        rows[k] = [x / rows[k][k] for x in rows[k]]
+        for i in range(n):
+            if i != k:
+                rows[i] = [x - rows[i][k] * p for x, p in zip(rows[i], rows[k], strict=True)]
+    return [row[n:] for row in rows]
+
+
+def ridge_weights(gram, moment, penalty):  # [D + 1][D + 1], [D + 1][C] -> [C][D + 1]
+    count, d = gram[-1][-1], len(gram) - 1
+    g = [[x / count for x in row] for row in gram]
+    r = [[x / count for x in row] for row in moment]
+    variance = sum(g[i][i] - g[i][d] ** 2 for i in range(d)) / d
+    for i in range(d):
+        g[i][i] += penalty * variance
+    return [list(column) for column in zip(*eliminate(g, r), strict=True)]
 
 
 # ------------------------------------------------------------------------------- Eq. 10-14: losses

@@ -31,16 +31,19 @@ def drawn(seed, map_size, batch=2, channels=3, share=0.5):
 shares = st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0])
 
 
-@given(seed=seeds, map_size=sizes, n=grids, share=shares)
-def test_values_agree_with_the_oracle(seed, map_size, n, share):
+reductions = st.sampled_from(["mean", "max"])
+
+
+@given(seed=seeds, map_size=sizes, n=grids, share=shares, reduction=reductions)
+def test_values_agree_with_the_oracle(seed, map_size, n, share, reduction):
     features, background, _ = drawn(seed, map_size, share=share)
-    found = background_attention(features, background, grid_size=n)
+    found = background_attention(features, background, grid_size=n, reduction=reduction)
     assert found.map.shape == background.shape
     assert found.prototypes.shape == (2, n * n, 3)
     assert found.valid.dtype == torch.bool
     for b in range(2):
         a, q, valid = reference.background_attention(
-            features[b].tolist(), background[b, 0].tolist(), n
+            features[b].tolist(), background[b, 0].tolist(), n, reduction
         )
         close(found.map[b, 0], a)
         close(found.prototypes[b], q)
@@ -58,18 +61,19 @@ def test_prototypes_agree_with_the_oracle(seed, map_size, n, share):
 
 
 @settings(max_examples=10)
-@given(seed=seeds, map_size=sizes, n=grids, share=shares)
-def test_gradients_agree_with_differences_of_the_oracle(seed, map_size, n, share):
+@given(seed=seeds, map_size=sizes, n=grids, share=shares, reduction=reductions)
+def test_gradients_agree_with_differences_of_the_oracle(seed, map_size, n, share, reduction):
     features, background, generator = drawn(seed, map_size, batch=1, share=share)
     mix = torch.randn(1, 1, *map_size, generator=generator, dtype=torch.float64)
     pull = torch.randn(1, n * n, 3, generator=generator, dtype=torch.float64)
 
     def function(x):
-        found = background_attention(x, background, grid_size=n)
+        found = background_attention(x, background, grid_size=n, reduction=reduction)
         return (found.map * mix).sum() + (found.prototypes * pull).sum()
 
     def oracle(x):
-        a, q, _ = reference.background_attention(x[0].tolist(), background[0, 0].tolist(), n)
+        lists = x[0].tolist(), background[0, 0].tolist()
+        a, q, _ = reference.background_attention(*lists, n, reduction)
         total = (torch.tensor(a, dtype=torch.float64) * mix[0, 0]).sum()
         return (total + (torch.tensor(q, dtype=torch.float64) * pull[0]).sum()).item()
 
@@ -99,10 +103,24 @@ def test_one_worked_image():
 def test_attention_is_in_the_unit_interval_and_one_on_the_background(seed, map_size, n, share):
     for dtype in (torch.float32, torch.float64):
         features, background, _ = drawn(seed, map_size, share=share)
-        found = background_attention(features.to(dtype), background, grid_size=n).map
-        assert found.min() >= 0
-        assert found.max() <= 1
-        assert (found[background.bool()] == 1).all()
+        mean, most = (
+            background_attention(features.to(dtype), background, grid_size=n, reduction=name).map
+            for name in ("mean", "max")
+        )
+        for found in (mean, most):
+            assert found.min() >= 0
+            assert found.max() <= 1
+            assert (found[background.bool()] == 1).all()
+        assert (most >= mean - 1e-6).all()
+
+
+def test_the_maximum_is_like_some_background_the_mean_like_all_of_it():
+    """Two kinds of background: a pixel of the first has cosines 1 and 0."""
+    features = torch.eye(2)[torch.tensor([0, 1, 0])].T.reshape(1, 2, 1, 3)
+    background = torch.tensor([[[[1.0, 1.0, 0.0]]]])
+    for reduction, expected in [("mean", 0.5), ("max", 1.0)]:
+        found = background_attention(features, background, grid_size=3, reduction=reduction)
+        assert found.map[0, 0, 0, 2] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -359,8 +377,8 @@ def test_the_module_is_the_function():
     features, background, _ = drawn(9, (6, 5))
     for n in (1, 3, 4):
         for a, b in zip(
-            BackgroundAttention(grid_size=n)(features, background),
-            background_attention(features, background, grid_size=n),
+            BackgroundAttention(grid_size=n, reduction="max")(features, background),
+            background_attention(features, background, grid_size=n, reduction="max"),
             strict=True,
         ):
             assert torch.equal(a, b)
@@ -369,7 +387,7 @@ def test_the_module_is_the_function():
     assert torch.equal(
         default(features, background).map, background_attention(features, background).map
     )
-    assert "grid_size=4" in repr(default)
+    assert repr(default) == "BackgroundAttention(grid_size=4, reduction='mean')"
     assert BackgroundAttention(2).grid_size == 2
 
 
@@ -435,3 +453,9 @@ def test_errors():
             with pytest.raises(kind) as caught:
                 function(wrong)
             assert str(caught.value) == text
+    for function in (
+        lambda: BackgroundAttention(reduction="sum"),
+        lambda: background_attention(x, m, reduction="sum"),
+    ):
+        with pytest.raises(ValueError, match="reduction must be one of 'mean', 'max', got 'sum'"):
+            function()

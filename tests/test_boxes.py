@@ -12,6 +12,7 @@ from bapnal.boxes import (
     box_masks,
     definite_background,
     pad_boxes,
+    paint_boxes,
     valid_cells,
 )
 from strategies import random_boxes, scenes, seeded, seeds, sizes
@@ -219,6 +220,26 @@ def error(kind, text, function, *args, **kwargs):
     with pytest.raises(kind) as caught:
         function(*args, **kwargs)
     assert str(caught.value) == text
+
+
+@given(seed=seeds, image_size=image_sizes, masked=st.booleans())
+def test_smaller_boxes_are_painted_on_larger_ones(seed, image_size, masked):
+    generator = seeded(seed)
+    boxes = random_boxes(generator, 5, image_size)
+    labels = torch.randint(1, 9, (5,), generator=generator)
+    masks = torch.rand(5, *image_size, generator=generator) < 0.5 if masked else None
+    painted = paint_boxes(boxes, labels, image_size, masks=masks, background=7)
+    areas = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).tolist()
+    first = sorted(range(5), key=lambda i: (areas[i], -i))  # the topmost
+    cells = [reference.box_cells(box, image_size, image_size) for box in boxes.tolist()]
+    for y in range(image_size[0]):
+        for x in range(image_size[1]):
+            over = (
+                int(labels[i])
+                for i in first
+                if cells[i][y][x] and (masks is None or masks[i, y, x])
+            )
+            assert painted[y, x] == next(over, 7)
 
 
 def test_errors():

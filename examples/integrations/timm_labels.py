@@ -37,7 +37,5 @@ def label(
     parts = [F.normalize(found[stage], dim=1) for stage in stages]
     size = parts[0].shape[2:]
     features = torch.cat([F.interpolate(x, size, mode="bilinear") for x in parts], dim=1)
-    generate = PseudoLabelGenerator(
-        DenseCRF(), background_threshold=None, attention_minmax=True, unary_softmax=3.0
-    )
+    generate = PseudoLabelGenerator(DenseCRF())
     return generate(images, features, None, boxes, labels)

@@ -40,7 +40,5 @@ def label(
         boxes: One ``(K_i, 4)`` tensor per image; xyxy in pixels, half open.
         labels: One ``(K_i,)`` tensor per image; 1..L.
     """
-    generate = PseudoLabelGenerator(
-        DenseCRF(), background_threshold=None, attention_minmax=True, unary_softmax=3.0
-    )
+    generate = PseudoLabelGenerator(DenseCRF())
     return generate(images, features(model, images), None, boxes, labels)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import SamModel, SamProcessor
 
-BACKGROUND = 0
+from bapnal import paint_boxes
 
 
 @torch.inference_mode()
@@ -27,18 +27,12 @@ def label_map(
     Returns:
         The class of every pixel. Masks are kept to their boxes; smaller boxes lie on top.
     """
-    found = torch.full(image.shape[1:], BACKGROUND)
+    size = (image.shape[1], image.shape[2])
     if len(boxes) == 0:
-        return found
+        return torch.zeros(size, dtype=torch.long)
     inputs = processor(images=image, input_boxes=[boxes.tolist()], return_tensors="pt")
     out = model(**inputs, multimask_output=False)
     masks = processor.image_processor.post_process_masks(
         out.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
     )[0][:, 0]  # (K, H, W) bool
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    for i in areas.argsort(descending=True).tolist():
-        x1, y1, x2, y2 = boxes[i].round().long().tolist()
-        inside = torch.zeros_like(masks[i])
-        inside[max(0, y1) : y2, max(0, x1) : x2] = True
-        found[masks[i] & inside] = labels[i]
-    return found
+    return paint_boxes(boxes, labels, size, masks=masks)

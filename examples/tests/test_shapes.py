@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import shapes
-from bapnal_recipes.data.label_maps import fill_boxes
+from bapnal import paint_boxes
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import Devkit
 
@@ -80,7 +80,7 @@ def test_all_classes_occur_several_an_image_and_a_box_is_a_bad_mask():
     score = SegmentationScore(len(shapes.CLASSES) + 1)
     for scene in scenes:
         boxes = torch.from_numpy(scene.boxes).float()
-        filled = fill_boxes(boxes, torch.from_numpy(scene.labels), scene.mask.shape)
+        filled = paint_boxes(boxes, torch.from_numpy(scene.labels), scene.mask.shape)
         score.update(filled, torch.from_numpy(scene.mask))
     result = score.compute()
     assert {int(label) for scene in scenes for label in scene.labels} == set(range(1, 7))

@@ -264,9 +264,14 @@ def box_bins(corners: Tensor, bins: int) -> Tensor:
 
 
 def paint_boxes(
-    corners: Tensor, labels: Tensor, image_size: tuple[int, int], *, background: int = 0
+    corners: Tensor,
+    labels: Tensor,
+    image_size: tuple[int, int],
+    *,
+    masks: Tensor | None = None,
+    background: int = 0,
 ) -> Tensor:
-    """A label map of one image from its boxes, smaller boxes on top.
+    """A label map of one image from its boxes, or from a mask in each, smaller boxes on top.
 
     The pixels of a box are those of :func:`box_cells`. Of boxes of the same area the later one is
     on top.
@@ -275,7 +280,8 @@ def paint_boxes(
         corners: Boxes in pixels; ``(K, 4)``.
         labels: Label of each box; ``(K,)``.
         image_size: (H, W) of the image.
-        background: Label of pixels in no box.
+        masks: Which pixels of each box are painted; ``(K, H, W)`` bool, all by default.
+        background: Label of pixels that nothing is painted on.
 
     Returns:
         ``(H, W)`` long.
@@ -294,12 +300,17 @@ def paint_boxes(
     _checks.integral("labels", _checks.shape("labels", labels, (corners.shape[0],)))
     _checks.same_device(corners=corners, labels=labels)
     size = _checks.size("image_size", image_size)
+    if masks is not None:
+        _checks.boolean("masks", _checks.shape("masks", masks, (corners.shape[0], *size)))
+        _checks.same_device(corners=corners, masks=masks)
     area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
     order = area.argsort(descending=True, stable=True)
     painted = torch.full(size, background, dtype=torch.long, device=corners.device)
     # Box by box: all masks at once would take K times the memory of the map.
-    for box, label in zip(corners[order], labels.long()[order], strict=True):
-        painted = torch.where(box_cells(box, size, size), label, painted)
+    whole = torch.ones(1, *size, dtype=torch.bool, device=corners.device)
+    kept = whole.expand(len(order), *size) if masks is None else masks[order]
+    for box, label, mask in zip(corners[order], labels.long()[order], kept, strict=True):
+        painted = torch.where(box_cells(box, size, size) & mask, label, painted)
     return painted
 
 

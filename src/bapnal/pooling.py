@@ -358,3 +358,13 @@ def join_labels(
     if labels.device != device:
         raise ValueError(f"labels must be on {device} like the features, got {labels.device}")
     return labels.long()
+
+
+def labels_of_boxes(
+    labels: Sequence[Tensor] | Tensor, boxes: Boxes, padded: PaddedBoxes, device: torch.device
+) -> Tensor:
+    """Check box labels image by image against the boxes and join them; ``(K,)`` long."""
+    if not isinstance(boxes, Tensor) and isinstance(labels, (list, tuple)):
+        for i, (own, named) in enumerate(zip(boxes, labels, strict=False)):
+            _checks.shape(f"labels[{i}]", named, (own.shape[0],))
+    return join_labels(labels, padded.present.shape[0], padded.image.shape[0], device)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._math import SUM_SCALE, divide, full_precision, inverse_norm, unit, widen
 from bapnal.boxes import Boxes, PaddedBoxes, check_valid, pad_boxes
-from bapnal.pooling import join_labels
+from bapnal.pooling import labels_of_boxes
 from bapnal.unaries import Regions, UnaryOptions, class_regions, make_unaries, upsample
 
 
@@ -74,8 +74,9 @@ def pseudo_labels(
         u_0 = m\big(m(A) + m(f \cdot w_0)\big), \qquad
         u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c}{\sum_k \mathrm{CAM}_k},
 
-    the sum being over the classes whose boxes cover the pixel. Without weights
-    :math:`u_0 = m(A)`, and those classes share equally.
+    the sum being over the classes whose boxes cover the pixel, each activation plus 1e-3 of the
+    largest in the boxes of the image. Without weights :math:`u_0 = m(A)`, and those classes share
+    equally; where the boxes leave no background, A is the likeness to the border of the image.
 
     A softmax over the unaries of the background and these classes gives the probabilities that
     enter the CRF, whose marginals, kept to the boxes of each class, give Y_crf. The mean feature of
@@ -92,9 +93,10 @@ def pseudo_labels(
         images: RGB, uint8; ``(B, 3, H, W)``.
         features: f; ``(B, D, h, w)``.
         weight: Classifier weight w, background first; ``(L + 1, D)``, or ``(L + 1, D + 1)`` with a
-            bias in the last column. A class with nothing but zeros counts as unseen in training:
-            it takes the foreground as None does. None is class-agnostic: the foreground is
-            1 - u_0, shared equally by the classes whose boxes cover a pixel.
+            bias in the last column. None is class-agnostic: the foreground is 1 - u_0, shared
+            equally by the classes whose boxes cover a pixel. A class with nothing but zeros counts
+            as unseen in training: it takes that equal share, or all of 1 - u_0 where
+            ``foreground`` is ``"cam"``.
         boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
             index first; xyxy in pixels of the image, half open.
         labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor; 1..L.
@@ -195,10 +197,7 @@ def _check_inputs(
     check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)
     _checks.same_device(features=features, boxes=padded.corners)
-    if not isinstance(boxes, Tensor) and isinstance(labels, (list, tuple)):
-        for i, (own, named) in enumerate(zip(boxes, labels, strict=False)):
-            _checks.shape(f"labels[{i}]", named, (own.shape[0],))
-    target = join_labels(labels, batch, padded.image.shape[0], features.device)
+    target = labels_of_boxes(labels, boxes, padded, features.device)
     most = weight.shape[0] - 1 if weight is not None else torch.iinfo(torch.int32).max
     _checks.labels_within("labels", target, 1, most)
     return size, padded, target

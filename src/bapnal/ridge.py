@@ -25,7 +25,7 @@ from bapnal.boxes import (
     pad_boxes,
     valid_cells,
 )
-from bapnal.pooling import join_labels
+from bapnal.pooling import labels_of_boxes
 from bapnal.unaries import minmax
 
 SHARPNESS = 4.0  # of the step from background to foreground in the targets
@@ -45,7 +45,8 @@ def box_targets(
     r"""How much of each cell is background and how much each class, as far as boxes tell.
 
     With v_c the largest share of a cell that a box of class c covers, v their maximum, A the
-    attention with the maximum over the grid and m the scaling to [0, 1] over boxed cells,
+    attention with the maximum over the grid, not set to 1 on the definite background, and m the
+    scaling to [0, 1] over the cells that a box covers in part,
 
     .. math::
         y_c = v \, \mathrm{sigmoid}\big(4 (1 - 2 m(A))\big) \frac{v_c}{\sum_k v_k}, \qquad
@@ -86,7 +87,7 @@ def box_targets(
     check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)
     _checks.same_device(features=features, boxes=padded.corners)
-    target = join_labels(labels, batch, padded.image.shape[0], features.device)
+    target = labels_of_boxes(labels, boxes, padded, features.device)
     _checks.labels_within("labels", target, 1, num_classes - 1)
     with full_precision(features):
         x = widen(features)
@@ -130,7 +131,8 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     .. math:: W = \big(G + \lambda \bar s \, \mathrm{diag}(1, \dots, 1, 0)\big)^{-1} R
 
     where G is the mean of :math:`x x^T` over :math:`x = (f, 1)`, R the mean of :math:`x y^T`, and
-    :math:`\bar s` the mean variance of a channel.
+    :math:`\bar s` the mean variance of a channel. Where no channel varies by more than rounding, W
+    predicts the mean of y; where there are no vectors, W is 0.
 
     Args:
         gram: Sum of :math:`x x^T`, whose last entry is the number of vectors; ``(D + 1, D + 1)``.
@@ -140,20 +142,32 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     Returns:
         ``(C, D + 1)``, the bias last.
 
+    Raises:
+        TypeError: If a sum is not floating, or ``penalty`` not a number.
+        ValueError: If a shape does not fit, ``penalty`` is not above 0, or the sums lie on
+            different devices.
+
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
         >>> y = torch.tensor([[1.0], [5.0]])
         >>> ridge_weights(x.T @ x, x.T @ y, penalty=1.0)  # half the slope, the same mean
         tensor([[1., 2.]])
     """
-    g, r = gram / gram[-1, -1], moment / gram[-1, -1]
-    variance = (g.diagonal()[:-1] - g[-1, :-1].square()).clamp_min(0).mean()
-    # Where no channel varies there is nothing but the bias to find; any positive number does.
-    variance = torch.where(variance > 0, variance, 1.0)
-    ridge = torch.full_like(g[-1], penalty)
-    ridge[-1] = 0
-    solution: Tensor = torch.linalg.solve(g + torch.diag(variance * ridge), r)
-    return solution.mT
+    _checks.floating("gram", _checks.shape("gram", gram, ("D + 1", "D + 1")))
+    _checks.shape("gram", gram, (gram.shape[0], gram.shape[0]))
+    _checks.floating("moment", _checks.shape("moment", moment, (gram.shape[0], "C")))
+    _checks.same_device(gram=gram, moment=moment)
+    _checks.number("penalty", penalty, above=0)
+    g, r = divide(gram, gram[-1, -1]), divide(moment, gram[-1, -1])
+    f, y = g[-1, :-1], r[-1]
+    # Centred, which is the same but for rounding: the bias has no part in the equations.
+    covariance, cross = g[:-1, :-1] - f[:, None] * f, r[:-1] - f[:, None] * y
+    variance = covariance.diagonal().clamp_min(0).mean()
+    rounding = 2**14 * torch.finfo(g.dtype).eps * g.diagonal()[:-1].mean()
+    ridge = penalty * torch.maximum(variance, rounding)
+    ridge = torch.where(ridge > 0, ridge, 1.0)  # of all zeros; any positive number does
+    slope: Tensor = torch.linalg.solve(covariance + torch.diag(ridge.expand_as(f)), cross)
+    return torch.cat([slope, (y - f @ slope)[None]]).mT
 
 
 class RidgeBoxClassifier(nn.Module):
@@ -218,6 +232,7 @@ class RidgeBoxClassifier(nn.Module):
                 the CPU).
         """
         _checks.shape("features", features, ("B", self.in_channels, "h", "w"))
+        _checks.same_device(features=features, gram=self.gram)
         y, known = box_targets(
             features,
             boxes,
@@ -254,7 +269,8 @@ class RidgeBoxClassifier(nn.Module):
     def solve(self) -> Tensor:
         """Return weights for :func:`bapnal.pseudo_labels`; ``(L + 1, D + 1)`` float32, bias last.
 
-        Classes without a box are zero, which counts as unseen there.
+        Classes without a box, or with none in an image that has definite background, are zero,
+        which counts as unseen there.
 
         Raises:
             ValueError: If no box was seen.
@@ -263,7 +279,8 @@ class RidgeBoxClassifier(nn.Module):
         if not bool(seen[1:].any()):
             raise ValueError("update must have seen a box beside background, got none")
         weight = ridge_weights(self.gram, self.moment, self.penalty)
-        return (weight * seen[:, None]).float()
+        most = torch.finfo(torch.float32).max
+        return (weight * seen[:, None]).clamp(-most, most).float()
 
     def extra_repr(self) -> str:
         """Name the settings in ``repr``."""

@@ -7,6 +7,7 @@ are applied pixel by pixel at the resolution of the image.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._math import divide
 from bapnal.attention import REDUCTIONS, background_similarity, grid_prototypes
-from bapnal.boxes import PaddedBoxes, box_cells, box_masks, outside_of
+from bapnal.boxes import PaddedBoxes, box_cells, box_masks, outside_of, valid_cells
 
 BACKGROUNDS = ("attention", "cam", "both")
 FOREGROUNDS = ("complement", "cam")
@@ -70,9 +71,11 @@ class UnaryOptions(NamedTuple):
         _checks.choice("background", self.background, BACKGROUNDS)
         if self.background_threshold is not None:
             _checks.number("background_threshold", self.background_threshold, minimum=0, maximum=1)
+        _checks.flag("background_minmax", self.background_minmax)
         _checks.choice("foreground", self.foreground, FOREGROUNDS)
         _checks.choice("cam_normalization", self.cam_normalization, CAM_NORMALIZATIONS)
         _checks.number("unary_softmax", self.unary_softmax, above=0)
+        _checks.flag("align_corners", self.align_corners)
 
 
 class Regions(NamedTuple):
@@ -191,12 +194,31 @@ def upsample(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor
 
 
 def _scores(x: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
-    """Class scores f . w_c + b_c of the classes ``(B, n)``; ``(B, n, h, w)``."""
-    rows, channels = weight[classes], x.shape[1]
-    scores = rows[..., :channels] @ x.flatten(2)
-    if rows.shape[-1] > channels:
-        scores = scores + rows[..., channels:]
+    """Class scores f . w_c + b_c of the classes ``(B, n)``, up to one factor for each image.
+
+    Scores are compared with each other only; the factor, a power of two, keeps them within the
+    range of the dtype whatever the sizes of features and weights. ``(B, n, h, w)``.
+    """
+    channels = x.shape[1]
+    rows, bias = weight[classes][..., :channels], weight[classes][..., channels:]
+    of_x = _exponent(x)[:, None, None]  # (B, 1, 1)
+    of_rows = _exponent(weight[None, :, :channels])[:, None, None]
+    if bias.shape[-1]:
+        of_rows = torch.maximum(of_rows, _exponent(weight[None, :, channels:]) - of_x)
+    scores = (rows * torch.exp2(-of_rows)) @ (x.flatten(2) * torch.exp2(-of_x))
+    if bias.shape[-1]:
+        half = torch.exp2(-(of_x + of_rows) / 2)  # whose square may be out of range
+        scores = scores + bias * half * half
     return scores.reshape(*scores.shape[:2], *x.shape[2:])
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """An even k for each of ``x (B, *)`` with magnitudes of at most 16 * 2**k and 2**-k normal."""
+    flat = x.flatten(1)
+    largest = torch.maximum(flat.amax(1), -flat.amin(1))
+    most = math.frexp(torch.finfo(x.dtype).max)[1] - 4
+    half = torch.frexp(largest).exponent.clamp(min=-most) // 2 - 1
+    return (2 * half).to(x.dtype)
 
 
 def _unseen(weight: Tensor, regions: Regions) -> Tensor:
@@ -218,22 +240,22 @@ def _cam_unary(
     if options.cam_normalization == "class":
         cam = divide(cam, cam.amax((2, 3), keepdim=True))
     else:
-        cam = cam * _box_factors(cam, padded, regions)
+        cam = _divide_in_boxes(cam, padded, regions)
     complement = (1 - u_0)[:, None] * regions.masks
     return torch.where(_unseen(weight, regions), complement, cam)
 
 
-def _box_factors(cam: Tensor, padded: PaddedBoxes, regions: Regions) -> Tensor:
-    """What brings the maximum in each box to 1; ``(B, P, H, W)``."""
+def _divide_in_boxes(cam: Tensor, padded: PaddedBoxes, regions: Regions) -> Tensor:
+    """Activations ``(B, P, H, W)`` divided by the maximum in each box."""
     row = torch.arange(cam.shape[0], device=cam.device)
-    factor = torch.zeros_like(cam)
+    divided = torch.zeros_like(cam)
     for place in range(padded.present.shape[1]):
         slot = regions.slots[:, place]
-        mask = _box_mask(padded, place, regions.size)
-        peak = (cam[row, slot] * mask).amax((1, 2), keepdim=True)
+        own = cam[row, slot] * _box_mask(padded, place, regions.size)
+        own = divide(own, own.amax((1, 2), keepdim=True))
         # Where boxes of one class overlap, the larger value counts.
-        factor[row, slot] = torch.maximum(factor[row, slot], mask * divide(peak.new_ones(()), peak))
-    return factor
+        divided[row, slot] = torch.maximum(divided[row, slot], own)
+    return divided
 
 
 def _shares(x: Tensor, weight: Tensor | None, regions: Regions, align_corners: bool) -> Tensor:
@@ -303,12 +325,19 @@ def _attention(
     if agnostic:
         # Boxes that leave no background leave nothing else to go by than where things are: objects
         # are in the middle of their boxes.
-        border = torch.ones_like(outside)
-        border[..., 1:-1, 1:-1] = False
+        border = _border(torch.ones_like(outside) if valid is None else valid_cells(valid, cells))
         outside = torch.where(outside.any((2, 3), keepdim=True), outside, border)
     prototypes, known = grid_prototypes(x, outside, options.grid_size)
     similarity = background_similarity(x, prototypes, known, options.attention_reduction)
     return upsample(similarity, regions.size, options.align_corners)[:, 0]
+
+
+def _border(shown: Tensor) -> Tensor:
+    """Cells of the image with a side on its edge; ``(B, 1, h, w)`` bool of ``(B, *, h, w)``."""
+    shown = shown.reshape(shown.shape[0], 1, *shown.shape[-2:])
+    wide = F.pad(shown, (1, 1, 1, 1), value=False)
+    across = wide[..., 1:-1, :-2] & wide[..., 1:-1, 2:]
+    return shown & ~(across & wide[..., :-2, 1:-1] & wide[..., 2:, 1:-1])
 
 
 def minmax(maps: Tensor, inside: Tensor) -> Tensor:

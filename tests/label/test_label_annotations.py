@@ -3,7 +3,9 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from label_data import change, place
 
 from bapnal.label.annotations import find_format, read_boxes, read_voc
@@ -205,3 +207,19 @@ def test_bad_voc_is_refused(copy, old, new, message):
     assert old in text
     path.write_text(text.replace(old, new, 1))
     refused(ValueError, message, **place(copy, "voc"))
+
+
+def test_rounding_in_a_format_changes_no_box(copy):
+    """Pixels with two decimals, in COCO, and as shares of six digits, in YOLO."""
+    rng = np.random.default_rng(0)
+    corners = np.sort(np.round(rng.uniform(0, 640, (200, 2, 2)), 2), axis=1).reshape(-1, 4)
+    entries, lines = [], []
+    for i, (x1, y1, x2, y2) in enumerate(corners.tolist()):
+        bbox = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
+        entries.append({"id": i, "image_id": 100, "category_id": 10, "bbox": bbox})
+        shares = np.array([x1 + x2, y1 + y2, 2 * (x2 - x1), 2 * (y2 - y1)]) / 1280
+        lines.append("0 " + " ".join(f"{x:.6f}" for x in shares))
+    change(copy, lambda c: c.update(annotations=entries))
+    (copy / "yolo/labels/train/image0.txt").write_text("\n".join(lines))
+    ours, theirs = (read_boxes(**place(copy, kind)).images[0] for kind in ("coco", "yolo"))
+    assert torch.equal(boxes_in_pixels(ours, (640, 640)), boxes_in_pixels(theirs, (640, 640)))

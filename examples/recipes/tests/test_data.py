@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from bapnal import paint_boxes
 from bapnal_recipes.data.augmentation import Augmentation
 from bapnal_recipes.data.dataset import BoxDataset, Sample, collate, loosen
-from bapnal_recipes.data.label_maps import VOID, fill_boxes, read_label_map, write_label_map
+from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
 
@@ -305,13 +306,6 @@ def test_kept_images_are_read_once(root):
     assert torch.equal(data[0].image, first.image)
 
 
-def test_smaller_boxes_lie_on_top():
-    boxes = torch.tensor([[1.0, 1.0, 3.0, 3.0], [0.0, 0.0, 4.0, 3.0]])
-    filled = fill_boxes(boxes, torch.tensor([5, 7]), (4, 5))
-    expected = [[7, 7, 7, 7, 0], [7, 5, 5, 7, 0], [7, 5, 5, 7, 0], [0, 0, 0, 0, 0]]
-    assert filled.tolist() == expected
-
-
 def test_score_is_one_confusion_matrix_over_all_images():
     from torchmetrics.functional.classification import multiclass_jaccard_index
 
@@ -368,6 +362,6 @@ def test_real_devkit():
     for name in devkit.names("val")[:20]:
         image, annotation = devkit.annotated(name)
         assert len(annotation.boxes) > 0
-        filled = fill_boxes(annotation.boxes, annotation.labels, tuple(image.shape[1:]))
+        filled = paint_boxes(annotation.boxes, annotation.labels, tuple(image.shape[1:]))
         score.update(filled, devkit.mask(name))
     assert 0.4 < score.compute().miou < 0.85

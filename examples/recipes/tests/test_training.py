@@ -1,7 +1,6 @@
 """Training that can be taken up again: the batches, the checkpoints, the logs, the errors."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -21,16 +20,13 @@ from torch.utils.data import Dataset
 
 from bapnal._math import divide_sums
 from bapnal_recipes.data.dataset import Sample
-from bapnal_recipes.engine import training
-from bapnal_recipes.engine.training import (
-    Batches,
-    Logging,
-    LoggingOption,
-    Machines,
-    MachinesOption,
-    fit,
-    launch,
-)
+from bapnal_recipes.engine.batches import Batches, batch_indices, steps_per_epoch
+from bapnal_recipes.engine.commands import cli, run
+from bapnal_recipes.engine.logs import Logging, LoggingOption
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.runs import plain
+from bapnal_recipes.engine.stage import RunFolder
+from bapnal_recipes.engine.trainer import Trainer, TrainingPlan
 
 SILENT = Logging(tensorboard=False, interval=2)
 
@@ -86,8 +82,8 @@ def test_an_incomplete_batch_is_dropped_unless_there_is_no_other():
     assert [len(batch) for batch in names(Noise(10), 4, 4)] == [4, 4, 4, 4]
     assert len(set(chain(*names(Noise(10), 4, 2)))) == 8
     assert [len(batch) for batch in names(Noise(3), 4, 2)] == [3, 3]
-    assert training.steps_per_epoch(10, 4) == 2
-    assert training.steps_per_epoch(3, 4) == 1
+    assert steps_per_epoch(10, 4) == 2
+    assert steps_per_epoch(3, 4) == 1
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -103,12 +99,12 @@ def test_ranks_share_the_batch_of_one(ranks):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_any_number_of_workers_reads_the_same():
     batches = Batches(Noise(10), 4, seed=1)
-    plain = list(batches.load(range(3, 6), workers=0))
+    alone = list(batches.load(range(3, 6), workers=0))
     torch.rand(7)  # what else is drawn does not matter
-    for batch, other in zip(plain, batches.load(range(3, 6), workers=2), strict=True):
+    for batch, other in zip(alone, batches.load(range(3, 6), workers=2), strict=True):
         assert batch.names == other.names
         assert torch.equal(batch.images, other.images)
-    assert not torch.equal(plain[0].images, next(Batches(Noise(10), 4, 2).load(range(3, 4))).images)
+    assert not torch.equal(alone[0].images, next(Batches(Noise(10), 4, 2).load(range(3, 4))).images)
 
 
 def test_reading_leaves_random_numbers_and_threads_as_they_were():
@@ -157,28 +153,38 @@ def squares(network, batch, step):
     return (network(batch.images).mean((1, 2, 3)) - 1).square().mean()
 
 
-def train(folder, *, steps=12, loss=squares, model=None, fabric=None, **options):
+def train(
+    folder,
+    *,
+    steps=12,
+    loss=squares,
+    model=None,
+    fabric=None,
+    dataset=None,
+    logging=SILENT,
+    images=None,
+    **plan,
+):
     """Train the small network and return its state."""
     network, optimizer = model or make()
     chosen = {
+        "factor": lambda step: 1 - step / steps,
         "batch_size": 4,
-        "rate": lambda step: 1 - step / steps,
         "checkpoint_interval": 5,
-        "seed": 0,
-        "workers": 0,
-        "logging": SILENT,
-        "dataset": Noise(),
-        **options,
+        **plan,
     }
-    fit(
+    trainer = Trainer(
         fabric or launch(Machines(accelerator="cpu")),
-        network=network,
-        optimizer=optimizer,
-        steps=steps,
-        loss=loss,
-        folder=folder,
-        **chosen,
+        network,
+        optimizer,
+        Noise() if dataset is None else dataset,
+        loss,
+        TrainingPlan(steps, **chosen),
+        folder,
+        logging=logging,
+        images=images,
     )
+    trainer.run()
     return network.state_dict()
 
 
@@ -255,7 +261,7 @@ def test_rates_follow_the_schedule_of_each_group(tmp_path):
         found.append([group["lr"] for group in model[1].param_groups])
         return squares(network, batch, step)
 
-    train(tmp_path, steps=3, loss=watched, model=model, rate=lambda step: 0.5**step)
+    train(tmp_path, steps=3, loss=watched, model=model, factor=lambda step: 0.5**step)
     assert found == [[0.1, 0.2], [0.05, 0.1], [0.025, 0.05]]
 
 
@@ -290,7 +296,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
 
 def test_channels_last_changes_the_layout_alone(tmp_path):
-    plain = train(tmp_path / "plain", model=make(dropout=0))
+    usual = train(tmp_path / "plain", model=make(dropout=0))
     seen = []
 
     def watched(network, batch, step):
@@ -301,7 +307,7 @@ def test_channels_last_changes_the_layout_alone(tmp_path):
     last = train(tmp_path / "last", loss=watched, model=model, channels_last=True)
     assert all(seen)
     assert model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
-    for key, value in plain.items():
+    for key, value in usual.items():
         torch.testing.assert_close(last[key], value, rtol=1e-3, atol=1e-3)
 
 
@@ -412,7 +418,7 @@ def test_wandb_gets_what_tensorboard_gets(tmp_path, monkeypatch):
 
 def code_of(function, *args):
     with pytest.raises(SystemExit) as caught:
-        training.run(function, *args)
+        run(function, *args)
     return caught.value.code
 
 
@@ -436,7 +442,7 @@ def test_expected_errors_end_as_one_line(capsys, error, code, line):
 
 def test_mistakes_of_ours_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
-        training.run(lambda: 1 / 0)
+        run(lambda: 1 / 0)
 
 
 def train_as_rank(fabric, folder, dataset, model):
@@ -489,7 +495,7 @@ def test_two_ranks_end_with_the_weights_of_one(tmp_path, two_ranks):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("broken", [0, 4])
 def test_what_one_rank_runs_into_ends_all_of_them(two_ranks, broken):
-    last = training.batch_indices(10, 5, 0, 5)  # of the last step: rank 0 has 2 of 5 images
+    last = batch_indices(10, 5, 0, 5)  # of the last step: rank 0 has 2 of 5 images
     name = f"{last[broken]}.jpg"
     endings = two_ranks(Late(last[broken]))
     assert endings == [f"FileNotFoundError('{name} does not exist')", "SystemExit(1)"]
@@ -497,7 +503,7 @@ def test_what_one_rank_runs_into_ends_all_of_them(two_ranks, broken):
 
 def fail_as_rank(fabric, folder, dataset, model):
     """Run into several things, most of which only rank zero does, and note how each ended."""
-    together = training.Together(fabric)
+    together = Together(fabric)
 
     def alone(rank):
         with together.alike():
@@ -515,7 +521,7 @@ def fail_as_rank(fabric, folder, dataset, model):
         lambda: alone(0),
         lambda: alone(1),
         lambda: alone(2),
-        lambda: training.claim(Options(folder / "file/run"), together),
+        lambda: RunFolder(Options(folder / "file/run"), "search").claim(together),
         lambda: logged(logging=Logging(tensorboard=False, wandb=True)),
         lambda: logged(),
         lambda: logged(batch_size=1),
@@ -556,14 +562,17 @@ class Options:
 
 def test_a_folder_is_for_one_run(tmp_path):
     options = Options(tmp_path / "run")
-    finished = functools.partial(training.finished, kind="search")
+
+    def finished(settings, kind="search"):
+        return RunFolder(settings, kind).stored()
+
     assert finished(options) is None
-    training.claim(options, training.Together(launch(Machines("cpu"))))
+    RunFolder(options, "search").claim(Together(launch(Machines("cpu"))))
     elsewhere = dataclasses.replace(options, machines=Machines(devices=8))
     assert finished(elsewhere) is None
     with pytest.raises(ValueError, match=r"settings\.json belongs to .* \(rate=0\.1 there, 0\.2 n"):
         finished(dataclasses.replace(options, rate=0.2))
-    stored = {"kind": "search", "settings": training.plain(options), "scores": {}}
+    stored = {"kind": "search", "settings": plain(options), "scores": {}}
     (options.out / "result.json").write_text(json.dumps(stored))
     assert finished(elsewhere) == stored
     with pytest.raises(ValueError, match=r"result\.json belongs to another run \(scale="):
@@ -575,19 +584,19 @@ def test_a_folder_is_for_one_run(tmp_path):
 
 
 def test_a_folder_is_for_one_state_of_the_files_that_are_read(tmp_path):
-    options, together = Options(tmp_path / "run"), training.Together(launch(Machines("cpu")))
-    training.claim(options, together)
+    options, together = Options(tmp_path / "run"), Together(launch(Machines("cpu")))
+    RunFolder(options, "search").claim(together)
     files = {"classifier_sha256": "a"}
-    assert training.finished(options, "search", files) is None  # the note of an earlier version
+    assert RunFolder(options, "search", files).stored() is None  # the note of an earlier version
     (options.out / "settings.json").unlink()
-    training.claim(options, together, files)
+    RunFolder(options, "search", files).claim(together)
     for inputs in (files, {}, None):
-        assert training.finished(options, "search", inputs) is None
-    stored = {"kind": "search", "settings": training.plain(options), "scores": {}}
+        assert RunFolder(options, "search", inputs).stored() is None
+    stored = {"kind": "search", "settings": plain(options), "scores": {}}
     (options.out / "result.json").write_text(json.dumps(stored))
-    assert training.finished(options, "search", files) == stored
+    assert RunFolder(options, "search", files).stored() == stored
     with pytest.raises(ValueError, match=r"another run \(classifier_sha256='a' there, 'b' now\)"):
-        training.finished(options, "search", {"classifier_sha256": "b"})
+        RunFolder(options, "search", {"classifier_sha256": "b"}).stored()
 
 
 @pytest.mark.parametrize("name", ["result.json", "settings.json"])
@@ -605,7 +614,7 @@ def test_a_folder_is_for_one_state_of_the_files_that_are_read(tmp_path):
 def test_broken_and_foreign_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{name} ({message})"):
-        training.finished(Options(tmp_path), "search")
+        RunFolder(Options(tmp_path), "search").stored()
 
 
 def test_the_command_line_begins_with_a_preset(monkeypatch):
@@ -613,7 +622,7 @@ def test_the_command_line_begins_with_a_preset(monkeypatch):
     command = ["script", "b", "--scale", "1", "2", "--devices", "auto", "--num-nodes", "2"]
     command += ["--wandb", "--no-tensorboard", "--log-interval", "7"]
     monkeypatch.setattr(sys, "argv", command)
-    found = training.cli("What it does.", presets)
+    found = cli("What it does.", presets)
     machines, logging = Machines(devices="auto", num_nodes=2), Logging(False, True, 7)
     assert found == Options(Path("y"), 3.0, (1.0, 2.0), machines, logging)
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from bapnal import DenseCRF
-from bapnal_recipes.data.label_maps import VOID, fill_boxes
+from bapnal import DenseCRF, box_cells, paint_boxes
+from bapnal_recipes.data.label_maps import VOID
 from bapnal_recipes.voc2012 import baselines
 
 SIZE = (60, 80)
@@ -70,7 +70,7 @@ def painted(first, second, boxes, labels):
 def test_grab_cut_cuts_the_object_out(image):
     found = baselines.grab_cut(image, DISC_BOX)
     assert (found & disc()).sum() / (found | disc()).sum() > 0.95
-    assert not found[~baselines.rectangle(DISC_BOX, SIZE)].any()
+    assert not found[~box_cells(DISC_BOX, SIZE, SIZE)].any()
 
 
 def test_grab_cut_draws_from_its_seed_alone(image):
@@ -94,7 +94,7 @@ def test_grab_cut_that_leaves_nothing_is_the_box(image, monkeypatch):
         mask[:] = 0
 
     monkeypatch.setattr(baselines.cv2, "grabCut", nothing)
-    filled = baselines.rectangle(DISC_BOX, SIZE)
+    filled = box_cells(DISC_BOX, SIZE, SIZE)
     assert torch.equal(baselines.grab_cut(image, DISC_BOX), filled)
 
 
@@ -107,7 +107,7 @@ def test_grab_cut_of_a_flat_image():
     flat = torch.full((3, *SIZE), 100, dtype=torch.uint8)
     found = baselines.grab_cut(flat, DISC_BOX)
     assert found.any()
-    assert not found[~baselines.rectangle(DISC_BOX, SIZE)].any()
+    assert not found[~box_cells(DISC_BOX, SIZE, SIZE)].any()
 
 
 def test_box_crf_finds_the_disc(image):
@@ -123,7 +123,7 @@ def test_box_crf_keeps_the_middle_and_the_outside(image):
     boxes, labels = torch.stack([box, other]), torch.tensor([2, 1])
     found = baselines.box_crf(image, boxes, labels, DenseCRF(iterations=3), centre=0.25)
     assert (found[16:44, 9:23] == 2).all()  # half the sides of the first box
-    inside = baselines.rectangle(box, SIZE), baselines.rectangle(other, SIZE)
+    inside = box_cells(box, SIZE, SIZE), box_cells(other, SIZE, SIZE)
     assert not found[~(inside[0] | inside[1])].any()
     assert set(found[inside[0]].unique().tolist()) <= {0, 2}
     assert set(found[inside[1]].unique().tolist()) <= {0, 1}
@@ -152,7 +152,7 @@ def test_box_crf_asks_no_crf_for_labels_outside_of_their_boxes(image):
     boxes = torch.tensor([[0.0, 0.0, 40.0, 40.0], [30.0, 30.0, 50.0, 50.0]])
     wanted = torch.tensor([0.1, 0.8, 0.1]).reshape(1, 3, 1, 1).expand(1, 3, *SIZE)
     found = baselines.box_crf(image, boxes, torch.tensor([3, 1]), lambda *_: wanted)
-    assert torch.equal(found == 1, baselines.rectangle(boxes[1], SIZE))
+    assert torch.equal(found == 1, box_cells(boxes[1], SIZE, SIZE))
 
 
 @given(scenes())
@@ -160,7 +160,7 @@ def test_box_crf_that_is_all_middle_fills_boxes(scene):
     boxes, labels = scene
     image = torch.zeros(3, *SIZE, dtype=torch.uint8)
     found = baselines.box_crf(image, boxes, labels, None, centre=1.0)
-    assert torch.equal(found, fill_boxes(boxes, labels, SIZE))
+    assert torch.equal(found, paint_boxes(boxes, labels, SIZE))
 
 
 def test_shrunk_box_has_that_share_of_the_area():
@@ -176,7 +176,7 @@ def test_full_masks_fill_boxes(scene):
     boxes, labels = scene
     masks = [torch.ones(SIZE, dtype=torch.bool)] * len(boxes)
     found = baselines.stack_masks(masks, boxes, labels, SIZE)
-    assert torch.equal(found, fill_boxes(boxes, labels, SIZE))
+    assert torch.equal(found, paint_boxes(boxes, labels, SIZE))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -190,11 +190,6 @@ def test_masks_that_disagree_are_ignored(seed):
     assert torch.equal(
         baselines.stack_masks(first, boxes, labels, SIZE), painted(first, first, boxes, labels)
     )
-
-
-def test_rectangle_holds_a_pixel():
-    for box in ([20.2, 10.2, 20.3, 10.3], [79.6, 59.6, 80.0, 60.0], [0.0, 0.0, 0.4, 0.4]):
-        assert baselines.rectangle(torch.tensor(box), SIZE).sum() == 1
 
 
 # Proposals
@@ -269,7 +264,7 @@ def test_best_proposal_of_each_box(tmp_path):
         ([1, 2, 5, 6], [6], [7, 8, 11, 12]),
         strict=True,
     ):
-        inside = baselines.rectangle(box, SIZE).numpy()
+        inside = box_cells(box, SIZE, SIZE).numpy()
         assert np.array_equal(best.numpy(), np.isin(regions(), member) & inside)
 
 
@@ -277,7 +272,7 @@ def test_box_that_no_proposal_touches_is_filled(tmp_path):
     found = baselines.read_proposals(write_mcg(tmp_path / "a.mat", members=([1],)))
     box = torch.tensor([50.0, 30.0, 70.0, 50.0])
     assert torch.equal(
-        baselines.best_proposals(found, box[None], SIZE)[0], baselines.rectangle(box, SIZE)
+        baselines.best_proposals(found, box[None], SIZE)[0], box_cells(box, SIZE, SIZE)
     )
 
 

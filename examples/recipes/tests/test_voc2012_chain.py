@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 import shapes
-from bapnal_recipes.engine.training import Logging, Machines
+from bapnal_recipes.engine.logs import Logging
+from bapnal_recipes.engine.machines import Machines
 from bapnal_recipes.voc2012 import (
     evaluate,
     generate_labels,
@@ -54,7 +55,7 @@ def chain(tmp_path_factory):
             classifier=weights,
             thresholds=(None, 0.99),
             grid_sizes=(1,),
-            softmax=(None,),
+            softmax=(3.0,),
             finalists=1,
             machines=CPU,
         )
@@ -88,14 +89,16 @@ def chain(tmp_path_factory):
         )
     )
     measured = {
-        "labels": evaluate.Labels(
+        "labels": evaluate.EvaluateLabels(
             folder / "labels_val", folder / "results/labels.json", root, "val", shapes.CLASSES
         ),
-        "segmentation": evaluate.Segmentation(
+        "segmentation": evaluate.EvaluateSegmentation(
             folder / "nal/segmenter.pt", folder / "results/nal.json", root, machines=CPU
         ),
-        "cams": evaluate.Cams(weights, folder / "results/cams.json", root, "val", machines=CPU),
-        "boxes": evaluate.Boxes(weights, folder / "results/boxes.json", root, machines=CPU),
+        "cams": evaluate.EvaluateCams(
+            weights, folder / "results/cams.json", root, "val", machines=CPU
+        ),
+        "boxes": evaluate.EvaluateBoxes(weights, folder / "results/boxes.json", root, machines=CPU),
     }
     for name, settings in measured.items():
         found[f"evaluate {name}"] = evaluate.main(settings)

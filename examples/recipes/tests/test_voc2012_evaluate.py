@@ -13,14 +13,27 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
-from bapnal import CosineClassifier, DenseCRF, PseudoLabelGenerator
+from bapnal import CosineClassifier, DenseCRF
 from bapnal_recipes.data.label_maps import read_label_map, voc_palette, write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
-from bapnal_recipes.engine.training import Machines, plain, run
+from bapnal_recipes.engine.commands import run
+from bapnal_recipes.engine.machines import Machines
+from bapnal_recipes.engine.runs import plain
+from bapnal_recipes.models.classifier import Classifier
 from bapnal_recipes.models.deeplab import build_segmenter
+from bapnal_recipes.models.generator import CrfSettings, make_generator
 from bapnal_recipes.models.small import SmallFeatures
 from bapnal_recipes.voc2012 import evaluate, train_classifier, train_segmentation
-from bapnal_recipes.voc2012.generate_labels import CrfSettings
+from bapnal_recipes.voc2012.evaluate import (
+    EvaluateBoxes,
+    EvaluateCams,
+    EvaluateFilling,
+    EvaluateLabels,
+    EvaluateRuntime,
+    EvaluateSegmentation,
+)
+from bapnal_recipes.voc2012.evaluate.filling import filling_rate
+from bapnal_recipes.voc2012.evaluate.segmentation import MODES, Predictor
 
 CLASSES = ("red", "green")
 CPU = Machines(accelerator="cpu")
@@ -61,7 +74,7 @@ def labelled(tmp_path):
     root, folder = tmp_path / "devkit", tmp_path / "labels"
     write_image(root, "a", black(2, 4), [[0, 0, 1, 1], [0, 0, 2, 255]])
     write_maps(folder, crf=[[0, 0, 1, 1], [0, 1, 1, 1]], ret=[[0, 1, 1, 1], [0, 1, 2, 2]])
-    settings = evaluate.Labels(folder, tmp_path / "x.json", root, "val", CLASSES)
+    settings = EvaluateLabels(folder, tmp_path / "x.json", root, "val", CLASSES)
     return settings, evaluate.main(settings)
 
 
@@ -98,7 +111,7 @@ def test_some_classes_can_be_averaged_and_skipped_images_are_left_out(labelled, 
     write_image(settings.root, "b", black(2, 4), [[0] * 4] * 2)
     made = {"kind": "labels", "settings": {"method": "network"}, "scores": {"skipped": ["b"]}}
     (settings.folder / "result.json").write_text(json.dumps(made))
-    chosen = evaluate.Labels(
+    chosen = EvaluateLabels(
         settings.folder, settings.out, settings.root, "val", CLASSES, score_classes=(0, 1)
     )
     found = evaluate.main(chosen)
@@ -111,7 +124,7 @@ def test_labels_of_other_methods_are_one_map(labelled, tmp_path):
     settings, _ = labelled
     folder = tmp_path / "box"
     write_maps(folder, labels=[[0, 0, 1, 1], [0, 0, 2, 2]])
-    found = evaluate.main(evaluate.Labels(folder, settings.out, settings.root, "val", CLASSES))
+    found = evaluate.main(EvaluateLabels(folder, settings.out, settings.root, "val", CLASSES))
     assert set(found["scores"]) == {"labels", "pictures", "left_out"}
     assert found["scores"]["labels"]["miou"] == 100.0
 
@@ -122,7 +135,7 @@ def test_labels_that_do_not_fit_are_refused(labelled, tmp_path):
     empty.mkdir()
 
     def of(folder, **options):
-        return evaluate.Labels(folder, settings.out, settings.root, "val", CLASSES, **options)
+        return EvaluateLabels(folder, settings.out, settings.root, "val", CLASSES, **options)
 
     with pytest.raises(FileNotFoundError, match="must hold folders crf and ret, or labels"):
         evaluate.main(of(empty))
@@ -167,13 +180,13 @@ def photos(tmp_path, monkeypatch):
     made = {"kind": "segmentation", "settings": {"network": "deeplab_v2"}}
     (tmp_path / "result.json").write_text(json.dumps(made))
     loaded = (Colours(), CLASSES, {"network": "deeplab_v2"})
-    monkeypatch.setattr(evaluate, "load_segmenter", lambda _: loaded)
+    monkeypatch.setattr(evaluate.segmentation, "load_segmenter", lambda _: loaded)
     return tmp_path
 
 
 def segmentation(folder, **options):
     paths = (folder / "segmenter.pt", folder / "x.json", folder / "devkit")
-    return evaluate.Segmentation(*paths, machines=CPU, **options)
+    return EvaluateSegmentation(*paths, machines=CPU, **options)
 
 
 def test_cosines_are_averaged_over_scales_and_mirror_images():
@@ -186,7 +199,7 @@ def test_cosines_are_averaged_over_scales_and_mirror_images():
             similarity = network(view.flip(3))[1].flip(3) if mirrored else network(view)[1]
             by_hand += F.interpolate(similarity, (20, 25), mode="bilinear") / 6
     crf = DenseCRF(iterations=2)
-    found = evaluate.Predictor(network, evaluate.MODES, scales, crf)(images)
+    found = Predictor(network, MODES, scales, crf)(images)
     single = network(images)[0]
     assert torch.equal(found["single"], single.argmax(1)[0])
     assert torch.equal(found["single+crf"], crf(images, single.softmax(1)).argmax(1)[0])
@@ -206,7 +219,7 @@ def test_logits_are_averaged_where_the_classifier_is_by_dot_products():
             torch.full((1, 3, 2, 2), torch.nan),
         )
     )
-    predictor = evaluate.Predictor(network, ("multi",), (0.5, 1.0), DenseCRF())
+    predictor = Predictor(network, ("multi",), (0.5, 1.0), DenseCRF())
     images = torch.zeros(1, 3, 8, 6, dtype=torch.uint8)
     assert predictor.scores(images, 1.0, False).eq(1).all()
     predictor(images)
@@ -232,7 +245,7 @@ def test_all_modes_are_scored_in_one_pass(photos, monkeypatch):
             confusion[truth, label] += 1
     iou = confusion.diagonal() / (confusion.sum(0) + confusion.sum(1) - confusion.diagonal())
     assert found["scores"]["single"]["miou"] == pytest.approx(100 * float(iou.mean()), abs=1e-2)
-    assert set(found["scores"]) == set(evaluate.MODES)
+    assert set(found["scores"]) == set(MODES)
 
 
 def test_the_archive_is_what_the_test_server_accepts(photos):
@@ -300,9 +313,15 @@ def colours(tmp_path, monkeypatch):
     boxes = [(1, 1, 5, 5, "red"), (5, 1, 7, 3, "green"), (5, 4, 7, 6, "red")]
     write_image(tmp_path / "devkit", "a", pixels, mask, boxes)
     weight = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    loaded = train_classifier.Classifier(Red(), weight, CLASSES, {})
-    monkeypatch.setattr(evaluate, "load_classifier", lambda _: loaded)
+    loaded = Classifier(Red(), weight, CLASSES, {})
+    use_classifier(monkeypatch, loaded)
     return tmp_path
+
+
+def use_classifier(monkeypatch, loaded):
+    """Evaluate a classifier that is not read from a file."""
+    for module in (evaluate.boxes, evaluate.cams, evaluate.runtime):
+        monkeypatch.setattr(module, "load_classifier", lambda _: loaded)
 
 
 def measured(kind, folder, **options):
@@ -315,36 +334,46 @@ def test_precision_of_activation_maps(colours):
 
     Further pixels that it activates have no truth.
     """
-    scores = measured(evaluate.Cams, colours, threshold=0.45)
+    scores = measured(EvaluateCams, colours, threshold=0.45)
     assert scores["precision"]["per_class"] == {"red": 60.0, "green": 50.0}
     assert scores["precision"]["mean"] == 55.0
     # Of the class: six and the two that no map activates.
     assert scores["recall"]["per_class"] == {"red": 75.0, "green": 100.0}
-    assert measured(evaluate.Cams, colours)["precision"]["per_class"]["red"] == 100.0
-    lower = measured(evaluate.Cams, colours, threshold=0.35)["precision"]["per_class"]["red"]
+    assert measured(EvaluateCams, colours)["precision"]["per_class"]["red"] == 100.0
+    lower = measured(EvaluateCams, colours, threshold=0.35)["precision"]["per_class"]["red"]
     assert lower == pytest.approx(100 * 6 / 13, abs=1e-3)
-    by_box = measured(evaluate.Cams, colours, cam_normalization="box")["precision"]["per_class"]
+    by_box = measured(EvaluateCams, colours, cam_normalization="box")["precision"]["per_class"]
     assert by_box["red"] == 60.0
     write_image(colours / "devkit", "empty", black(4, 4), [[0] * 4] * 4)
-    green = measured(evaluate.Cams, colours, score_classes=(2,))["precision"]
+    green = measured(EvaluateCams, colours, score_classes=(2,))["precision"]
     assert green["mean"] == green["per_class"]["green"] == 50.0
 
 
 def test_accuracy_of_the_box_classifier(colours):
-    scores = measured(evaluate.Boxes, colours)
+    scores = measured(EvaluateBoxes, colours)
     assert scores["boxes"] == 3
     assert scores["accuracy"] == pytest.approx(200 / 3, abs=1e-3)
     assert scores["per_class"] == {"red": 50.0, "green": 100.0}
     write_image(colours / "devkit", "empty", black(4, 4), [[0] * 4] * 4)
-    assert measured(evaluate.Boxes, colours) == scores
-    assert measured(evaluate.Boxes, colours, score_classes=(2,))["accuracy"] == 100.0
+    assert measured(EvaluateBoxes, colours) == scores
+    assert measured(EvaluateBoxes, colours, score_classes=(2,))["accuracy"] == 100.0
+
+
+def test_accuracy_counts_the_bias_of_a_classifier(colours, monkeypatch):
+    loaded = evaluate.boxes.load_classifier(None)
+    for bias, expected in ((0.0, 200 / 3), (-9e9, 100 / 3)):  # which speaks against red
+        weight = torch.cat([loaded.weight, torch.tensor([[0.0], [bias], [0.0]])], dim=1)
+        with_bias = loaded._replace(weight=weight)
+        use_classifier(monkeypatch, with_bias)
+        scores = measured(EvaluateBoxes, colours)
+        assert scores["accuracy"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_box_is_never_called_background(colours):
     pixels = np.full((4, 4, 3), (90, 20, 200))
     (colours / "devkit/ImageSets/Segmentation/val.txt").unlink()
     write_image(colours / "devkit", "b", pixels, None, [(1, 1, 3, 3, "red")])
-    assert measured(evaluate.Boxes, colours)["accuracy"] == 100.0
+    assert measured(EvaluateBoxes, colours)["accuracy"] == 100.0
 
 
 def test_boxes_can_be_pooled_without_what_looks_like_background(colours, monkeypatch):
@@ -354,8 +383,8 @@ def test_boxes_can_be_pooled_without_what_looks_like_background(colours, monkeyp
     pixels[1:3, 2] = (180, 0, 0)
     (colours / "devkit/ImageSets/Segmentation/val.txt").unlink()
     write_image(colours / "devkit", "b", pixels, None, [(2, 1, 6, 3, "red")])
-    assert measured(evaluate.Boxes, colours)["accuracy"] == 0.0
-    assert measured(evaluate.Boxes, colours, background=True)["accuracy"] == 100.0
+    assert measured(EvaluateBoxes, colours)["accuracy"] == 0.0
+    assert measured(EvaluateBoxes, colours, background=True)["accuracy"] == 100.0
 
 
 def test_filling_rates(colours):
@@ -364,7 +393,7 @@ def test_filling_rates(colours):
     labels[1:3, 5:7] = 2
     write_label_map(colours / "labels/crf/a.png", torch.tensor(labels))
     paths = (colours / "labels", colours / "x.json", colours / "devkit")
-    scores = evaluate.main(evaluate.Filling(*paths, "val", classes=CLASSES))["scores"]
+    scores = evaluate.main(EvaluateFilling(*paths, "val", classes=CLASSES))["scores"]
     assert scores["per_class"]["green"] == {"labels": [1.0], "truth": [0.5]}
     red = scores["per_class"]["red"]
     assert red["labels"] == [round(5 / 13, 5), 0.0]
@@ -376,20 +405,20 @@ def test_filling_rates(colours):
 def test_maps_are_upsampled_as_in_the_preset_of_the_backbone(colours, monkeypatch):
     asked = []
 
-    def generator(*args, align_corners, **options):
-        asked.append(align_corners)
-        return PseudoLabelGenerator(*args, align_corners=align_corners, **options)
+    def generator(options, crf):
+        asked.append(options.align_corners)
+        return make_generator(options, crf)
 
-    monkeypatch.setattr(evaluate, "PseudoLabelGenerator", generator)
+    monkeypatch.setattr(evaluate.cams, "make_generator", generator)
     for backbone in ("resnet18", "vgg16"):
-        loaded = evaluate.load_classifier(None)._replace(settings={"backbone": backbone})
-        monkeypatch.setattr(evaluate, "load_classifier", lambda _, loaded=loaded: loaded)
-        measured(evaluate.Cams, colours)
-    measured(evaluate.Cams, colours, align_corners=False)
+        loaded = evaluate.cams.load_classifier(None)._replace(settings={"backbone": backbone})
+        use_classifier(monkeypatch, loaded)
+        measured(EvaluateCams, colours)
+    measured(EvaluateCams, colours, align_corners=False)
     assert asked == [False, True, False]
 
 
-@pytest.mark.parametrize("kind", [evaluate.Labels, evaluate.Filling])
+@pytest.mark.parametrize("kind", [EvaluateLabels, EvaluateFilling])
 def test_a_mask_of_another_size_is_named_not_the_labels(colours, kind):
     write_label_map(colours / "labels/crf/a.png", torch.zeros(6, 8, dtype=torch.long))
     write_label_map(colours / "devkit/SegmentationClassAug/a.png", torch.zeros(6, 9))
@@ -398,7 +427,7 @@ def test_a_mask_of_another_size_is_named_not_the_labels(colours, kind):
     with pytest.raises(ValueError, match=said):
         evaluate.main(kind(*paths, classes=CLASSES))
     with pytest.raises(ValueError, match=said):
-        measured(evaluate.Cams, colours)
+        measured(EvaluateCams, colours)
 
 
 def test_a_segmentation_is_not_scored_by_a_mask_of_another_size(photos):
@@ -413,21 +442,21 @@ def test_filling_rates_of_a_box_outside_the_image_are_refused(colours):
     path.write_text(path.read_text().replace("<xmax>5<", "<xmax>50<"))
     paths = (colours / "labels", colours / "x.json", colours / "devkit", "val")
     with pytest.raises(ValueError, match=r"a\.xml: box 0 must lie in the image of 8 x 6"):
-        evaluate.main(evaluate.Filling(*paths, classes=CLASSES))
+        evaluate.main(EvaluateFilling(*paths, classes=CLASSES))
 
 
 def test_a_box_that_is_half_filled():
     labels = torch.zeros(4, 6, dtype=torch.long)
     labels[:, 3:] = 1
     box = torch.tensor([1.0, 1.0, 5.0, 3.0])
-    assert evaluate.filling_rate(labels, box, 1, labels) == 0.5
-    assert evaluate.filling_rate(labels, box, 2, labels) == 0.0
-    assert evaluate.filling_rate(labels, box, 1, torch.full((4, 6), 255)) is None
+    assert filling_rate(labels, box, 1, labels) == 0.5
+    assert filling_rate(labels, box, 2, labels) == 0.0
+    assert filling_rate(labels, box, 1, torch.full((4, 6), 255)) is None
 
 
 def test_runtime_has_every_part(colours):
     options = {"pictures": 1, "warm_up": 1, "crf": CrfSettings(iterations=1)}
-    scores = measured(evaluate.Runtime, colours, **options)
+    scores = measured(EvaluateRuntime, colours, **options)
     parts = ("features", "unaries", "crf", "retrieval")
     for part in (*parts, "grabcut", "wssl"):
         assert scores[part] > 0
@@ -436,7 +465,7 @@ def test_runtime_has_every_part(colours):
     assert scores["total"] == pytest.approx(sum(scores[part] for part in parts), abs=1e-4)
     assert scores["labels"] == pytest.approx(scores["total"] - scores["features"], abs=1e-4)
     with pytest.raises(ValueError, match="pictures must be at most 1"):
-        measured(evaluate.Runtime, colours, pictures=2)
+        measured(EvaluateRuntime, colours, pictures=2)
 
 
 def test_what_train_classifier_wrote_is_read(colours, monkeypatch):
@@ -451,7 +480,7 @@ def test_what_train_classifier_wrote_is_read(colours, monkeypatch):
     cells = (x[:, :, 0].mean(1), x[:, 0, 1], x[:, 1, 1])
     named = torch.stack([(weight[1:] @ cell).argmax() + 1 for cell in cells])
     accuracy = 100 * (named == annotation.labels).double().mean()
-    assert measured(evaluate.Boxes, colours)["accuracy"] == pytest.approx(float(accuracy), abs=1e-3)
+    assert measured(EvaluateBoxes, colours)["accuracy"] == pytest.approx(float(accuracy), abs=1e-3)
 
 
 # The command line
@@ -464,7 +493,7 @@ def test_the_numbers_that_stand_for_the_others_are_printed(labelled, capsys):
 
 
 def test_the_command_line_reaches_every_evaluation(tmp_path):
-    for name, kind in (("labels", evaluate.Labels), ("filling", evaluate.Filling)):
+    for name, kind in (("labels", EvaluateLabels), ("filling", EvaluateFilling)):
         args = [name, "--folder", "x", "--out", "y.json", "--score-classes", "0", "8"]
         settings = tyro.cli(evaluate.Settings, args=args)
         assert type(settings) is kind
@@ -473,9 +502,9 @@ def test_the_command_line_reaches_every_evaluation(tmp_path):
     args = ["segmentation", "--segmenter", "x", "--out", "y", "--modes", "single", "single+crf"]
     assert tyro.cli(evaluate.Settings, args=args).modes == ("single", "single+crf")
     for name, kind in (
-        ("cams", evaluate.Cams),
-        ("boxes", evaluate.Boxes),
-        ("runtime", evaluate.Runtime),
+        ("cams", EvaluateCams),
+        ("boxes", EvaluateBoxes),
+        ("runtime", EvaluateRuntime),
     ):
         settings = tyro.cli(evaluate.Settings, args=[name, "--classifier", "x", "--out", "y"])
         assert type(settings) is kind
@@ -483,7 +512,7 @@ def test_the_command_line_reaches_every_evaluation(tmp_path):
 
 def test_an_error_is_one_line(labelled, capsys):
     settings, _ = labelled
-    missing = evaluate.Labels(settings.folder / "none", settings.out, settings.root, "val", CLASSES)
+    missing = EvaluateLabels(settings.folder / "none", settings.out, settings.root, "val", CLASSES)
     with pytest.raises(SystemExit) as ended:
         run(evaluate.main, missing)
     assert ended.value.code == 1

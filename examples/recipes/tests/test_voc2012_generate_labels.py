@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -14,24 +15,23 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+import bapnal
 import shapes
-from bapnal import DenseCRF, PseudoLabelGenerator
-from bapnal_recipes.data.label_maps import VOID, fill_boxes, read_label_map, write_label_map
+from bapnal import DenseCRF, PseudoLabelGenerator, RidgeBoxClassifier, paint_boxes
+from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
 from bapnal_recipes.data.voc import Devkit
-from bapnal_recipes.engine.training import Machines, cli, run
+from bapnal_recipes.engine.commands import cli, run
+from bapnal_recipes.engine.machines import Machines
+from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.models.deeplab import build_features
+from bapnal_recipes.models.generator import CrfSettings, GeneratorSettings, make_generator
 from bapnal_recipes.voc2012 import generate_labels, train_classifier
-from bapnal_recipes.voc2012.generate_labels import (
-    CrfSettings,
-    GeneratorSettings,
-    Settings,
-    main,
-    make_generator,
-)
+from bapnal_recipes.voc2012.generate_labels import Settings, main
 
 SCRIPT = Path(generate_labels.__file__)
 CPU = Machines(accelerator="cpu")
 CRF = CrfSettings(iterations=2)
+PASSED = ("crf", "ignore_index")  # what is no option of the generator here
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_network_writes_both_maps_where_they_agree_and_the_unaries(settings, cla
     assert result["scores"]["skipped"] == []
     assert {"features", "labels"} <= result["scores"]["seconds_per_picture"].keys()
     assert result["settings"]["crf"]["iterations"] == 2
-    trained = train_classifier.load_classifier(classifier)
+    trained = load_classifier(classifier)
     generate = PseudoLabelGenerator(DenseCRF(iterations=2))
     devkit = Devkit(settings.root, settings.classes)
     for name in names(settings):
@@ -270,7 +270,7 @@ def test_image_without_boxes_is_background(settings, tmp_path):
 
 def test_search_replaces_generator_and_crf(settings, tmp_path):
     best = {
-        "generator": {**asdict(GeneratorSettings()), "background_threshold": None, "grid_size": 2},
+        "generator": {**asdict(GeneratorSettings()), "background_threshold": 0.9, "grid_size": 2},
         "crf": {**asdict(CRF), "bilateral_xy": 30.0},
         "miou": 50.0,
     }
@@ -281,13 +281,16 @@ def test_search_replaces_generator_and_crf(settings, tmp_path):
     assert found["crf"] == best["crf"]
     same = replace(
         settings,
-        generator=GeneratorSettings(background_threshold=None, grid_size=2),
+        generator=GeneratorSettings(background_threshold=0.9, grid_size=2),
         crf=replace(CRF, bilateral_xy=30.0),
     )
     main(same)
     assert files(tmp_path / "searched") == files(settings.out)
     path.write_text(json.dumps({"scores": {"best": {"generator": {"size": 3}, "crf": {}}}}))
-    with pytest.raises(ValueError, match=r"must be a result of search\.py"):
+    with pytest.raises(ValueError, match=r"must be a result of search\.py.* \(.*size.*\): search"):
+        main(replace(settings, search=path, out=tmp_path / "other"))
+    path.write_text(json.dumps({"scores": {}}))
+    with pytest.raises(ValueError, match=r"must be a result of search\.py: KeyError\('best'\)"):
         main(replace(settings, search=path, out=tmp_path / "other"))
 
 
@@ -299,25 +302,87 @@ def test_classes_go_by_their_names(settings, tmp_path):
     assert files(settings.out) == files(tmp_path / "turned")
 
 
-def test_classes_left_out_of_training_are_labelled_without_a_weight(settings, tmp_path):
+def test_classes_left_out_of_training_count_as_unseen(settings, tmp_path):
+    """Those alone: the other classes of the same image keep their weights."""
     devkit = Devkit(settings.root, settings.classes)
     shown = {name: set(devkit.annotation(name).labels.tolist()) for name in names(settings)}
     left_out = next(iter(shown[names(settings)[0]]))
     partial = write_classifier(tmp_path / "partial.pt", leave_out=(settings.classes[left_out - 1],))
-    runs = {"seen": settings, "agnostic": replace(settings, method="agnostic")}
-    runs["partial"] = replace(settings, classifier=partial)
-    for key, one in runs.items():
-        main(replace(one, out=tmp_path / key))
+    main(replace(settings, out=tmp_path / "seen"))
+    main(replace(settings, classifier=partial))
+    trained = load_classifier(partial)
+    weight = trained.weight.clone()
+    weight[left_out] = 0
+    generate = PseudoLabelGenerator(DenseCRF(iterations=2))
     for name, labels in shown.items():
-        expected = "agnostic" if left_out in labels else "seen"
-        for kind in ("crf", "ret"):
-            file = f"{kind}/{name}.png"
-            found = (tmp_path / "partial" / file).read_bytes()
-            assert found == (tmp_path / expected / file).read_bytes()
-    assert files(tmp_path / "agnostic") != files(tmp_path / "seen")
-    with pytest.raises(ValueError, match=r"has not seen \(.*\), got 'cam'"):
-        main(replace(runs["partial"], generator=GeneratorSettings(background="cam")))
-    assert not settings.out.exists()
+        image, annotation = devkit.annotated(name)
+        with torch.no_grad():
+            features = trained.features(image[None])
+        y = generate(image[None], features, weight, [annotation.boxes], [annotation.labels])
+        for kind, expected in (("crf", y.crf), ("ret", y.retrieval)):
+            found = (settings.out / kind / f"{name}.png").read_bytes()
+            assert torch.equal(read_label_map(settings.out / kind / f"{name}.png"), expected[0])
+            if left_out not in labels:
+                assert found == (tmp_path / "seen" / kind / f"{name}.png").read_bytes()
+    assert files(settings.out) != files(tmp_path / "seen")
+
+
+@pytest.fixture
+def ridge(settings):
+    return replace(
+        settings,
+        method="ridge",
+        classifier=None,
+        fit_split="train",
+        backbone="test_efficientnet",
+        weights="random",
+    )
+
+
+def test_ridge_fits_itself_and_keeps_what_it_found(ridge, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    scores = main(ridge)["scores"]
+    assert scores["pictures"] == 4
+    assert outside_of_their_boxes(ridge, "crf") == 0
+    found = load_classifier(ridge.out / "classifier.pt")
+    assert found.features.normalize
+    assert found.weight.shape == (len(shapes.CLASSES) + 1, found.features.channels + 1)
+    devkit = Devkit(ridge.root, ridge.classes)
+    own = RidgeBoxClassifier(found.features.channels, len(shapes.CLASSES) + 1)
+    for name in devkit.names("train"):
+        image, annotation = devkit.annotated(name)
+        with torch.no_grad():
+            features = found.features(image[None])
+        own.update(features, [annotation.boxes], [annotation.labels], tuple(image.shape[1:]))
+    torch.testing.assert_close(found.weight, own.solve(), rtol=1e-4, atol=1e-5)
+    whole = files(ridge.out)
+    (ridge.out / "crf" / f"{names(ridge)[0]}.png").unlink()
+    monkeypatch.setattr(generate_labels, "solve_classifier", None)  # is not asked again
+    main(ridge)
+    assert files(ridge.out) == whole
+    by_file = replace(ridge, method="network", classifier=ridge.out / "classifier.pt")
+    main(replace(by_file, out=tmp_path / "by_file"))
+    assert files(tmp_path / "by_file") == whole
+    with pytest.raises(ValueError, match="fit_split='train' there, 'val' now"):
+        main(replace(ridge, fit_split="val"))
+
+
+def test_ridge_leaves_out_what_it_cannot_read(ridge, tmp_path, capsys):
+    mine = copied(ridge, tmp_path)
+    name = Devkit(mine.root, mine.classes).names("train")[3]
+    (mine.root / "Annotations" / f"{name}.xml").write_text("<annotation>")
+    assert main(mine)["scores"]["pictures"] == 4
+    assert f"skipped {name}" in capsys.readouterr().err
+    refused(replace(mine, fit_split="none", out=tmp_path / "n"), "none.txt does", FileNotFoundError)
+
+
+def test_ridge_needs_a_box(ridge, tmp_path):
+    mine = copied(ridge, tmp_path)
+    for name in Devkit(mine.root, mine.classes).names("train"):
+        (mine.root / "Annotations" / f"{name}.xml").write_text("<annotation/>")
+    with pytest.raises(ValueError, match="must have seen a box beside background, got none"):
+        main(mine)
+    assert not (mine.out / "classifier.pt").exists()
 
 
 def test_agnostic_needs_no_classifier(settings):
@@ -377,7 +442,7 @@ def test_baselines_stay_in_their_boxes(settings, method, tmp_path):
     boxes = {}
     for name in found:
         image, annotation = devkit.annotated(name)
-        boxes[name] = fill_boxes(annotation.boxes, annotation.labels, tuple(image.shape[1:]))
+        boxes[name] = paint_boxes(annotation.boxes, annotation.labels, tuple(image.shape[1:]))
     same = [torch.equal(found[name], boxes[name]) for name in found]
     assert all(same) if method == "box" else not all(same)
     void = sum(int((x == VOID).sum()) for x in found.values())
@@ -443,7 +508,7 @@ def refused(settings, message, kind=ValueError):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "method must be one of network, agnostic, box.*got 'magic'"),
+        ({"method": "magic"}, "method must be one of network, ridge, agnostic, box.*got 'magic'"),
         ({"classifier": None}, "classifier must be a classifier.pt .* got none"),
         ({"margin": -0.1}, "margin must be .*got -0.1"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
@@ -454,8 +519,8 @@ def refused(settings, message, kind=ValueError):
         ({"method": "sdi"}, 'proposals must be a folder where method is "sdi", got none'),
         ({"method": "masks"}, 'masks must be a folder where method is "masks", got none'),
         (
-            {"method": "agnostic", "generator": GeneratorSettings(background="both")},
-            "generator.background must be \"attention\".*got 'both'",
+            {"method": "agnostic", "generator": GeneratorSettings(background="cam")},
+            'generator.background must be "attention" or "both".*got \'cam\'',
         ),
     ],
 )
@@ -527,14 +592,19 @@ def test_settings_of_presets():
     _, paper = generate_labels.PRESETS["paper"]
     _, released = generate_labels.PRESETS["released"]
     assert paper.crf == released.crf == CrfSettings(4, 55, 3, 3, 3, 10)
-    generate = make_generator(paper.generator, paper.crf)
-    assert generate.cam_normalization == "class"
-    assert generate.unary_softmax is None
-    assert generate.background_threshold == 0.99
-    generate = make_generator(released.generator, replace(released.crf, none=True))
-    assert generate.cam_normalization == "box"
-    assert generate.unary_softmax == 1.0
-    assert generate.crf is None
+    for name, preset in (("paper", paper), ("released", released)):
+        assert asdict(preset.generator) == bapnal.PRESETS[name]
+    for name in ("agnostic", "ridge"):
+        preset = generate_labels.PRESETS[name][1]
+        assert preset == Settings(method=name)
+    without = make_generator(released.generator, replace(released.crf, none=True))
+    assert without.crf is None
+
+
+def test_options_of_the_generator_are_those_of_the_library():
+    options = inspect.signature(PseudoLabelGenerator).parameters
+    expected = {name: x.default for name, x in options.items() if name not in PASSED}
+    assert asdict(GeneratorSettings()) == expected
 
 
 def test_command_line(settings, monkeypatch, capsys):

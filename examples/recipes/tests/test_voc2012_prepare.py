@@ -20,6 +20,7 @@ import shapes
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import Devkit, read_names
 from bapnal_recipes.voc2012 import prepare
+from bapnal_recipes.voc2012.devkit_checks import check_image, read_splits
 from bapnal_recipes.voc2012.prepare import Settings, command, main
 
 NAMES = [f"0000_{i:06d}" for i in range(12)]
@@ -261,9 +262,9 @@ BREAK = {
 def test_what_is_wrong_with_an_image_is_one_line(root, case):
     destroy, message = BREAK[case]
     devkit = Devkit(root, shapes.CLASSES)
-    assert prepare.check_image(devkit, NAMES[8]).wrong == []
+    assert check_image(devkit, NAMES[8]).wrong == []
     destroy(root, NAMES[8])
-    (line,) = prepare.check_image(devkit, NAMES[8]).wrong
+    (line,) = check_image(devkit, NAMES[8]).wrong
     assert message.format(NAMES[8]) in line
     assert "\n" not in line
 
@@ -372,7 +373,7 @@ def test_the_whole_of_voc_gives_10582(tmp_path, monkeypatch):
         prepare.train_aug(devkit, tmp_path / "SBD")
     wrong = []
     write_list(root / "ImageSets/Segmentation/train_aug.txt", train)
-    prepare._splits(devkit, wrong)
+    read_splits(devkit, wrong)
     assert wrong == ["train_aug.txt must have 10,582 images, got 1,464"]
 
 

@@ -12,27 +12,27 @@ import shapes
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import Devkit
-from bapnal_recipes.engine.training import Machines, cli, run
+from bapnal_recipes.engine.commands import cli, run
+from bapnal_recipes.engine.machines import Machines, launch
+from bapnal_recipes.models.classifier import Classifier
+from bapnal_recipes.models.generator import CrfSettings, GeneratorSettings, make_generator
 from bapnal_recipes.models.small import SmallFeatures
-from bapnal_recipes.voc2012 import search
+from bapnal_recipes.voc2012 import held_out, search
 from bapnal_recipes.voc2012.generate_labels import PRESETS as LABEL_PRESETS
-from bapnal_recipes.voc2012.generate_labels import (
-    CrfSettings,
-    GeneratorSettings,
-    make_generator,
-    read_search,
-)
 from bapnal_recipes.voc2012.generate_labels import Settings as LabelSettings
-from bapnal_recipes.voc2012.train_classifier import Classifier
+from bapnal_recipes.voc2012.generate_labels import read_search
 
 CPU = Machines(accelerator="cpu")
 NO_CRF = CrfSettings(none=True)
 PLANTED = GeneratorSettings(
     grid_size=2,
+    attention_reduction="max",
     background="both",
     background_threshold=0.8,
-    attention_minmax=True,
+    background_minmax=True,
+    foreground="cam",
     cam_normalization="box",
+    unary_softmax=1.0,  # without a CRF the first one serves as well as any
 )
 
 
@@ -47,7 +47,7 @@ def classifier(monkeypatch):
     torch.manual_seed(0)
     features = SmallFeatures(16).eval()
     found = Classifier(features, torch.randn(7, 16), shapes.CLASSES, {})
-    monkeypatch.setattr(search, "load_classifier", lambda _: found)
+    monkeypatch.setattr(held_out, "load_classifier", lambda _: found)
     return found
 
 
@@ -71,7 +71,7 @@ def settings(root, out, **options):
     few = {
         "thresholds": (None, 0.8),
         "grid_sizes": (1, 2),
-        "softmax": (None, 2.0),
+        "softmax": (1.0, 2.0),
         "count": 6,
         "split": "train",
         "classifier": root / "classifier.pt",
@@ -90,7 +90,11 @@ def test_the_search_finds_the_planted_settings(planted, tmp_path):
     assert json.loads((tmp_path / "out/result.json").read_text()) == found
     rows = found["scores"]["rows"]
     count = {stage: sum(row["stage"] == stage for row in rows) for stage in ("unaries", "crf")}
-    assert count == {"unaries": 2 + 2 * (2 * 2 * 2) + 2 * 2, "crf": 5 * 2}
+    maxima = 2 + 1  # of a class or a box for the activation map, none for the complement
+    first = 2 * (2 * 2 * maxima) + 2 * maxima
+    kinds = 2 * 2 * 2 + 2  # background with A, threshold, foreground; and the map alone
+    # Of N = 2 those with the other reduction are new, and N = 1 was measured before.
+    assert count == {"unaries": first + 8 * 2, "crf": kinds * 2}
     exact = [row for row in rows if row["stage"] == "exact"]
     assert len(exact) == 3
     assert exact[0]["coverage"] < 100
@@ -99,14 +103,22 @@ def test_the_search_finds_the_planted_settings(planted, tmp_path):
 
 def test_generate_labels_reads_the_best(planted, tmp_path):
     search.main(settings(planted, tmp_path / "out", crf=NO_CRF, grid_sizes=(2,), finalists=1))
-    read = read_search(tmp_path / "out/result.json", LabelSettings())
+    path = tmp_path / "out/result.json"
+    read = read_search(path, LabelSettings())
     assert (read.generator, read.crf) == (PLANTED, NO_CRF)
+    old = json.loads(path.read_text())
+    best = old["scores"]["best"]["generator"]
+    best["attention_minmax"] = best.pop("background_minmax")
+    path.write_text(json.dumps(old))
+    facts = r"other options \(attention_minmax, background_minmax\): search again$"
+    with pytest.raises(ValueError, match=rf"must be a result of search\.py .*{facts}"):
+        read_search(path, LabelSettings())
 
 
 def test_an_interrupted_search_goes_on(planted, tmp_path, monkeypatch):
     options = {"crf": NO_CRF, "backgrounds": ("cam",), "finalists": 2}
     whole = search.main(settings(planted, tmp_path / "whole", **options))
-    measure, calls = search.measure, []
+    measure, calls = held_out.measure, []
 
     def broken(*args, **kwargs):
         calls.append(args)
@@ -114,7 +126,7 @@ def test_an_interrupted_search_goes_on(planted, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return measure(*args, **kwargs)
 
-    monkeypatch.setattr(search, "measure", broken)
+    monkeypatch.setattr(held_out, "measure", broken)
     with pytest.raises(KeyboardInterrupt):
         search.main(settings(planted, tmp_path / "out", **options))
     assert not (tmp_path / "out/result.json").exists()
@@ -151,7 +163,7 @@ def test_what_one_process_cannot_read_or_write_ends_all(planted, tmp_path, two_p
 def test_a_finished_search_is_not_repeated(planted, tmp_path, monkeypatch):
     few = {"crf": NO_CRF, "backgrounds": ("cam",), "finalists": 1}
     found = search.main(settings(planted, tmp_path / "out", **few))
-    monkeypatch.setattr(search, "measure", None)
+    monkeypatch.setattr(held_out, "measure", None)
     assert search.main(settings(planted, tmp_path / "out", **few)) == found
     with pytest.raises(ValueError, match=r"belongs to another run \(count=6 there, 5 now\)"):
         search.main(settings(planted, tmp_path / "out", **few, count=5))
@@ -178,7 +190,7 @@ def test_rows_that_are_none_are_named(planted, tmp_path, content, message):
 
 
 def read(planted, tmp_path, **options):
-    return search.read_bench(settings(planted, tmp_path / "out", **options), search.launch(CPU))
+    return held_out.read_bench(settings(planted, tmp_path / "out", **options), launch(CPU))
 
 
 def test_a_row_is_what_the_generator_and_the_score_say(planted, classifier, tmp_path):
@@ -187,7 +199,7 @@ def test_a_row_is_what_the_generator_and_the_score_say(planted, classifier, tmp_
         GeneratorSettings(background="cam", unary_softmax=2.0),
         CrfSettings(iterations=1),
     )
-    row = search.measure(bench, generator, crf, first=3, parts=True)
+    row = held_out.measure(bench, generator, crf, first=3, parts=True)
     devkit, generate = Devkit(planted, shapes.CLASSES), make_generator(generator, crf)
     scores = {key: SegmentationScore(7, (0, 1, 2)) for key in ("miou", "retrieval", "both")}
     for name in bench.names[:3]:
@@ -201,16 +213,18 @@ def test_a_row_is_what_the_generator_and_the_score_say(planted, classifier, tmp_
     for key, score in scores.items():
         assert row[key] == pytest.approx(100 * score.compute().miou, abs=1e-3)
     assert row["coverage"] == pytest.approx(100 * scores["both"].compute().coverage, abs=1e-3)
-    assert search.measure(bench, generator, crf) != search.measure(bench, generator, crf, first=3)
+    assert held_out.measure(bench, generator, crf) != held_out.measure(
+        bench, generator, crf, first=3
+    )
 
 
 def test_a_quarter_of_the_resolution_is_the_same_scene(planted, tmp_path):
     entry = read(planted, tmp_path).images[0]
-    view = search.coarsened(entry)
+    view = held_out.coarsened(entry)
     assert view.image.shape == (1, 3, 16, 16)
     assert torch.equal(view.boxes, entry.boxes / 4)
     assert torch.equal(view.truth, entry.truth[2::4, 2::4])
-    odd = search.coarsened(entry._replace(truth=entry.truth[:63, :50]))
+    odd = held_out.coarsened(entry._replace(truth=entry.truth[:63, :50]))
     assert odd.truth.shape == (15, 12)
     scale = torch.tensor([12 / 50, 15 / 63, 12 / 50, 15 / 63])
     torch.testing.assert_close(odd.boxes, entry.boxes * scale)
@@ -235,7 +249,7 @@ def test_images_are_spread_evenly_and_have_masks(planted, tmp_path):
 
 def test_classes_that_were_left_out_are_not_searched_on(planted, classifier, tmp_path, monkeypatch):
     kept = classifier._replace(settings={"leave_out": ["star"]})
-    monkeypatch.setattr(search, "load_classifier", lambda _: kept)
+    monkeypatch.setattr(held_out, "load_classifier", lambda _: kept)
     devkit, star = Devkit(planted, shapes.CLASSES), shapes.CLASSES.index("star") + 1
     names = read(planted, tmp_path, count=9).names
     assert 0 < len(names) < 9
@@ -250,7 +264,7 @@ def test_the_crf_is_searched_one_parameter_at_a_time(planted, tmp_path, monkeypa
         off = sum(abs(getattr(crf, name) / value - 1) for name, value in best.items())
         return {"miou": 90 - 10 * off - (generator.background != "cam")}
 
-    monkeypatch.setattr(search, "measure", measured)
+    monkeypatch.setattr(held_out, "measure", measured)
     found = search.main(settings(planted, tmp_path / "out", crf_search=True))["scores"]["best"]
     assert {name: found["crf"][name] for name in best} == best
     assert found["crf"]["half_resolution"] is False
@@ -263,7 +277,7 @@ def test_labels_without_class_weights_have_their_own_search(planted, tmp_path):
     few = {"method": "agnostic", "classes": shapes.CLASSES, "thresholds": (None,), "crf": NO_CRF}
     found = search.main(settings(planted, tmp_path / "out", **options, **few))["scores"]
     assert {row["generator"]["background"] for row in found["rows"]} == {"attention"}
-    assert sum(row["stage"] == "unaries" for row in found["rows"]) == 2 + 1
+    assert sum(row["stage"] == "unaries" for row in found["rows"]) == 2 + 2
     assert 0 < found["best"]["miou"] < 100
 
 
@@ -306,7 +320,8 @@ def test_presets_search_around_those_of_the_labels(name):
     assert preset.crf_search
     assert preset.crf == expected.crf
     assert preset.softmax == (expected.generator.unary_softmax,)
+    varied = [other for one in search.unaries(preset) for other in search.grids(one, preset)]
     given = {"grid_size": 1, "background_threshold": 0.99}
-    tried = search.unaries(preset)
-    assert {replace(one, **given) for one in tried} == {replace(expected.generator, **given)}
-    assert {one.background_threshold for one in tried} == set(search.Settings().thresholds)
+    assert {replace(one, **given) for one in varied} == {expected.generator}
+    assert {one.background_threshold for one in varied} == set(search.Settings().thresholds)
+    assert {one.grid_size for one in varied} == {1, 2, 3}

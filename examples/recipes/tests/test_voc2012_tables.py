@@ -14,9 +14,11 @@ import tyro
 from PIL import Image
 
 import shapes
-from bapnal_recipes.data.label_maps import fill_boxes, write_label_map
+from bapnal import paint_boxes
+from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
-from bapnal_recipes.engine import training
+from bapnal_recipes.engine.commands import cli
+from bapnal_recipes.models.generator import PAPER
 from bapnal_recipes.voc2012 import (
     evaluate,
     figures,
@@ -70,7 +72,7 @@ class Runs:
         found = {kind: self.miou(value) for kind, value in scores.items()}
         if "both" in found:
             found["both"] |= {"coverage": 95.0, "miou_strict": 70.0}
-        evaluation = evaluate.Labels(out, out / f"{split}.json", self.root, split)
+        evaluation = evaluate.EvaluateLabels(out, out / f"{split}.json", self.root, split)
         evaluation = replace(evaluation, score_classes=self.score_classes)
         found |= {"pictures": self.images[split], "left_out": 0}
         self.evaluation(out / f"{split}.json", "labels", evaluation, found, "labels", settings)
@@ -84,7 +86,9 @@ class Runs:
         settings = replace(paper_s, root=self.root, out=out, **changes)
         scores = {"loss": 1.0, "pictures": counts[0], "true_masks": counts[1]}
         write(out / "result.json", "segmentation", settings, scores)
-        evaluation = evaluate.Segmentation(out / "segmenter.pt", out / "val.json", self.root)
+        evaluation = evaluate.EvaluateSegmentation(
+            out / "segmenter.pt", out / "val.json", self.root
+        )
         evaluation = replace(evaluation, score_classes=self.score_classes)
         found = {test: self.miou(value) for test, value in tests.items()}
         more = {"pictures": self.images["val"], "crf": [4, 121, 5, 3, 3]}
@@ -246,9 +250,7 @@ def test_what_search_chose_by_seed_is_one_row(tmp_path):
         found = {"rows": [], "best": {"generator": {}, "crf": {}, "miou": 90.5}}
         tried = search.Settings(root=runs.root, out=out, classifier=classifier.out, crf_search=True)
         write(out / "result.json", "search", tried, found)
-        generator = generate_labels.GeneratorSettings(
-            background=background, unary_softmax=float(seed + 1)
-        )
+        generator = replace(PAPER, background=background, unary_softmax=float(seed + 1))
         crf = generate_labels.CrfSettings(bilateral_weight=3.0 + seed)
         options = {"generator": generator, "crf": crf, "search": out / "result.json"}
         runs.labels(f"labels_{seed}", {"crf": score}, classifier, **options)
@@ -334,7 +336,7 @@ def test_grid_sizes_make_a_square_table(tmp_path):
     for learning in (1, 4):
         classifier = runs.classifier(f"bap_{learning}", grid_size=learning)
         for generating in (1, 2):
-            generator = generate_labels.GeneratorSettings(grid_size=generating)
+            generator = replace(PAPER, grid_size=generating)
             score = {"crf": 80 + learning + generating / 10}
             name = f"labels_{learning}_{generating}"
             runs.labels(name, score, classifier, split="train", generator=generator)
@@ -422,9 +424,9 @@ def classifier_evaluations(runs):
     for i, pool in enumerate(("gap", "bap")):
         made = runs.classifier(pool, pool=pool)
         path = runs.folder / pool
-        cams = evaluate.Cams(path / "classifier.pt", path / "cams.json", runs.root)
-        boxes = evaluate.Boxes(path / "classifier.pt", path / "boxes.json", runs.root)
-        time = evaluate.Runtime(path / "classifier.pt", path / "time.json", runs.root)
+        cams = evaluate.EvaluateCams(path / "classifier.pt", path / "cams.json", runs.root)
+        boxes = evaluate.EvaluateBoxes(path / "classifier.pt", path / "boxes.json", runs.root)
+        time = evaluate.EvaluateRuntime(path / "classifier.pt", path / "time.json", runs.root)
         precision = {"mean": 70.0 + i, "per_class": dict.fromkeys(VOC_CLASSES, 60.0 + i)}
         precision["per_class"]["bus"] = None
         seconds = {"features": 0.2, "labels": 0.3, "total": 0.5, "grabcut": 1.5, "wssl": 0.4}
@@ -435,7 +437,7 @@ def classifier_evaluations(runs):
         ):
             runs.evaluation(settings.out, what, settings, scores, "classifier", made)
     labels = runs.labels("labels", {"crf": 79.0}, made, split="train")
-    settings = evaluate.Filling(labels.out, labels.out / "filling.json", runs.root)
+    settings = evaluate.EvaluateFilling(labels.out, labels.out / "filling.json", runs.root)
     rates = {"cat": {"labels": [0.5, 0.7, 0.6], "truth": [0.5, 0.6, 0.8]}}
     rates["dog"] = {"labels": [1.0], "truth": [0.5]}
     scores = {"per_class": rates, "kind": "crf"}
@@ -595,7 +597,7 @@ def drawn(tmp_path_factory):
         for name in devkit.names("train"):
             sample = devkit.annotation(name)
             size = tuple(devkit.mask(name).shape)
-            filled = fill_boxes(sample.boxes, sample.labels, size)
+            filled = paint_boxes(sample.boxes, sample.labels, size)
             if method == "wssl":
                 write_label_map(out / "labels" / f"{name}.png", filled)
                 continue
@@ -689,7 +691,7 @@ def test_photographs_stay_small(tmp_path):
 def test_every_setting_that_is_not_the_papers_stands_below_our_columns(tmp_path):
     runs = voc(tmp_path / "runs")
     runs.first = train_classifier.PRESETS["released"][1]
-    generator = generate_labels.GeneratorSettings(cam_normalization="box", align_corners=True)
+    generator = replace(PAPER, cam_normalization="box")
     crf = generate_labels.CrfSettings(none=True)
     classifier = runs.classifier("bap", difficult=False, jitter=0.0)
     runs.labels("labels", {"crf": 79.0}, classifier, generator=generator, crf=crf)
@@ -740,7 +742,7 @@ def test_the_commands_of_the_readme_are_understood(monkeypatch):
         monkeypatch.setattr("sys.argv", [f"{script}.py", *options.split()])
         module = importlib.import_module(f"bapnal_recipes.voc2012.{script}")
         if hasattr(module, "PRESETS"):
-            settings = training.cli(module.__doc__, module.PRESETS)
+            settings = cli(module.__doc__, module.PRESETS)
         else:
             settings = tyro.cli(module.Settings)
         assert str(getattr(settings, "out", "runs")).startswith("runs")

@@ -13,13 +13,17 @@ from PIL import Image
 
 import shapes
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
-from bapnal_recipes.engine import training
-from bapnal_recipes.engine.training import Logging, Machines
+from bapnal_recipes.engine import stage
+from bapnal_recipes.engine.commands import cli, run
+from bapnal_recipes.engine.logs import Logging
+from bapnal_recipes.engine.machines import Machines
+from bapnal_recipes.engine.runs import plain
+from bapnal_recipes.engine.trainer import TrainingPlan
+from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import train_classifier
 from bapnal_recipes.voc2012.train_classifier import (
     PRESETS,
     Settings,
-    load_classifier,
     main,
     schedule,
 )
@@ -89,7 +93,7 @@ def test_the_presets_hold_the_numbers_of_the_paper_and_of_its_code():
 def test_rates_fall_to_a_tenth_where_they_are_told(settings):
     assert schedule(change(settings, iterations=None, epochs=6), 8) == (12, 8)
     steps = schedule(change(settings, iterations=None, epochs=3, drop_after=1.5), 8)
-    assert [steps.rate(step) for step in range(steps.total)] == [1, 1, 1, 0.1, 0.1, 0.1]
+    assert [steps.factor(step) for step in range(steps.total)] == [1, 1, 1, 0.1, 0.1, 0.1]
     assert schedule(change(settings, drop_at=2), 8) == (3, 2)
 
 
@@ -117,7 +121,7 @@ def test_the_result_says_what_was_run(finished):
     settings, found = finished
     assert found == json.loads((settings.out / "result.json").read_text())
     assert found["kind"] == "classifier"
-    assert found["settings"] == training.plain(settings)
+    assert found["settings"] == plain(settings)
     assert found["scores"]["pictures"] == 8
     assert found["scores"]["steps"] == 30
     assert found["seconds"] > 0
@@ -130,7 +134,7 @@ def test_it_learns_and_the_classifier_comes_back(finished, root):
     settings, _ = finished
     classifier = load_classifier(settings.out / "classifier.pt")
     assert classifier.classes == shapes.CLASSES
-    assert classifier.settings == training.plain(settings)
+    assert classifier.settings == plain(settings)
     assert classifier.weight.shape == (7, classifier.features.channels)
     assert not classifier.features.training
     pool = train_classifier.pooling(settings)
@@ -147,7 +151,7 @@ def test_it_learns_and_the_classifier_comes_back(finished, root):
 
 def test_a_finished_run_returns_what_it_found(finished, monkeypatch):
     settings, found = finished
-    monkeypatch.setattr(train_classifier, "fit", None)
+    monkeypatch.setattr(train_classifier, "build_features", None)
     assert main(change(settings, machines=Machines(devices=3))) == found
     with pytest.raises(ValueError, match=r"belongs to another run \(pool='bap' there, 'gap' now\)"):
         main(change(settings, pool="gap"))
@@ -184,7 +188,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
 
 def train_as_rank(fabric, settings):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_classifier, "launch", lambda machines: fabric)
+        patch.setattr(stage, "launch", lambda machines: fabric)
         main(settings)
 
 
@@ -313,7 +317,7 @@ def test_difficult_objects_can_be_left_out(settings, few):
 def line_of(settings, capsys):
     """Run as a script does, and return the one line that it ends with."""
     with pytest.raises(SystemExit) as caught:
-        training.run(main, settings)
+        run(main, settings)
     assert caught.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert {path.name for path in settings.out.glob("*")} <= {"settings.json"}
@@ -388,9 +392,9 @@ def test_settings_out_of_range_are_one_line(settings, capsys, options, message):
 
 
 def test_less_than_an_image_for_each_rank_is_too_little():
-    plan = {"seed": 0, "steps": 1, "batch_size": 1, "pictures": 8}
+    plan = TrainingPlan(1, lambda step: 1.0, batch_size=1)
     with pytest.raises(ValueError, match="batches must hold an image for each of 2 devices"):
-        training._check(plan, 1, 0, SILENT, ranks=2)
+        plan.check(8, ranks=2)
 
 
 def test_a_file_that_is_no_classifier_is_named(tmp_path):
@@ -453,7 +457,7 @@ def test_the_script_trains_and_says_what_is_wrong(settings, capsys, monkeypatch)
 def test_the_help_names_every_option(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_classifier.py", "paper", "--help"])
     with pytest.raises(SystemExit) as caught:
-        training.cli(train_classifier.__doc__, PRESETS)
+        cli(train_classifier.__doc__, PRESETS)
     assert caught.value.code == 0
     text = capsys.readouterr().out
     for field in dataclasses.fields(Settings):

@@ -17,17 +17,22 @@ from torch.nn import functional as F
 import shapes
 from bapnal import bootstrapping_loss, entropy_regularization_loss, noise_aware_loss
 from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
+from bapnal_recipes.data.labelled import LabelledImages
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
-from bapnal_recipes.engine.training import Logging, Machines, cli, steps_per_epoch
+from bapnal_recipes.engine import stage
+from bapnal_recipes.engine.batches import steps_per_epoch
+from bapnal_recipes.engine.commands import cli
+from bapnal_recipes.engine.logs import Logging
+from bapnal_recipes.engine.machines import Machines
+from bapnal_recipes.models.segmenter import load_segmenter
 from bapnal_recipes.voc2012 import train_segmentation
+from bapnal_recipes.voc2012.confidence import moments
 from bapnal_recipes.voc2012.train_segmentation import (
     LOSSES,
     PRESETS,
-    ConfidenceKeeper,
-    LabelledImages,
     Objective,
+    SegmentationStage,
     Settings,
-    load_segmenter,
     main,
     training_images,
 )
@@ -292,7 +297,7 @@ def train_as_rank(fabric, settings):
     """Train in one of several processes, and note how that ended."""
     settings.out.parent.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_segmentation, "launch", lambda machines: fabric)
+        patch.setattr(stage, "launch", lambda machines: fabric)
         try:
             main(settings)
             ending = "finished"
@@ -347,10 +352,9 @@ def test_confidence_maps_are_kept_and_change_nothing(settings):
 
 def test_the_figure_of_the_paper_gets_its_epochs():
     _, paper = PRESETS["paper"]
-    fabric = type("Rank", (), {"is_global_zero": True})
-    data = LabelledImages(None, range(10_582), [Path("crf")])
-    keeper = ConfidenceKeeper(paper, fabric, None, data, 45 * 529, None)
-    assert sorted(step / 529 for step in keeper.moments) == [0, 11, 22, 33, 45]
+    epoch = steps_per_epoch(10_582, paper.batch_size)
+    kept = moments(paper.epochs * epoch, paper.confidence_every * epoch)
+    assert sorted(step / 529 for step in kept) == [0, 11, 22, 33, 45]
 
 
 def test_numbers_and_images_are_logged(settings):
@@ -385,19 +389,19 @@ def pretrained(settings, tmp_path):
 
 
 def test_pretrained_layers_have_a_rate_of_their_own(pretrained, settings):
-    network = train_segmentation._network(pretrained, 7, pretrained.weights)
-    features, head = train_segmentation._optimizer(network, pretrained).param_groups
+    network = SegmentationStage(pretrained).build_network()
+    features, head = SegmentationStage(pretrained).optimizer(network).param_groups
     assert (features["lr"], head["lr"]) == (0.001, 0.01)
     assert {id(p) for p in head["params"]} == {id(p) for p in network.classifier.parameters()}
-    small = train_segmentation._network(settings, 7, None)
-    rates = [g["lr"] for g in train_segmentation._optimizer(small, settings).param_groups]
+    small = SegmentationStage(settings).build_network()
+    rates = [g["lr"] for g in SegmentationStage(settings).optimizer(small).param_groups]
     assert rates == [0.01, 0.01]  # nothing of it was pretrained
 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_batch_normalisation_is_trained_on_request(pretrained, train):
     main(change(pretrained, train_batch_norm=train))
-    before = train_segmentation._network(pretrained, 7, pretrained.weights).state_dict()
+    before = SegmentationStage(pretrained).build_network().state_dict()
     after = load_segmenter(pretrained.out / "segmenter.pt")[0].state_dict()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert any("running_mean" in key for key in changed) == train
@@ -407,7 +411,7 @@ def test_batch_normalisation_is_trained_on_request(pretrained, train):
 
 def test_the_first_blocks_may_stay_as_they_are(pretrained):
     main(change(pretrained, frozen=1))
-    before = train_segmentation._network(pretrained, 7, pretrained.weights).state_dict()
+    before = SegmentationStage(pretrained).build_network().state_dict()
     after = load_segmenter(pretrained.out / "segmenter.pt")[0].state_dict()
     same = {key for key in before if torch.equal(before[key], after[key])}
     assert any("conv_stem" in key for key in same)
@@ -443,7 +447,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, monkeypatch):
 
 def test_a_finished_run_is_not_repeated(settings, monkeypatch, tmp_path):
     found = main(settings)
-    monkeypatch.setattr(train_segmentation, "fit", None)
+    monkeypatch.setattr(train_segmentation, "build_segmenter", None)
     assert main(settings) == found
     assert main(change(settings, labels=settings.labels, machines=Machines(workers=3))) == found
     with pytest.raises(ValueError, match=r"belongs to another run \(loss='nal' there, 'crf' now\)"):

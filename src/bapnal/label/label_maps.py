@@ -1,4 +1,4 @@
-"""Label maps: files of class indices, their colours, boxes filled with their class."""
+"""Label maps: files of class indices, and their colours."""
 
 from __future__ import annotations
 
@@ -39,25 +39,6 @@ def voc_palette() -> NDArray[np.uint8]:
             colours[:, channel] |= ((index >> channel & 1) << (7 - bit)).astype(np.uint8)
         index = index >> 3
     return colours
-
-
-def fill_boxes(boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Fill every box with its class, smaller boxes on top: the simplest pixel labels there are.
-
-    Args:
-        boxes: ``(K, 4)``.
-        labels: ``(K,)``.
-        size: Height and width.
-
-    Returns:
-        ``(H, W)`` long.
-    """
-    filled = torch.zeros(size, dtype=torch.long)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    for i in areas.argsort(descending=True).tolist():
-        x1, y1, x2, y2 = boxes[i].round().long().tolist()
-        filled[y1:y2, x1:x2] = labels[i]
-    return filled
 
 
 def class_colours() -> NDArray[np.uint8]:

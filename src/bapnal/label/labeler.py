@@ -38,7 +38,7 @@ CRFS: dict[str, Callable[[], DenseCRF | None]] = {
 }
 MADE_BY = "semantic 1"  # how instance masks are made; records of another way are made again
 LARGE = 1_000_000  # pixels; larger images are labelled at this size
-DOUBTFUL = 0.3  # share of unreliable pixels in a box
+DOUBTFUL = 0.5  # share of unreliable pixels in a box
 
 
 class Labels(NamedTuple):

@@ -29,7 +29,7 @@ from bapnal.label.sources import LabelledImage
 from bapnal.label.suspicious import MOST_LISTED, Suspicion, counted, suspicious
 from bapnal.label.thumbnails import write_thumbnail
 
-SNAP = 0.05  # pixels: what rounding to five or six digits makes of a whole number
+SNAP = 0.045  # pixels: what rounding to four or five digits makes of a whole number
 
 
 class Options(NamedTuple):
@@ -68,10 +68,15 @@ def open_labelled(image: LabelledImage, max_pixels: int = MAX_PIXELS) -> tuple[T
 
 
 def boxes_in_pixels(image: LabelledImage, size: tuple[int, int]) -> Tensor:
-    """Return the boxes of an image of ``size``, height and width, in pixels; ``(K, 4)``."""
+    """Return the boxes of an image of ``size``, height and width, in pixels; ``(K, 4)``.
+
+    They are rounded to hundredths of a pixel, so that shares of six digits and pixels of two
+    decimals give the same masks.
+    """
     boxes = torch.tensor(image.boxes, dtype=torch.float64).reshape(-1, 4)
     if image.relative:
         boxes = boxes * torch.tensor([size[1], size[0], size[1], size[0]])
+    boxes = boxes.round(decimals=2)
     nearest = boxes.round()
     return torch.where((boxes - nearest).abs() < SNAP, nearest, boxes).float()
 

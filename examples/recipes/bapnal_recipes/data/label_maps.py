@@ -1,9 +1,8 @@
-"""Label maps: files of class indices, their colours; by :mod:`bapnal.label.label_maps`."""
+"""Label maps: files of class indices, and their colours; by :mod:`bapnal.label.label_maps`."""
 
 from bapnal.label.label_maps import (
     VOID,
     class_colours,
-    fill_boxes,
     grey_map,
     label_map,
     read_label_map,
@@ -14,7 +13,6 @@ from bapnal.label.label_maps import (
 __all__ = [
     "VOID",
     "class_colours",
-    "fill_boxes",
     "grey_map",
     "label_map",
     "read_label_map",

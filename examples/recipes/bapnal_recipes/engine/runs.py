@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -151,3 +152,8 @@ def expecting(path: Path, what: str) -> Iterator[None]:
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """Return the settings in a dataclass as they come back from a JSON file."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))

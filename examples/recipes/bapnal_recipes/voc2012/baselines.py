@@ -1,8 +1,7 @@
 """What the paper compares its labels with: ways from boxes to pixels that learn nothing.
 
 Every function takes one image with its boxes and returns labels that stay in the boxes of their
-class. Where boxes overlap, the smaller one is on top. A box that is not at whole pixels is rounded,
-and holds at least one pixel.
+class, painted by ``bapnal.paint_boxes``.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bapnal import box_cells, paint_boxes
 from bapnal_recipes.data.label_maps import VOID, read_label_map
 
 Array = np.ndarray
@@ -36,7 +36,8 @@ def grab_cut(image: Tensor, box: Tensor, *, iterations: int = 5, seed: int = 0) 
         ``(H, W)`` bool. The whole box where nothing of it is left, and where it covers the whole
         image, so that nothing shows what the background looks like.
     """
-    filled = rectangle(box, tuple(image.shape[1:]))
+    size = (image.shape[1], image.shape[2])
+    filled = box_cells(box, size, size)
     if filled.all():
         return filled
     mask = np.where(filled.numpy(), cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
@@ -71,17 +72,17 @@ def box_crf(
     Returns:
         ``(H, W)`` long.
     """
-    size = tuple(image.shape[1:])
+    size = (image.shape[1], image.shape[2])
     classes = labels.unique()  # ascending
     allowed = torch.zeros(len(classes) + 1, *size, dtype=torch.bool)
     allowed[0] = True
     for box, label in zip(boxes, labels, strict=True):
-        allowed[int((classes < label).sum()) + 1] |= rectangle(box, size)
+        allowed[int((classes < label).sum()) + 1] |= box_cells(box, size, size)
     probabilities = allowed.float() / allowed.sum(0)
-    for i in from_large_to_small(boxes):
-        middle = rectangle(shrink(boxes[i], centre), size)
-        probabilities[:, middle] = 0
-        probabilities[int((classes < labels[i]).sum()) + 1, middle] = 1
+    middle = paint_boxes(shrink(boxes, centre), labels, size)
+    for channel, label in enumerate(classes, start=1):
+        probabilities[:, middle == label] = 0
+        probabilities[channel, middle == label] = 1
     if crf is not None and len(classes):
         device = image.device
         marginals = crf(image[None], probabilities[None].to(device))[0].cpu()
@@ -89,10 +90,11 @@ def box_crf(
     return torch.cat([torch.zeros(1, dtype=torch.long), classes])[probabilities.argmax(0)]
 
 
-def shrink(box: Tensor, share: float) -> Tensor:
-    """Return a box about the same centre, with ``share`` of the area."""
-    middle, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2 * share**0.5
-    return torch.cat([middle - half, middle + half])
+def shrink(boxes: Tensor, share: float) -> Tensor:
+    """Return boxes ``(*, 4)`` about the same centres, with ``share`` of the area."""
+    low, high = boxes.split(2, dim=-1)
+    middle, half = (low + high) / 2, (high - low) / 2 * share**0.5
+    return torch.cat([middle - half, middle + half], dim=-1)
 
 
 def stack_masks(
@@ -109,7 +111,7 @@ def stack_masks(
     Returns:
         ``(H, W)`` long.
     """
-    return stack_agreeing(masks, masks, boxes, labels, size)
+    return paint_boxes(boxes, labels, size, masks=_stacked(masks, size))
 
 
 def stack_agreeing(
@@ -134,27 +136,16 @@ def stack_agreeing(
     Returns:
         ``(H, W)`` long.
     """
-    found = torch.zeros(size, dtype=torch.long)
-    for i in from_large_to_small(boxes):
-        inside = rectangle(boxes[i], size)
-        found[first[i] & second[i] & inside] = labels[i]
-        found[(first[i] ^ second[i]) & inside] = VOID
-    return found
+    one, other = _stacked(first, size), _stacked(second, size)
+    # Each box twice: where its masks agree, and where they differ.
+    masks = torch.stack([one & other, one ^ other], 1).flatten(0, 1)
+    values = torch.stack([labels, torch.full_like(labels, VOID)], 1).flatten()
+    return paint_boxes(boxes.repeat_interleave(2, 0), values, size, masks=masks)
 
 
-def from_large_to_small(boxes: Tensor) -> list[int]:
-    """Return the order in which boxes are painted."""
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1).argsort(descending=True).tolist()
-
-
-def rectangle(box: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the pixels of a box; ``(H, W)`` bool, at least one of them True."""
-    height, width = size
-    x1, y1, x2, y2 = box.round().long().tolist()
-    x1, y1 = min(max(x1, 0), width - 1), min(max(y1, 0), height - 1)
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] = True
-    return mask
+def _stacked(masks: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """One tensor of masks, of which there may be none; ``(K, H, W)``."""
+    return torch.stack(list(masks)) if masks else torch.zeros(0, *size, dtype=torch.bool)
 
 
 class Proposals(NamedTuple):
@@ -268,7 +259,7 @@ def best_proposals(
     corners = np.concatenate([entry.corners for entry in found])
     chosen = []
     for box in boxes:
-        filled = rectangle(box, size)
+        filled = box_cells(box, size, size)
         overlap = _overlap(box.double().numpy(), corners)
         best = int(overlap.argmax())  # of equal ones the first: MCG sorts them by their score
         entry, i = where[best]
@@ -349,9 +340,9 @@ def read_masks(
 
 def keep_to_boxes(found: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
     """Set a label map to background outside the boxes of each class; 255 counts as any class."""
-    size = tuple(found.shape)
+    size = (found.shape[0], found.shape[1])
     kept = torch.zeros_like(found)
     for box, label in zip(boxes, labels, strict=True):
-        inside = rectangle(box, size) & ((found == label) | (found == VOID))
+        inside = box_cells(box, size, size) & ((found == label) | (found == VOID))
         kept[inside] = found[inside]
     return kept

@@ -466,7 +466,7 @@ def unaries(archive: Archive, path: Path, examples: int) -> str | None:
 def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
     """Show the activation maps of a classifier of each pooling, trained alike otherwise."""
     from bapnal_recipes.models.backbones import ALIGNED
-    from bapnal_recipes.voc2012.train_classifier import load_classifier
+    from bapnal_recipes.models.classifier import load_classifier
 
     alike: dict[str, dict[str, Run]] = {}
     for run in archive.runs:
@@ -506,7 +506,7 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
 
 def confidence(archive: Archive, path: Path, examples: int) -> str | None:
     """Show how the confidence in labels changes during training."""
-    from bapnal_recipes.voc2012.train_segmentation import label_folder
+    from bapnal_recipes.data.labelled import label_folder
 
     for run in archive.runs:
         kept = archive.folder(run) / "confidence"
@@ -546,7 +546,7 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
 @torch.inference_mode()
 def predictions(archive: Archive, path: Path, examples: int) -> str | None:
     """Show what segmentation networks make of images that they have not seen."""
-    from bapnal_recipes.voc2012.train_segmentation import load_segmenter
+    from bapnal_recipes.models.segmenter import load_segmenter
 
     found: dict[tuple[str, str], dict[str, Run]] = {}
     names = {"boxes": "boxes, NAL", "some masks": "some masks, NAL", "masks": "all masks"}

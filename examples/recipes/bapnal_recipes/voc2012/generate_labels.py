@@ -3,10 +3,11 @@
     python -m bapnal_recipes.voc2012.generate_labels paper \
         --classifier runs/voc2012/bap/classifier.pt --out runs/voc2012/labels_bap
     python -m bapnal_recipes.voc2012.generate_labels agnostic --out runs/voc2012/labels_agnostic
+    python -m bapnal_recipes.voc2012.generate_labels ridge --out runs/voc2012/labels_ridge
     python -m bapnal_recipes.voc2012.generate_labels paper --method grabcut \
         --out runs/voc2012/grabcut
 
-The methods ``network`` and ``agnostic`` write, in the palette of the devkit,
+The methods ``network``, ``ridge`` and ``agnostic`` write, in the palette of the devkit,
 
     OUT/crf/NAME.png          Y_crf
     OUT/ret/NAME.png          Y_ret
@@ -14,17 +15,17 @@ The methods ``network`` and ``agnostic`` write, in the palette of the devkit,
     OUT/unaries/NAME.npz      on request: u_0 as background (H, W), u_c as foreground (P, H, W),
                               and their classes (P,)
 
-and all others ``OUT/labels/NAME.png``. Labels never leave the boxes of their class. An image that
-cannot be read is reported and skipped. After an interruption the same command goes on from there.
+and all others ``OUT/labels/NAME.png``. ``ridge`` also writes its ``OUT/classifier.pt``. Labels
+never leave the boxes of their class. An image that cannot be read is reported and skipped. After an
+interruption the same command goes on from there.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -34,94 +35,35 @@ import torch
 from lightning.fabric import Fabric
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
 
-from bapnal import DenseCRF, PseudoLabelGenerator
 from bapnal.label import files
-from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.data.dataset import BoxDataset, Sample
-from bapnal_recipes.data.images import image_head
-from bapnal_recipes.data.label_maps import VOID, fill_boxes, write_label_map
+from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
 from bapnal_recipes.engine import runs
-from bapnal_recipes.engine.training import (
-    Machines,
-    MachinesOption,
-    Together,
-    cli,
-    launch,
-    plain,
-    run,
+from bapnal_recipes.engine.closed_form import solve_classifier
+from bapnal_recipes.engine.commands import cli, run
+from bapnal_recipes.engine.images import Unreadable, each_image, report_skipped
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.stage import state_on_cpu
+from bapnal_recipes.engine.trainer import write_whole
+from bapnal_recipes.models.classifier import untrained_features
+from bapnal_recipes.models.generator import (
+    PAPER,
+    RELEASED,
+    CrfSettings,
+    GeneratorSettings,
+    make_generator,
 )
-from bapnal_recipes.models.deeplab import build_features
-from bapnal_recipes.voc2012 import baselines
-from bapnal_recipes.voc2012.train_classifier import load_classifier
+from bapnal_recipes.voc2012.labellers import (
+    CLASSIFIER,
+    TWO_MAPS,
+    Labeller,
+    check_folders,
+    make_labeller,
+)
 
-Method = Literal["network", "agnostic", "box", "grabcut", "wssl", "mcg", "sdi", "masks"]
-TWO_MAPS = ("network", "agnostic")  # the methods that give Y_crf and Y_ret
-
-
-@dataclass(frozen=True)
-class GeneratorSettings:
-    """How unaries are made of features; see ``bapnal.pseudo_labels``.
-
-    Args:
-        grid_size: N of the attention's grid.
-        background: What u_0 is: "attention", "cam" ("w/o u_0" in Table 1), or "both", their mean.
-        background_threshold: A below this share of its maximum becomes 0; None keeps A.
-        attention_minmax: Scale A inside the boxes of an image to [0, 1] first.
-        cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box alone.
-        unary_softmax: None divides the unaries by their sum; a number is the scale of a softmax.
-        align_corners: How maps are upsampled.
-    """
-
-    grid_size: int = 1
-    background: Literal["attention", "cam", "both"] = "attention"
-    background_threshold: float | None = 0.99
-    attention_minmax: bool = False
-    cam_normalization: Literal["class", "box"] = "class"
-    unary_softmax: float | None = None
-    align_corners: bool = False
-
-
-@dataclass(frozen=True)
-class CrfSettings:
-    """The fully connected CRF; see ``bapnal.DenseCRF``.
-
-    Args:
-        bilateral_weight: Strength of the kernel of position and colour.
-        bilateral_xy: Its width over positions, in pixels.
-        bilateral_rgb: Its width over colours, in grey levels.
-        gaussian_weight: Strength of the kernel of position alone.
-        gaussian_xy: Its width, in pixels.
-        iterations: Mean-field steps.
-        half_resolution: Fast and approximate.
-        backend: "torch" or "pydensecrf".
-        none: No CRF at all.
-    """
-
-    bilateral_weight: float = 4.0
-    bilateral_xy: float = 55.0
-    bilateral_rgb: float = 3.0
-    gaussian_weight: float = 3.0
-    gaussian_xy: float = 3.0
-    iterations: int = 10
-    half_resolution: bool = False
-    backend: Literal["torch", "pydensecrf"] = "torch"
-    none: bool = False
-
-
-def make_crf(crf: CrfSettings) -> DenseCRF | None:
-    """Return the CRF of these settings."""
-    chosen = asdict(crf)
-    return None if chosen.pop("none") else DenseCRF(**chosen)
-
-
-def make_generator(generator: GeneratorSettings, crf: CrfSettings) -> PseudoLabelGenerator:
-    """Return the label generator of these settings."""
-    return PseudoLabelGenerator(make_crf(crf), **asdict(generator))
+Method = Literal["network", "ridge", "agnostic", "box", "grabcut", "wssl", "mcg", "sdi", "masks"]
 
 
 @dataclass(frozen=True)
@@ -135,13 +77,16 @@ class Settings:
         split: Which images: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
         method: "network": class activation maps and attention of a trained classifier.
-            "agnostic": attention alone, without class weights, on the features of a classifier or
-            of a backbone that was never trained on boxes. "box": boxes filled with their class.
+            "ridge": the same by a classifier in closed form, fitted to boxes on the features of a
+            backbone that was never trained on boxes. "agnostic": without class weights, on such
+            features or those of a classifier. "box": boxes filled with their class.
             "grabcut": GrabCut in each box. "wssl": the CRF on boxes, whose middle is foreground.
             "mcg": the segment proposal that fits each box best. "sdi": GrabCut where it agrees
             with that proposal, 255 elsewhere in the box. "masks": masks from a folder.
         classifier: File classifier.pt of train_classifier.py.
-        backbone: Network of "agnostic" without a classifier, whose stages are scaled to length 1.
+        fit_split: Whose boxes "ridge" is fitted to.
+        backbone: Network of "ridge", and of "agnostic" without a classifier; its stages are scaled
+            to length 1.
         weights: Weights of that backbone: a file, "random", or none for those that it comes with.
         stride: Pixels from one feature of that backbone to the next.
         rounds: Iterations of GrabCut.
@@ -165,6 +110,7 @@ class Settings:
     classes: tuple[str, ...] = VOC_CLASSES
     method: Method = "network"
     classifier: Path | None = None
+    fit_split: str = "train_aug"
     backbone: str = "tf_efficientnet_lite0"
     weights: str | None = None
     stride: int = 8
@@ -172,8 +118,8 @@ class Settings:
     centre: float = 0.2
     proposals: Path | None = None
     masks: Path | None = None
-    generator: GeneratorSettings = GeneratorSettings()
-    crf: CrfSettings = CrfSettings()
+    generator: GeneratorSettings = field(default_factory=GeneratorSettings)
+    crf: CrfSettings = field(default_factory=CrfSettings)
     search: Path | None = None
     unaries: bool = False
     difficult: bool = True
@@ -185,24 +131,19 @@ class Settings:
 PRESETS = {
     "paper": (
         "as in the paper, for VGG-16",
-        Settings(generator=GeneratorSettings(align_corners=True)),
+        Settings(generator=PAPER),
     ),
     "released": (
         "as in the authors' released code where it differs",
-        Settings(
-            generator=GeneratorSettings(
-                cam_normalization="box", unary_softmax=1.0, align_corners=True
-            )
-        ),
+        Settings(generator=RELEASED),
     ),
     "agnostic": (
         "without any training, on EfficientNet-Lite0",
-        Settings(
-            method="agnostic",
-            generator=GeneratorSettings(
-                background_threshold=None, attention_minmax=True, unary_softmax=3.0
-            ),
-        ),
+        Settings(method="agnostic"),
+    ),
+    "ridge": (
+        "with a classifier in closed form, on EfficientNet-Lite0",
+        Settings(method="ridge"),
     ),
 }
 
@@ -232,13 +173,17 @@ def read_search(path: Path, settings: Settings) -> Settings:
         raise FileNotFoundError(f"search {path} does not exist")
     try:
         best = json.loads(path.read_text(encoding="utf-8"))["scores"]["best"]
-        return replace(
-            settings,
-            generator=replace(settings.generator, **best["generator"]),
-            crf=replace(settings.crf, **best["crf"]),
-        )
+        options, crf = dict(best["generator"]), replace(settings.crf, **best["crf"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"search {path} must be a result of search.py: {error!r}") from error
+    known = asdict(settings.generator).keys()
+    if options.keys() != known:
+        facts = ", ".join(sorted(options.keys() ^ known))
+        raise ValueError(
+            f"search {path} must be a result of search.py of this version, whose generator has "
+            f"other options ({facts}): search again"
+        )
+    return replace(settings, generator=replace(settings.generator, **options), crf=crf)
 
 
 def main(settings: Settings) -> dict:
@@ -255,6 +200,8 @@ def main(settings: Settings) -> dict:
     stored = runs.read_result(path, "labels") if path.is_file() else None
     fabric = launch(settings.machines)
     with runs.Meter() as meter:
+        if settings.method == "ridge" and not (settings.out / CLASSIFIER).is_file():
+            fit_classifier(settings, fabric)
         with Together(fabric).alike():
             mine = _label_share(settings, fabric, names)
         parts = _gather(fabric, mine)
@@ -274,19 +221,51 @@ def main(settings: Settings) -> dict:
 def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> tuple[list[Done], float]:
     """Label this process's share of the images; return what became of them, and the time."""
     label = make_labeller(settings, fabric)
-    path = settings.out / "settings.json"
-    files.claim(path, _identity(settings), write=fabric.is_global_zero)
-    dataset = BoxDataset(
-        Devkit(settings.root, settings.classes),
-        names,
-        difficult=settings.difficult,
-        margin=settings.margin,
-    )
+    _claim(settings, fabric)
+    dataset = _dataset(settings, names)
     mine = range(fabric.global_rank, len(names), fabric.world_size)
-    todo = [i for i in mine if not _finished(settings, names[i])]
+    todo = [i for i in mine if not _is_labelled(settings, names[i])]
     begin = time.perf_counter()
     done = list(_label_all(settings, fabric, label, dataset, todo))
     return done, round(time.perf_counter() - begin, 3)
+
+
+def _claim(settings: Settings, fabric: Fabric) -> None:
+    path = settings.out / "settings.json"
+    files.claim(path, _noted(settings), write=fabric.is_global_zero)
+
+
+def _dataset(settings: Settings, names: list[str]) -> BoxDataset:
+    devkit = Devkit(settings.root, settings.classes)
+    return BoxDataset(devkit, names, difficult=settings.difficult, margin=settings.margin)
+
+
+def fit_classifier(settings: Settings, fabric: Fabric) -> None:
+    """Fit the classifier of the method "ridge", and write it beside the labels.
+
+    Raises:
+        ValueError: If there is no box to fit it to, or ``out`` holds the labels of other settings.
+    """
+    together = Together(fabric)
+    with together.alike():
+        features = untrained_features(settings.backbone, settings.weights, settings.stride)
+        features = features.eval().to(fabric.device)
+        _claim(settings, fabric)
+        dataset = _dataset(settings, Devkit(settings.root).names(settings.fit_split))
+    count = len(settings.classes) + 1
+    weight = solve_classifier(fabric, features, dataset, count, settings.machines.workers)
+    kept = ("backbone", "stride", "fit_split", "difficult", "margin")
+    content = {
+        "settings": {
+            **{name: getattr(settings, name) for name in kept},
+            "untrained": True,
+            "channels_last": False,
+        },
+        "classes": list(settings.classes),
+        "features": state_on_cpu(features),
+        "weight": weight.cpu(),
+    }
+    write_whole(together, settings.out / CLASSIFIER, content)
 
 
 def _check(settings: Settings) -> list[str]:
@@ -304,10 +283,10 @@ def _check(settings: Settings) -> list[str]:
         )
     if settings.classifier is not None and not settings.classifier.is_file():
         raise FileNotFoundError(f"classifier {settings.classifier} does not exist")
-    if settings.method == "agnostic" and settings.generator.background != "attention":
+    if settings.method == "agnostic" and settings.generator.background == "cam":
         raise ValueError(
-            'generator.background must be "attention" where method is "agnostic", got '
-            f"{settings.generator.background!r}"
+            'generator.background must be "attention" or "both" where method is "agnostic", got '
+            "'cam'"
         )
     if settings.unaries and settings.method not in TWO_MAPS:
         raise ValueError(
@@ -321,244 +300,24 @@ def _check(settings: Settings) -> list[str]:
     make_generator(settings.generator, settings.crf)
     devkit = Devkit(settings.root, settings.classes)
     names = devkit.names(settings.split)
-    if settings.method in ("mcg", "sdi"):
-        folder = _folder("proposals", settings.proposals, settings.method)
-        lacking = [name for name in names if not (folder / f"{name}.mat").is_file()]
-        _complain("proposals", f"{folder} must hold NAME.mat", lacking, names)
-    if settings.method == "masks":
-        _check_masks(settings, _folder("masks", settings.masks, "masks"), devkit, names)
+    if settings.method == "ridge":
+        devkit.names(settings.fit_split)
+    check_folders(settings, devkit, names)
     return names
-
-
-def _folder(argument: str, folder: Path | None, method: str) -> Path:
-    if folder is None:
-        raise ValueError(f'{argument} must be a folder where method is "{method}", got none')
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{argument} {folder} does not exist")
-    return folder
-
-
-def _complain(argument: str, must: str, lacking: list[str], names: list[str]) -> None:
-    if lacking:
-        some = ", ".join(lacking[:5]) + ", ..." * (len(lacking) > 5)
-        raise FileNotFoundError(
-            f"{argument} {must} for every image, {len(lacking)} of {len(names)} are missing: {some}"
-        )
-
-
-def _check_masks(settings: Settings, folder: Path, devkit: Devkit, names: list[str]) -> None:
-    """Check that masks are there and as large as their images, without decoding any."""
-    lacking = []
-    for name in names:
-        try:
-            numbers = _numbers(settings, devkit, name)
-            size, _ = image_head(devkit.image_path(name))
-        except (ValueError, OSError):
-            continue  # a broken image is skipped in its turn
-        try:
-            for path in baselines.mask_files(folder, name, numbers):
-                found, _ = image_head(path)
-                if found != size:
-                    raise ValueError(
-                        f"masks {path} must have the size of its image, {size[0]} x {size[1]}, "
-                        f"got {found[0]} x {found[1]}"
-                    )
-        except FileNotFoundError:
-            lacking.append(name)
-    _complain("masks", f"{folder} must hold NAME.png or NAME_0.png, ...,", lacking, names)
-
-
-Labels = dict[str, Tensor | dict[str, np.ndarray]]
-Clock = Callable[[str], None]  # called with the name of the part that has just ended
-Labeller = Callable[[Sample, Clock], Labels]
-
-
-def make_labeller(settings: Settings, fabric: Fabric) -> Labeller:
-    """Return what turns one image into its label maps, by the folders they go to."""
-    if settings.method in TWO_MAPS:
-        return _NetworkLabeller(settings, fabric)
-    maker = {
-        "box": _box,
-        "grabcut": _grab_cut,
-        "wssl": functools.partial(_wssl, crf=make_crf(settings.crf), device=fabric.device),
-        "mcg": _mcg,
-        "sdi": _sdi,
-        "masks": functools.partial(_masks, devkit=Devkit(settings.root, settings.classes)),
-    }[settings.method]
-
-    def label(sample: Sample, clock: Clock) -> Labels:
-        found = maker(settings, sample)
-        clock("labels")
-        return {"labels": found}
-
-    return label
-
-
-def _box(settings: Settings, sample: Sample) -> Tensor:
-    return fill_boxes(sample.boxes, sample.labels, _shape(sample))
-
-
-def _grab_cut(settings: Settings, sample: Sample) -> Tensor:
-    cuts = _cuts(settings, sample)
-    return baselines.stack_masks(cuts, sample.boxes, sample.labels, _shape(sample))
-
-
-def _wssl(settings: Settings, sample: Sample, crf: DenseCRF | None, device: torch.device) -> Tensor:
-    image = sample.image.to(device)
-    return baselines.box_crf(image, sample.boxes, sample.labels, crf, centre=settings.centre)
-
-
-def _mcg(settings: Settings, sample: Sample) -> Tensor:
-    chosen = _chosen(settings, sample)
-    return baselines.stack_masks(chosen, sample.boxes, sample.labels, _shape(sample))
-
-
-def _sdi(settings: Settings, sample: Sample) -> Tensor:
-    pairs = _chosen(settings, sample), _cuts(settings, sample)
-    return baselines.stack_agreeing(*pairs, sample.boxes, sample.labels, _shape(sample))
-
-
-def _masks(settings: Settings, sample: Sample, devkit: Devkit) -> Tensor:
-    numbers = _numbers(settings, devkit, sample.name)
-    files = baselines.mask_files(settings.masks, sample.name, numbers)
-    return baselines.read_masks(
-        files, sample.name, sample.boxes, sample.labels, _shape(sample), len(devkit.classes)
-    )
-
-
-def _numbers(settings: Settings, devkit: Devkit, name: str) -> list[int]:
-    """Which objects of an annotation count."""
-    difficult = devkit.annotation(name).difficult.tolist()
-    return [i for i, hard in enumerate(difficult) if settings.difficult or not hard]
-
-
-def _cuts(settings: Settings, sample: Sample) -> list[Tensor]:
-    return [
-        baselines.grab_cut(sample.image, box, iterations=settings.rounds, seed=settings.seed)
-        for box in sample.boxes
-    ]
-
-
-def _chosen(settings: Settings, sample: Sample) -> list[Tensor]:
-    found = baselines.read_proposals(settings.proposals / f"{sample.name}.mat")
-    return baselines.best_proposals(found, sample.boxes, _shape(sample))
-
-
-def _shape(sample: Sample) -> tuple[int, int]:
-    return sample.image.shape[1], sample.image.shape[2]
-
-
-class _NetworkLabeller:
-    """Labels from features: the methods "network" and "agnostic"."""
-
-    def __init__(self, settings: Settings, fabric: Fabric) -> None:
-        self.fabric = fabric
-        self.unaries = settings.unaries
-        self.generate = make_generator(settings.generator, settings.crf)
-        self.weight: Tensor | None = None
-        self.unseen = torch.zeros(len(settings.classes) + 1, dtype=torch.bool)
-        if settings.classifier is None:
-            features = untrained_features(settings.backbone, settings.weights, settings.stride)
-        else:
-            classifier = load_classifier(settings.classifier)
-            features = classifier.features
-            if settings.method == "network":
-                left_out = set(classifier.settings.get("leave_out") or ())
-                known = {name: i for i, name in enumerate(classifier.classes, start=1)}
-                rows = [0, *(known.get(name, 0) for name in settings.classes)]
-                self.weight = classifier.weight[rows].to(fabric.device)
-                for i, name in enumerate(settings.classes, start=1):
-                    self.unseen[i] = name not in known or name in left_out
-        unseen = [name for name, x in zip(settings.classes, self.unseen[1:], strict=True) if x]
-        if unseen and settings.generator.background != "attention":
-            raise ValueError(
-                'generator.background must be "attention" for classes that the classifier has not '
-                f"seen ({', '.join(unseen)}), got {settings.generator.background!r}"
-            )
-        self.features = features.eval().to(fabric.device)
-
-    @torch.inference_mode()
-    def __call__(self, sample: Sample, clock: Clock) -> Labels:
-        device = self.fabric.device
-        images = sample.image[None].to(device)
-        with self.fabric.autocast():
-            features = self.features(images)
-        _wait(device)
-        clock("features")
-        # 1 - u_0 is the foreground of what has no weight of its own.
-        weight = None if self.unseen[sample.labels].any() else self.weight
-        y = self.generate(
-            images, features, weight, [sample.boxes.to(device)], [sample.labels.to(device)]
-        )
-        crf, ret = y.crf[0].cpu(), y.retrieval[0].cpu()
-        clock("labels")
-        found: Labels = {"crf": crf, "ret": ret, "reliable": crf.masked_fill(crf != ret, VOID)}
-        if self.unaries:
-            found["unaries"] = {
-                "background": y.background_unary[0].cpu().numpy().astype(np.float16),
-                "foreground": y.foreground_unary[0].cpu().numpy().astype(np.float16),
-                "classes": y.classes[0].cpu().numpy(),
-            }
-        return found
-
-
-def untrained_features(backbone: str, weights: str | None, stride: int) -> nn.Module:
-    """Return the backbone of "agnostic" where there is no classifier."""
-    if backbone in ("small", "vgg16"):
-        return build_features(backbone, weights, stride)
-    # Stages of different magnitude, none of which has been weighted by training.
-    return TimmFeatures(backbone, weights, stride, normalize=True)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class _Readable(Dataset[Sample | Done]):
-    """Images that turn into the reason where they cannot be read."""
-
-    def __init__(self, dataset: BoxDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample | Done:
-        try:
-            return self.dataset[index]
-        except (ValueError, OSError) as error:
-            return Done(self.dataset.names[index], str(error), {})
 
 
 def _label_all(
     settings: Settings, fabric: Fabric, label: Labeller, dataset: BoxDataset, todo: list[int]
 ) -> Iterator[Done]:
     """Label some images and write what comes out."""
-    console = Console(stderr=True)
-    # Only a GPU is faster than the reading of one image after the other.
-    workers = settings.machines.workers if fabric.device.type == "cuda" else 0
-    loader = DataLoader(
-        Subset(_Readable(dataset), todo), batch_size=None, num_workers=workers, collate_fn=_same
-    )
-    columns = (
-        TextColumn("labelling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, disable=not fabric.is_global_zero) as progress:
-        bar = progress.add_task("", total=len(todo))
-        for sample in loader:
-            done = sample if isinstance(sample, Done) else _label(settings, label, sample)
-            if done.error:
-                console.print(f"skipped {done.name}: {done.error}", soft_wrap=True, highlight=False)
-            progress.advance(bar)
-            yield done
-
-
-def _same(sample: Sample | Done) -> Sample | Done:
-    return sample
+    for sample in each_image(fabric, dataset, todo, "labelling", settings.machines.workers):
+        if isinstance(sample, Unreadable):
+            done = Done(*sample, {})
+        else:
+            done = _label(settings, label, sample)
+        if done.error:
+            report_skipped(done.name, done.error)
+        yield done
 
 
 def _label(settings: Settings, label: Labeller, sample: Sample) -> Done:
@@ -597,7 +356,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def _finished(settings: Settings, name: str) -> bool:
+def _is_labelled(settings: Settings, name: str) -> bool:
     """Whether all files of an image are there and readable."""
     for path in _files(settings, name).values():
         try:
@@ -612,9 +371,9 @@ def _finished(settings: Settings, name: str) -> bool:
     return True
 
 
-def _identity(settings: Settings) -> dict[str, object]:
+def _noted(settings: Settings) -> dict[str, object]:
     """What the labels depend on."""
-    found = plain(settings)
+    found = runs.plain(settings)
     if settings.classifier is not None:  # the same name may hold another one
         found["classifier_sha256"] = runs.digest(settings.classifier)
     for key in ("machines", "out", "search"):

@@ -17,33 +17,36 @@ is wrong. The exit code is 1 if anything is.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import tyro
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torchvision.datasets import SBDataset, VOCSegmentation
 
 from bapnal.label.files import whole, write_json
-from bapnal_recipes.data.label_maps import fill_boxes, write_label_map
+from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root, read_names
 from bapnal_recipes.engine.runs import Meter, result
+from bapnal_recipes.voc2012.devkit_checks import (
+    SIZES,
+    TRAIN_AUG,
+    check_images,
+    first_of,
+    in_threads,
+    is_whole_voc,
+    read_splits,
+    summary,
+)
 
-SIZES = {"VOC train": 1_464, "VOC val": 1_449, "SBD train": 8_498, "SBD val": 2_857}
-TRAIN_AUG = 10_582
 VOC_FILES = {"JPEGImages": 17_125, "Annotations": 17_125, "SegmentationClass": 2_913}
 LISTED = 50  # so many wrong things are printed; the result file has them all
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,10 @@ def main(settings: Settings) -> dict[str, object]:
         if settings.masks and sbd is not None:
             wrong += write_masks(devkit, sbd, names, settings.workers, console)
 
-        splits = _splits(devkit, wrong)
-        checks = _check_images(devkit, splits, settings, console)
+        splits = read_splits(devkit, wrong)
+        checks = check_images(
+            devkit, splits, console, difficult=settings.difficult, workers=settings.workers
+        )
         wrong += [line for check in checks.values() for line in check.wrong]
         wrong = list(dict.fromkeys(wrong))  # a broken list is met more than once
         summaries = {
@@ -216,7 +221,7 @@ def train_aug(devkit: Devkit, sbd: Path) -> list[str]:
     }
     chosen = set(lists["VOC train"]) | set(lists["SBD train"]) | set(lists["SBD val"])
     names = sorted(chosen - set(lists["VOC val"]))
-    if _is_whole(lists["VOC train"], lists["VOC val"]) and len(names) != TRAIN_AUG:
+    if is_whole_voc(lists["VOC train"], lists["VOC val"]) and len(names) != TRAIN_AUG:
         counts = ", ".join(
             f"{name} has {len(found):,} of {SIZES[name]:,}" for name, found in lists.items()
         )
@@ -225,14 +230,9 @@ def train_aug(devkit: Devkit, sbd: Path) -> list[str]:
     if absent:
         raise ValueError(
             f"train_aug must have {len(names):,} images with annotations, "
-            f"{len(absent):,} of them lack one or both: {_first(absent)}"
+            f"{len(absent):,} of them lack one or both: {first_of(absent)}"
         )
     return names
-
-
-def _is_whole(train: Sequence[str], val: Sequence[str]) -> bool:
-    """Whether this is VOC 2012 as published and no part of it."""
-    return (len(train), len(val)) == (SIZES["VOC train"], SIZES["VOC val"])
 
 
 def _has_files(devkit: Devkit, name: str) -> bool:
@@ -241,11 +241,6 @@ def _has_files(devkit: Devkit, name: str) -> bool:
     except FileNotFoundError:
         return False
     return devkit.annotation_path(name).is_file()
-
-
-def _first(names: Iterable[str], most: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _plan(devkit: Devkit, sbd: Path) -> tuple[list[str], list[str]]:
@@ -305,8 +300,8 @@ def _difference(path: Path, names: list[str]) -> str:
     if there == set(names):
         return ""
     less, more = set(names) - there, there - set(names)
-    parts = [f"lacks {len(less):,} ({_first(less)})"] if less else []
-    parts += [f"has {len(more):,} others ({_first(more)})"] if more else []
+    parts = [f"lacks {len(less):,} ({first_of(less)})"] if less else []
+    parts += [f"has {len(more):,} others ({first_of(more)})"] if more else []
     return f"must hold the {len(names):,} images of the rule, {' and '.join(parts)}"
 
 
@@ -357,163 +352,12 @@ def write_masks(
         write_label_map(devkit.root / "SegmentationClassAug" / f"{name}.png", mask)
         return ""
 
-    todo = [name for name in names if not _has_mask(devkit, name)]
-    return [line for line in _in_threads(write, todo, workers, "writing masks", console) if line]
+    todo = [name for name in names if not devkit.has_mask(name)]
+    return [line for line in in_threads(write, todo, workers, "writing masks", console) if line]
 
 
 def _of(size: tuple[int, int], mask: Tensor) -> str:
     return f"{size[1]} x {size[0]}, got {mask.shape[1]} x {mask.shape[0]}"
-
-
-def _has_mask(devkit: Devkit, name: str) -> bool:
-    try:
-        devkit.mask_path(name)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _in_threads(
-    function: Callable[[str], T], names: Sequence[str], workers: int, title: str, console: Console
-) -> list[T]:
-    with ThreadPoolExecutor(workers) as pool:
-        done = pool.map(function, names)
-        return list(track(done, title, total=len(names), console=console, transient=True))
-
-
-# What is checked
-
-
-class ImageCheck(NamedTuple):
-    """What one image of a devkit has.
-
-    Attributes:
-        wrong: A line for each thing that is wrong with it.
-        labels: Classes of its boxes.
-        difficult: Classes of its boxes marked as difficult, whether or not they count.
-        shares: Share of the image that each box has.
-        covered: Share of the image in any box; None where that is unknown.
-        mask: Whether it has a mask.
-    """
-
-    wrong: list[str]
-    labels: list[int]
-    difficult: list[int]
-    shares: list[float]
-    covered: float | None
-    mask: bool
-
-
-def check_image(
-    devkit: Devkit, name: str, needed: bool = True, difficult: bool = True
-) -> ImageCheck:
-    """Read all files of an image, and say what they hold and what is wrong with them.
-
-    Args:
-        devkit: Where it is.
-        name: Which one.
-        needed: Whether it must have boxes.
-        difficult: Whether boxes marked as difficult count.
-    """
-    wrong, size, annotation = [], None, None
-    try:
-        size = tuple(devkit.image(name).shape[1:])
-    except (OSError, ValueError) as error:
-        wrong.append(str(error))
-    path = devkit.annotation_path(name)
-    if needed or path.is_file():
-        try:
-            stated = devkit.stated_size(name)
-            if size and stated and stated != size:
-                facts = f"{size[1]} x {size[0]}, got {stated[1]} x {stated[0]}"
-                wrong.append(f"{path} must state the size of its image, {facts}")
-            found = devkit.annotation(name)
-            if needed and not len(found.boxes):
-                wrong.append(f"{path} must hold at least one box, got none")
-            annotation = devkit.inside(name, found, size) if size else found
-        except (OSError, ValueError) as error:
-            wrong.append(str(error))
-    has_mask = _has_mask(devkit, name)
-    if has_mask:
-        try:
-            devkit.mask(name, size)
-        except (OSError, ValueError) as error:
-            wrong.append(str(error))
-    if annotation is None:
-        return ImageCheck(wrong, [], [], [], None, has_mask)
-    hard = annotation.labels[annotation.difficult].tolist()
-    if not difficult:
-        boxes, labels = (part[~annotation.difficult] for part in annotation[:2])
-    else:
-        boxes, labels = annotation[:2]
-    if size is None:
-        return ImageCheck(wrong, labels.tolist(), hard, [], None, has_mask)
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) / (size[0] * size[1])
-    covered = float((fill_boxes(boxes, labels, size) > 0).float().mean())
-    return ImageCheck(wrong, labels.tolist(), hard, areas.tolist(), covered, has_mask)
-
-
-def _splits(devkit: Devkit, wrong: list[str]) -> dict[str, list[str]]:
-    """Names of every split that can be read; the others, and overlaps, join ``wrong``."""
-    splits = {}
-    there = {path.stem for path in (devkit.root / "ImageSets/Segmentation").glob("*.txt")}
-    order = ("train", "train_aug", "val")
-    for split in sorted(there, key=lambda name: (name not in order, name)):
-        try:
-            splits[split] = devkit.names(split)
-        except (OSError, ValueError) as error:
-            wrong.append(str(error))
-    if {"train", "train_aug", "val"} <= splits.keys():
-        whole_voc = _is_whole(splits["train"], splits["val"])
-        if whole_voc and len(splits["train_aug"]) != TRAIN_AUG:
-            count = len(splits["train_aug"])
-            wrong.append(f"train_aug.txt must have {TRAIN_AUG:,} images, got {count:,}")
-    for split in ("train", "train_aug"):
-        shared = set(splits.get(split, [])) & set(splits.get("val", []))
-        if shared:
-            facts = f"share {len(shared):,}: {_first(shared)}"
-            wrong.append(f"{split}.txt and val.txt must not share images, {facts}")
-    return splits
-
-
-def _check_images(
-    devkit: Devkit, splits: dict[str, list[str]], settings: Settings, console: Console
-) -> dict[str, ImageCheck]:
-    """Check every name that a split or a file has."""
-    # The images of the test split are published without boxes, and so are some of no split.
-    needed = {name for split, names in splits.items() if split != "test" for name in names}
-    names = needed.union(splits.get("test", []))
-    for folder, suffixes in (("JPEGImages", (".jpg", ".png")), ("Annotations", (".xml",))):
-        paths = (devkit.root / folder).iterdir()
-        names |= {path.stem for path in paths if path.suffix in suffixes}
-
-    def check(name: str) -> ImageCheck:
-        return check_image(devkit, name, name in needed, settings.difficult)
-
-    order = sorted(names)
-    found = _in_threads(check, order, settings.workers, "checking images", console)
-    return dict(zip(order, found, strict=True))
-
-
-def summary(checks: Sequence[ImageCheck], classes: Sequence[str]) -> dict[str, object]:
-    """Count what some images hold; shares are None where there is nothing to measure."""
-    labels = [label for check in checks for label in check.labels]
-    difficult = [label for check in checks for label in check.difficult]
-    shares = [share for check in checks for share in check.shares]
-    covered = [check.covered for check in checks if check.covered is not None]
-    return {
-        "pictures": len(checks),
-        "without_boxes": sum(not check.labels for check in checks),
-        "masks": sum(check.mask for check in checks),
-        "boxes": len(labels),
-        "difficult": len(difficult),
-        "median_box_share": float(np.median(shares)) if shares else None,
-        "covered_share": float(np.mean(covered)) if covered else None,
-        "per_class": {
-            name: {"boxes": labels.count(i), "difficult": difficult.count(i)}
-            for i, name in enumerate(classes, start=1)
-        },
-    }
 
 
 def _table(settings: Settings, summaries: dict[str, dict]) -> Table:

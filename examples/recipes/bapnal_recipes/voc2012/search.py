@@ -10,9 +10,9 @@ The paper chooses its threshold, its N and its CRF on 100 images. What was found
 does not carry over to another, so this script chooses more than those. Features are computed once.
 Then, each stage ranking what goes on to the next by the mIoU of Y_crf:
 
-1. ``unaries``: all combinations of background, min-max, threshold and maximum, without a CRF and at
-   a quarter of the resolution; then every N for the best of each kind of background, with and
-   without a threshold;
+1. ``unaries``: all combinations of background, min-max, threshold, foreground and maximum, without
+   a CRF and at a quarter of the resolution; then every N, with the mean and the maximum over the
+   grid, for the best of each kind: of background, with and without a threshold, and of foreground;
 2. ``crf``: the best of each kind in every sharpness, with a fast CRF on every other image;
 3. ``crf`` too, on request: the parameters of the CRF one after the other, until none gets better;
 4. ``exact``: the best few with the CRF that labels are made with, on all images.
@@ -23,52 +23,39 @@ on from there. ``OUT/result.json`` has all rows and the best settings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal
 
 import rich
-import torch
-from lightning.fabric import Fabric
-from rich.console import Console
-from rich.progress import track
-from torch import Tensor
-from torch.nn import functional as F
 
 from bapnal.label.files import read_json, write_json
-from bapnal_recipes.data.dataset import BoxDataset
-from bapnal_recipes.data.label_maps import VOID
-from bapnal_recipes.data.metrics import SegmentationScore
-from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root, read_names
-from bapnal_recipes.engine.runs import Meter, digest, result
-from bapnal_recipes.engine.training import (
-    Machines,
-    MachinesOption,
-    Together,
-    claim,
-    cli,
-    finished,
-    launch,
-    plain,
-    run,
-    total,
-)
-from bapnal_recipes.voc2012.generate_labels import PRESETS as LABEL_PRESETS
-from bapnal_recipes.voc2012.generate_labels import (
+from bapnal_recipes.data.voc import VOC_CLASSES, default_root
+from bapnal_recipes.engine.commands import cli, run
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.runs import Meter, digest, plain, result
+from bapnal_recipes.engine.stage import RunFolder
+from bapnal_recipes.models.generator import (
+    PAPER,
+    RELEASED,
+    Background,
     CrfSettings,
+    Foreground,
     GeneratorSettings,
+    Normalization,
+    Reduction,
     make_generator,
-    untrained_features,
 )
-from bapnal_recipes.voc2012.train_classifier import load_classifier
+from bapnal_recipes.voc2012 import held_out
+from bapnal_recipes.voc2012.held_out import Bench, bar
 
-T = TypeVar("T")
+SEARCHED = (
+    *("backgrounds", "minmax", "thresholds", "grid_sizes", "reductions", "foregrounds"),
+    *("cam_normalizations", "softmax"),
+)
 ROW = {"stage", "generator", "crf", "miou"}  # what each row has
-COARSE = 4  # pixels a side that one stands for where unaries are compared
-Background = Literal["attention", "cam", "both"]
 # What is tried for each parameter of the CRF; weights first, as they matter most.
 CRF_VALUES: dict[str, tuple[float, ...]] = {
     "bilateral_weight": (3, 4, 5, 7, 10),
@@ -97,11 +84,13 @@ class Settings:
         classes: Names of the classes 1..L, where no classifier says them.
         score_classes: Which classes to average over, 0 for the background; none for all.
         backgrounds: What u_0 may be; "agnostic" has the attention only.
-        minmax: Whether A is scaled to [0, 1] inside the boxes.
+        minmax: Whether the parts of u_0 are scaled to [0, 1] inside the boxes.
         thresholds: A below this share of its maximum becomes 0; None keeps A.
         grid_sizes: N of the attention's grid.
+        reductions: Whether A is the mean over the prototypes of the grid or their maximum.
+        foregrounds: What u_c may be; "agnostic" has the complement only.
         cam_normalizations: Maximum of Eq. 5 over all boxes of a class, or over each box.
-        softmax: Scales of the softmax over the unaries; None divides by their sum.
+        softmax: Scales of the softmax over the unaries.
         crf_search: Whether to search the parameters of the CRF too.
         finalists: How many settings the exact CRF decides between.
         generator: The settings that are not searched.
@@ -126,9 +115,11 @@ class Settings:
     backgrounds: tuple[Background, ...] = ("attention", "cam", "both")
     minmax: tuple[bool, ...] = (False, True)
     thresholds: tuple[float | None, ...] = (None, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-    grid_sizes: tuple[int, ...] = (1, 2, 3)
-    cam_normalizations: tuple[Literal["class", "box"], ...] = ("class", "box")
-    softmax: tuple[float | None, ...] = (None, 1.0, 2.0, 4.0)
+    grid_sizes: tuple[int, ...] = (1, 2, 3, 4)
+    reductions: tuple[Reduction, ...] = ("mean", "max")
+    foregrounds: tuple[Foreground, ...] = ("cam", "complement")
+    cam_normalizations: tuple[Normalization, ...] = ("class", "box")
+    softmax: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
     crf_search: bool = False
     finalists: int = 3
     generator: GeneratorSettings = field(default_factory=GeneratorSettings)
@@ -138,45 +129,26 @@ class Settings:
     machines: MachinesOption = field(default_factory=Machines)
 
 
-_PAPER = Settings(
-    backgrounds=("attention",),
-    minmax=(False,),
-    cam_normalizations=("class",),
-    softmax=(None,),
-    crf_search=True,
-    generator=LABEL_PRESETS["paper"][1].generator,
-)
+def around(generator: GeneratorSettings) -> Settings:
+    """Search what the paper searched, the threshold, N and the CRF; all else as it is."""
+    return Settings(
+        backgrounds=(generator.background,),
+        minmax=(generator.background_minmax,),
+        grid_sizes=(1, 2, 3),
+        reductions=(generator.attention_reduction,),
+        foregrounds=(generator.foreground,),
+        cam_normalizations=(generator.cam_normalization,),
+        softmax=(generator.unary_softmax,),
+        crf_search=True,
+        generator=generator,
+    )
+
+
 PRESETS = {
     "standard": ("everything but the CRF's parameters", Settings()),
-    "paper": ("the threshold, N and the CRF of the paper's generator", _PAPER),
-    "released": (
-        "the same of the generator in the authors' released code",
-        replace(
-            _PAPER,
-            cam_normalizations=("box",),
-            softmax=(1.0,),
-            generator=LABEL_PRESETS["released"][1].generator,
-        ),
-    ),
+    "paper": ("the threshold, N and the CRF of the paper's generator", around(PAPER)),
+    "released": ("the same of the generator in the authors' released code", around(RELEASED)),
 }
-
-
-class HeldOut(NamedTuple):
-    """One image, in memory.
-
-    Attributes:
-        image: ``(1, 3, H, W)`` uint8.
-        features: ``(1, D, h, w)``, in half precision unless numbers are too large for it.
-        boxes: ``(K, 4)``.
-        labels: ``(K,)``.
-        truth: ``(H, W)`` uint8.
-    """
-
-    image: Tensor
-    features: Tensor
-    boxes: Tensor
-    labels: Tensor
-    truth: Tensor
 
 
 def main(settings: Settings) -> dict:
@@ -189,21 +161,22 @@ def main(settings: Settings) -> dict:
     _check(settings)
     files = {"classifier": settings.classifier, "pictures": settings.pictures}
     inputs = {f"{x}_sha256": digest(path) for x, path in files.items() if path and path.is_file()}
-    stored = finished(settings, "search", inputs)
+    folder = RunFolder(settings, "search", inputs)
+    stored = folder.stored()
     if stored is not None:
         return stored
     fabric = launch(settings.machines)
     together = Together(fabric)
     with Meter() as meter:
         with together.alike():
-            bench = read_bench(settings, fabric)
-        claim(settings, together, inputs)
+            bench = held_out.read_bench(settings, fabric)
+        folder.claim(together)
         rows = Rows(settings.out / "rows.json", bench, together)
         best = search(settings, bench, rows)
     scores = {"best": best, "rows": rows.rows, "pictures": bench.names}
     found = result("search", plain(settings), scores, meter)
     if fabric.is_global_zero:
-        write_json(settings.out / "result.json", found)
+        write_json(folder.result_path, found)
         rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")
     return found
 
@@ -213,8 +186,7 @@ def _check(settings: Settings) -> None:
     for name in ("count", "finalists"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
-    searched = ("backgrounds", "minmax", "thresholds", "grid_sizes", "cam_normalizations")
-    for name in (*searched, "softmax"):
+    for name in SEARCHED:
         if not getattr(settings, name):
             raise ValueError(f"{name} must have at least one value, got none")
     if settings.method == "network" and settings.classifier is None:
@@ -225,140 +197,9 @@ def _check(settings: Settings) -> None:
     if settings.crf_search and settings.crf.none:
         raise ValueError("crf_search must be off where crf.none says that there is no CRF")
     for generator in unaries(settings):
-        for scale, size in product(settings.softmax, settings.grid_sizes):
-            make_generator(replace(generator, unary_softmax=scale, grid_size=size), settings.crf)
-
-
-# What is measured on
-
-
-class Bench(NamedTuple):
-    """The images of this process, and how labels on them are measured.
-
-    Attributes:
-        names: Of all images.
-        images: Those of this process.
-        weight: Of the classifier, or None.
-        classes: Number of classes, background included.
-        chosen: Which of them to average over.
-        fabric: Adds up what the processes count.
-    """
-
-    names: list[str]
-    images: list[HeldOut]
-    weight: Tensor | None
-    classes: int
-    chosen: list[int]
-    fabric: Fabric
-
-
-@torch.inference_mode()
-def read_bench(settings: Settings, fabric: Fabric) -> Bench:
-    """Read the held-out images and compute their features, once for all settings."""
-    weight, classes, left_out = None, settings.classes, set()
-    if settings.classifier is None:
-        features = untrained_features(settings.backbone, settings.weights, settings.stride)
-    else:
-        classifier = load_classifier(settings.classifier)
-        features, classes = classifier.features, tuple(classifier.classes)
-        left_out = {classes.index(x) + 1 for x in classifier.settings.get("leave_out") or ()}
-        if settings.method == "network":
-            weight = classifier.weight.to(fabric.device)
-    devkit = Devkit(settings.root, classes)
-    chosen = list(settings.score_classes or range(len(classes) + 1))
-    for index in chosen:
-        if index not in range(len(classes) + 1):
-            raise ValueError(f"score_classes must be in 0..{len(classes)}, got {index}")
-    names = held_out(settings, devkit, left_out)
-    data = BoxDataset(
-        devkit, names, masks=True, difficult=settings.difficult, margin=settings.margin
-    )
-    features = features.to(fabric.device).eval()
-    mine = range(fabric.global_rank, len(names), fabric.world_size)
-    images = []
-    for i in _bar(mine, "features", fabric):
-        sample = data[i]
-        image = sample.image[None].to(fabric.device)
-        with fabric.autocast():
-            found = features(image)
-        if (half := found.half()).isfinite().all():
-            found = half
-        boxes, labels = sample.boxes.to(fabric.device), sample.labels.to(fabric.device)
-        images.append(HeldOut(image, found, boxes, labels, sample.maps[0].to(torch.uint8)))
-    return Bench(names, images, weight, len(classes) + 1, chosen, fabric)
-
-
-def held_out(settings: Settings, devkit: Devkit, left_out: set[int]) -> list[str]:
-    """Names of the images; none that hold a class which the classifier was not to see."""
-    if settings.pictures is not None:
-        if not settings.pictures.is_file():
-            raise FileNotFoundError(f"pictures {settings.pictures} does not exist")
-        names = read_names(settings.pictures)
-    else:
-        names = [name for name in devkit.names(settings.split) if devkit.has_mask(name)]
-    if left_out:
-        names = [x for x in names if not left_out & set(devkit.annotation(x).labels.tolist())]
-    if not names:
-        source = settings.pictures or f"the split {settings.split}"
-        raise ValueError(f"{source} must name images with masks, has none that serve")
-    count = len(names) if settings.pictures else min(settings.count, len(names))
-    names = [names[i * len(names) // count] for i in range(count)]
-    return names[::2] + names[1::2]  # the first half is spread evenly too
-
-
-@torch.inference_mode()
-def measure(
-    bench: Bench,
-    generator: GeneratorSettings,
-    crf: CrfSettings,
-    *,
-    first: int | None = None,
-    coarse: bool = False,
-    parts: bool = False,
-) -> dict[str, float]:
-    """Measure the labels of some settings.
-
-    Args:
-        bench: The images.
-        generator: How unaries are made.
-        crf: What is done with them.
-        first: How many of the images; all by default.
-        coarse: Whether at a fraction of the resolution.
-        parts: Whether to measure Y_ret, and what both agree on, beside Y_crf.
-
-    Returns:
-        mIoU in percent as ``miou``; with ``parts`` also as ``retrieval`` and ``both``, and the
-        share of pixels on which the two agree as ``coverage``.
-    """
-    generate = make_generator(generator, crf)
-    kinds = ("miou", "retrieval", "both") if parts else ("miou",)
-    scores = {kind: SegmentationScore(bench.classes, bench.chosen) for kind in kinds}
-    fabric = bench.fabric
-    wanted = range(fabric.global_rank, first or len(bench.names), fabric.world_size)
-    for entry in bench.images[: len(wanted)]:
-        view = coarsened(entry) if coarse else entry
-        features = entry.features.float()
-        y = generate(view.image, features, bench.weight, [view.boxes], [view.labels])
-        truth = view.truth.long()
-        scores["miou"].update(y.crf[0], truth)
-        if parts:
-            scores["retrieval"].update(y.retrieval[0], truth)
-            scores["both"].update(y.crf[0].masked_fill(~y.reliable[0], VOID), truth)
-    for score in scores.values():
-        score.add_up(partial(total, fabric))
-    found = {kind: score.compute() for kind, score in scores.items()}
-    row = {kind: round(100 * value.miou, 3) for kind, value in found.items()}
-    return {**row, "coverage": round(100 * found["both"].coverage, 3)} if parts else row
-
-
-def coarsened(entry: HeldOut) -> HeldOut:
-    """Return an image at a fraction of its resolution, grey: only a CRF looks at it."""
-    height, width = entry.truth.shape
-    size = (max(1, height // COARSE), max(1, width // COARSE))
-    scale = entry.boxes.new_tensor([size[1] / width, size[0] / height]).repeat(2)
-    truth = F.interpolate(entry.truth[None, None], size, mode="nearest-exact")[0, 0]
-    grey = entry.image.new_zeros(1, 1, 1, 1).expand(1, 3, *size)
-    return entry._replace(image=grey, boxes=entry.boxes * scale, truth=truth)
+        for scale in settings.softmax:
+            for one in grids(replace(generator, unary_softmax=scale), settings):
+                make_generator(one, settings.crf)
 
 
 # What is tried
@@ -399,7 +240,7 @@ class Rows:
         for row in self.rows:
             if all(row[name] == value for name, value in key.items()):
                 return row["miou"]
-        self.rows.append({**key, **measure(self.bench, generator, crf, **options)})
+        self.rows.append({**key, **held_out.measure(self.bench, generator, crf, **options)})
         with self.together.alike():
             if self.together.rank == 0:
                 write_json(self.path, self.rows)
@@ -412,26 +253,21 @@ def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
     def ranked(
         stage: str, tried: Sequence[tuple[GeneratorSettings, CrfSettings]], **options: object
     ) -> list[Ranked]:
-        bar = _bar(tried, stage, bench.fabric)
-        found = [(rows.measure(stage, *one, **options), *one) for one in bar]
+        shown = bar(tried, stage, bench.fabric)
+        found = [(rows.measure(stage, *one, **options), *one) for one in shown]
         return sorted(found, key=lambda one: -one[0])
 
     none = replace(settings.crf, none=True)
 
     def best_of_each_kind(tried: list[GeneratorSettings]) -> list[GeneratorSettings]:
-        best: dict[tuple[str, bool], GeneratorSettings] = {}
+        best: dict[tuple[str, bool, str], GeneratorSettings] = {}
         for _, one, _ in ranked("unaries", [(one, none) for one in tried], coarse=True):
-            best.setdefault((one.background, one.background_threshold is None), one)
+            kind = (one.background, one.background_threshold is None, one.foreground)
+            best.setdefault(kind, one)
         return list(best.values())
 
     kinds = best_of_each_kind(unaries(settings))
-    kinds = best_of_each_kind(
-        [
-            replace(one, grid_size=size)
-            for one in kinds
-            for size in settings.grid_sizes[: 1 if one.background == "cam" else None]
-        ]
-    )
+    kinds = best_of_each_kind([other for one in kinds for other in grids(one, settings)])
     fast = replace(settings.crf, half_resolution=not settings.crf.none)
     sharp = [
         (replace(generator, unary_softmax=scale), fast)
@@ -449,23 +285,41 @@ def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
 
 
 def unaries(settings: Settings) -> list[GeneratorSettings]:
-    """List all that the unaries may be with the first N; what has no effect is not varied."""
+    """List all that the unaries may be on the first grid; what has no effect is not varied."""
     agnostic = settings.method == "agnostic"
-    names = ("background_threshold", "attention_minmax", "cam_normalization")
+    first = {"grid_size": settings.grid_sizes[0], "attention_reduction": settings.reductions[0]}
     found = []
-    for background in ("attention",) if agnostic else settings.backgrounds:
-        first = 1 if background == "cam" else None  # of the values that only A depends on
-        values = product(
-            settings.thresholds[:first],
-            settings.minmax[:first],
-            settings.cam_normalizations[: 1 if agnostic else None],
-        )
-        common = {"background": background, "grid_size": settings.grid_sizes[0]}
-        found += [
-            replace(settings.generator, **common, **dict(zip(names, one, strict=True)))
-            for one in values
-        ]
+    for background, minmax, threshold in product(
+        ("attention",) if agnostic else settings.backgrounds, settings.minmax, settings.thresholds
+    ):
+        if background == "cam" and threshold != settings.thresholds[0]:
+            continue  # only A has a threshold
+        for foreground in settings.foregrounds[: 1 if agnostic else None]:
+            maxima = settings.cam_normalizations
+            only = agnostic or foreground == "complement"
+            for maximum in maxima[: 1 if only else None]:
+                one = replace(
+                    settings.generator,
+                    **first,
+                    background=background,
+                    background_minmax=minmax,
+                    background_threshold=threshold,
+                    foreground=foreground,
+                    cam_normalization=maximum,
+                )
+                found.append(one)
     return found
+
+
+def grids(one: GeneratorSettings, settings: Settings) -> list[GeneratorSettings]:
+    """List these settings on every grid; a grid of one cell has no two ways to reduce it."""
+    if one.background == "cam":
+        return [one]
+    return [
+        replace(one, grid_size=size, attention_reduction=reduction)
+        for size in settings.grid_sizes
+        for reduction in settings.reductions[: 1 if size == 1 else None]
+    ]
 
 
 def _descend(
@@ -481,13 +335,6 @@ def _descend(
             best = max(best, found[0], key=lambda one: one[0])
         if best is start:
             return tried
-
-
-def _bar(entries: Sequence[T], title: str, fabric: Fabric) -> Iterable[T]:
-    """Show progress, on the first process."""
-    console = Console(stderr=True)
-    hidden = not fabric.is_global_zero
-    return track(entries, title, console=console, transient=True, disable=hidden)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from bapnal.label.files import whole
-from bapnal_recipes.engine.training import plain, run
+from bapnal_recipes.engine.commands import run
+from bapnal_recipes.engine.runs import plain
 from bapnal_recipes.voc2012 import (
     figures,
     generate_labels,

@@ -15,33 +15,18 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from bapnal import BackgroundAwarePooling, box_classification_loss
-from bapnal.label.files import write_json
 from bapnal_recipes.data.augmentation import Augmentation
 from bapnal_recipes.data.dataset import Batch, BoxDataset
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
-from bapnal_recipes.engine.runs import Meter, expecting, result
-from bapnal_recipes.engine.training import (
-    CHECKPOINT,
-    Logging,
-    LoggingOption,
-    Machines,
-    MachinesOption,
-    Together,
-    above,
-    at_least,
-    claim,
-    cli,
-    finished,
-    fit,
-    launch,
-    plain,
-    run,
-    steps_per_epoch,
-    write_whole,
-)
+from bapnal_recipes.engine.batches import steps_per_epoch
+from bapnal_recipes.engine.commands import above, at_least, cli, run
+from bapnal_recipes.engine.logs import Logging, LoggingOption
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
+from bapnal_recipes.engine.stage import Stage, state_on_cpu
 from bapnal_recipes.models.deeplab import build_features
 
 
@@ -157,22 +142,6 @@ PRESETS = {
 }
 
 
-class Classifier(NamedTuple):
-    """What stage 1 leaves behind.
-
-    Attributes:
-        features: The network, in evaluation mode.
-        weight: Of the classifier, background first; ``(L + 1, D)``.
-        classes: Names of the classes 1..L.
-        settings: All of :class:`Settings`, as plain values.
-    """
-
-    features: nn.Module
-    weight: Tensor
-    classes: tuple[str, ...]
-    settings: dict[str, Any]
-
-
 class BoxClassifier(nn.Module):
     """Features and the classifier on them, as one network.
 
@@ -197,7 +166,7 @@ class Steps(NamedTuple):
     total: int
     drop: int
 
-    def rate(self, step: int) -> float:
+    def factor(self, step: int) -> float:
         """Return the factor of the learning rates, by step from 0."""
         return 1.0 if step < self.drop else 0.1
 
@@ -296,6 +265,69 @@ def pooling(settings: Settings) -> BackgroundAwarePooling:
     )
 
 
+class ClassifierStage(Stage[Settings, BoxDataset, BoxClassifier]):
+    """Stage 1; see :class:`Settings`."""
+
+    kind = "classifier"
+    file = "classifier.pt"
+
+    def read_data(self) -> BoxDataset:
+        """Return the images to train on with their boxes."""
+        s = self.settings
+        devkit = Devkit(s.root, s.classes)
+        names = training_names(s, devkit)
+        augment = Augmentation(s.crop, s.scale, jitter=s.jitter)
+        return BoxDataset(devkit, names, augment, difficult=s.difficult, margin=s.margin)
+
+    def build_network(self) -> BoxClassifier:
+        """Return features and a classifier on them."""
+        s = self.settings
+        features = build_features(s.backbone, s.weights, s.stride, s.frozen)
+        return BoxClassifier(features, len(s.classes) + 1)
+
+    def optimizer(self, network: BoxClassifier) -> torch.optim.Optimizer:
+        """Return SGD."""
+        return torch.optim.SGD(
+            parameter_groups(network, self.settings),
+            momentum=self.settings.momentum,
+            weight_decay=self.settings.weight_decay,
+        )
+
+    def steps(self, count: int) -> int:
+        """Return the number of batches."""
+        return schedule(self.settings, count).total
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return 1, and a tenth after the drop."""
+        return self._schedule.factor(step)
+
+    def begin(
+        self, fabric: Fabric, network: BoxClassifier, data: BoxDataset, together: Together
+    ) -> None:
+        """Make the pooling."""
+        self._schedule = schedule(self.settings, len(data))
+        self._pool = pooling(self.settings)
+
+    def loss(self, network: nn.Module, batch: Batch, step: int) -> Tensor:
+        """Return the cross-entropy of the pooled vectors."""
+        features, weight = network(batch.images)
+        pooled = self._pool(features, batch.boxes, batch.size, batch.valid)
+        return box_classification_loss(pooled, weight, batch.labels, across_ranks=True)
+
+    def draw(self, network: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Return the first image, and what in it looks like background."""
+        image = batch.images[:1]
+        pooled = self._pool(network(image)[0], batch.boxes[:1], batch.size, batch.valid[:1])
+        attention = nn.functional.interpolate(pooled.attention.float(), batch.size)[0]
+        shown = torch.cat([image[0] / 255, attention.expand(3, -1, -1)], dim=2)
+        return {"attention to the background": shown}
+
+    def state(self, network: BoxClassifier) -> dict[str, Any]:
+        """Return the features' state and the classifier's weight."""
+        weight = network.weight.detach().cpu()
+        return {"features": state_on_cpu(network.features), "weight": weight}
+
+
 def main(settings: Settings) -> dict[str, Any]:
     """Train the classifier, or go on doing so; see :class:`Settings`.
 
@@ -308,103 +340,8 @@ def main(settings: Settings) -> dict[str, Any]:
         ValueError: If a setting does not fit, or the data is broken.
     """
     check(settings)
-    devkit = Devkit(settings.root, settings.classes)
-    stored = finished(settings, "classifier")
-    if stored is not None:
-        print(f"{settings.out} is finished, loss {stored['scores']['loss']:.4f}")
-        return stored
-    names = training_names(settings, devkit)
-    steps = schedule(settings, len(names))
-    torch.manual_seed(settings.seed)
-    # Before other processes start, which then find the weights that this may have to fetch.
-    features = build_features(settings.backbone, settings.weights, settings.stride, settings.frozen)
-    fabric = launch(settings.machines)
-    claim(settings, Together(fabric))
-    network = BoxClassifier(features, len(settings.classes) + 1)
-    optimizer = torch.optim.SGD(
-        parameter_groups(network, settings),
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    dataset = BoxDataset(
-        devkit,
-        names,
-        Augmentation(settings.crop, settings.scale, jitter=settings.jitter),
-        difficult=settings.difficult,
-        margin=settings.margin,
-    )
-    pool = pooling(settings)
-
-    def loss(network: nn.Module, batch: Batch, step: int) -> Tensor:
-        features, weight = network(batch.images)
-        pooled = pool(features, batch.boxes, batch.size, batch.valid)
-        return box_classification_loss(pooled, weight, batch.labels, across_ranks=True)
-
-    def images(network: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        image = batch.images[:1]
-        pooled = pool(network(image)[0], batch.boxes[:1], batch.size, batch.valid[:1])
-        attention = nn.functional.interpolate(pooled.attention.float(), batch.size)[0]
-        shown = torch.cat([image[0] / 255, attention.expand(3, -1, -1)], dim=2)
-        return {"attention to the background": shown}
-
-    with Meter() as meter:
-        trained = fit(
-            fabric,
-            network=network,
-            optimizer=optimizer,
-            dataset=dataset,
-            batch_size=settings.batch_size,
-            steps=steps.total,
-            rate=steps.rate,
-            loss=loss,
-            folder=settings.out,
-            checkpoint_interval=settings.checkpoint_interval,
-            seed=settings.seed,
-            workers=settings.machines.workers,
-            logging=settings.logging,
-            images=images,
-            channels_last=settings.channels_last,
-        )
-    meter.seconds += trained.earlier
-    content = {
-        "settings": plain(settings),
-        "classes": list(settings.classes),
-        "features": {k: v.cpu() for k, v in network.features.state_dict().items()},
-        "weight": network.weight.detach().cpu(),
-        "loss": trained.loss,
-    }
-    write_whole(fabric, settings.out / "classifier.pt", content)
-    scores = {"loss": trained.loss, "pictures": len(names), "steps": steps.total}
-    found = result("classifier", plain(settings), scores, meter)
-    if fabric.is_global_zero:
-        write_json(settings.out / "result.json", found)
-        (settings.out / CHECKPOINT).unlink()  # half of it is the optimiser's, for going on
-        print(f"loss {trained.loss:.4f} after {steps.total} steps: {settings.out}")
-    return found
-
-
-def load_classifier(path: Path) -> Classifier:
-    """Load what :func:`main` wrote to ``classifier.pt``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    with expecting(path, "a classifier.pt of train_classifier.py"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        settings, state, weight = (content[key] for key in ("settings", "features", "weight"))
-        classes = tuple(content["classes"])
-        features = build_features(settings["backbone"], "random", settings["stride"])
-        features.load_state_dict(state)
-        shape = (len(classes) + 1, features.channels)
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"weight must have shape {shape}, got {tuple(weight.shape)}")
-        if settings["channels_last"]:
-            features = features.to(memory_format=torch.channels_last)
-    return Classifier(features.eval(), weight, classes, settings)
+    Devkit(settings.root, settings.classes)
+    return ClassifierStage(settings).run()
 
 
 if __name__ == "__main__":

@@ -17,60 +17,36 @@ what was found.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import rich
 import torch
 from lightning.fabric import Fabric
-from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from bapnal import (
     bootstrapping_loss,
-    confidence_map,
     entropy_regularization_loss,
     noise_aware_loss,
     poly_schedule,
 )
-from bapnal.label import files
-from bapnal_recipes.data.augmentation import Augmentation
-from bapnal_recipes.data.dataset import Batch, Sample
-from bapnal_recipes.data.images import image_head
-from bapnal_recipes.data.label_maps import VOID, grey_map, label_map, read_label_map
-from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root, read_names
-from bapnal_recipes.engine import runs
-from bapnal_recipes.engine.training import (
-    CHECKPOINT,
-    Logging,
-    LoggingOption,
-    Machines,
-    MachinesOption,
-    Together,
-    above,
-    at_least,
-    claim,
-    cli,
-    finished,
-    fit,
-    launch,
-    plain,
-    run,
-    steps_per_epoch,
-    write_whole,
-)
+from bapnal_recipes.data.dataset import Batch
+from bapnal_recipes.data.label_maps import VOID, grey_map, label_map
+from bapnal_recipes.data.labelled import LabelledImages
+from bapnal_recipes.data.voc import VOC_CLASSES, default_root
+from bapnal_recipes.engine.batches import steps_per_epoch
+from bapnal_recipes.engine.commands import above, at_least, cli, run
+from bapnal_recipes.engine.logs import Logging, LoggingOption
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
+from bapnal_recipes.engine.stage import Stage, state_on_cpu
 from bapnal_recipes.models.deeplab import Segmenter, build_segmenter
+from bapnal_recipes.voc2012.confidence import ConfidenceKeeper, moments, sigma_of, upsample
+from bapnal_recipes.voc2012.training_labels import fingerprints, training_images
 
 LOSSES = ("crf", "ret", "ignore", "entropy", "bootstrap", "nal")
-Loss = Literal["crf", "ret", "ignore", "entropy", "bootstrap", "nal"]
+LossName = Literal["crf", "ret", "ignore", "entropy", "bootstrap", "nal"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +111,7 @@ class Settings:
     frozen: int = 0
     train_batch_norm: bool = False
     classifier: Literal["cosine", "dot"] = "cosine"
-    loss: Loss = "nal"
+    loss: LossName = "nal"
     gamma: float = 7.0
     balance: float = 0.1
     detach_confidence: bool = False
@@ -178,80 +154,6 @@ PRESETS = {
         replace(_V2, align_corners=True),
     ),
 }
-
-
-class LabelledImages(Dataset[Sample]):
-    """Images with their label maps, without boxes.
-
-    Args:
-        devkit: Where the images and the true masks are.
-        names: Which images.
-        folders: Of label maps ``NAME.png``.
-        true: Images whose true mask stands for each of the label maps.
-        augment: How to vary them; None leaves them as they are.
-    """
-
-    def __init__(
-        self,
-        devkit: Devkit,
-        names: Sequence[str],
-        folders: Sequence[Path],
-        true: frozenset[str] = frozenset(),
-        augment: Augmentation | None = None,
-    ) -> None:
-        self.devkit = devkit
-        self.names = list(names)
-        self.folders = list(folders)
-        self.true = true
-        self.augment = augment
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Sample:
-        """Return one image, varied if so asked."""
-        name = self.names[index]
-        image = self.devkit.image(name)
-        if name in self.true:
-            maps = [self.devkit.mask(name)] * len(self.folders)
-        else:
-            maps = [self._labels(folder / f"{name}.png") for folder in self.folders]
-        valid = torch.ones(image.shape[1:], dtype=torch.bool)
-        nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
-        sample = Sample(name, image, *nothing, valid, torch.stack(maps))
-        return self.augment(sample) if self.augment else sample
-
-    def check_files(self) -> None:
-        """Look at the heads of all files, which is quick, for what cannot be trained on.
-
-        Raises:
-            ValueError: If a file is no image, or a label map has another size than its image
-                or holds no class indices.
-        """
-        for name in self.names:
-            want, _ = image_head(self.devkit.image_path(name))
-            if name in self.true:
-                paths = [self.devkit.mask_path(name)]
-            else:
-                paths = [folder / f"{name}.png" for folder in self.folders]
-            for path in paths:
-                got, mode = image_head(path)
-                if mode not in ("P", "L"):
-                    raise ValueError(f"{path} must hold class indices, got mode {mode}")
-                if got != want:
-                    raise ValueError(
-                        f"{path} must have the size of its image, {want[0]} x {want[1]}, got "
-                        f"{got[0]} x {got[1]}"
-                    )
-
-    def _labels(self, path: Path) -> Tensor:
-        labels = read_label_map(path)
-        classes = len(self.devkit.classes)
-        wrong = labels[(labels > classes) & (labels != VOID)]
-        if wrong.numel():
-            raise ValueError(f"{path} must hold 0..{classes} or {VOID}, got {int(wrong[0])}")
-        return labels
 
 
 class Objective:
@@ -310,19 +212,10 @@ class Objective:
         """How much of this rank's batch is unreliable, and how confident the network is there."""
         s = self.settings
         unreliable = (first != second) & (first != VOID)
-        sigma = confidence_map(_upsample(similarity, first, s), first, s.gamma)
+        sigma = sigma_of(similarity, first, s.gamma, s.align_corners)
         share = unreliable.sum() / (first != VOID).sum().clamp(min=1)
         mean = (sigma * unreliable).sum() / unreliable.sum().clamp(min=1)
         return {"share unreliable": float(share), "sigma on unreliable": float(mean)}
-
-
-def _upsample(scores: Tensor, like: Tensor, settings: Settings) -> Tensor:
-    return F.interpolate(
-        scores.float(),
-        size=tuple(like.shape[-2:]),
-        mode="bilinear",
-        align_corners=settings.align_corners,
-    )
 
 
 def check(settings: Settings) -> None:
@@ -347,7 +240,111 @@ def check(settings: Settings) -> None:
         raise ValueError(f"frozen must be 0 where batch norm is trained, got {s.frozen}")
 
 
-def main(settings: Settings) -> dict:
+class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
+    """Stage 3; see :class:`Settings`."""
+
+    kind = "segmentation"
+    file = "segmenter.pt"
+
+    def inputs(self) -> dict[str, str]:
+        """Return fingerprints of label maps and of the list of true masks."""
+        return fingerprints(self.settings)
+
+    def read_data(self) -> LabelledImages:
+        """Return the images with their label maps."""
+        return training_images(self.settings)
+
+    def build_network(self) -> Segmenter:
+        """Return the network."""
+        s = self.settings
+        network = build_segmenter(
+            s.network,
+            len(s.classes) + 1,
+            classifier=s.classifier,
+            weights=s.weights,
+            stride=s.stride,
+            head=s.head,
+            frozen=s.frozen,
+        )
+        if s.train_batch_norm:
+            train_batch_norm(network.features)
+        return network
+
+    def optimizer(self, network: Segmenter) -> torch.optim.Optimizer:
+        """Return SGD."""
+        return torch.optim.SGD(
+            parameter_groups(network, self.settings),
+            momentum=self.settings.momentum,
+            weight_decay=self.settings.weight_decay,
+        )
+
+    def steps(self, count: int) -> int:
+        """Return the number of batches."""
+        s = self.settings
+        return s.iterations or s.epochs * steps_per_epoch(count, s.batch_size)
+
+    def factor(self, step: int, steps: int) -> float:
+        """Return the poly schedule."""
+        return poly_schedule(step, steps)
+
+    def begin(
+        self, fabric: Fabric, network: Segmenter, data: LabelledImages, together: Together
+    ) -> None:
+        """Make the loss, and what keeps confidence maps."""
+        s, steps = self.settings, self.steps(len(data))
+        self._objective = Objective(s, steps)
+        names = s.confidence_of if fabric.is_global_zero else ()
+        span = s.confidence_every * steps_per_epoch(len(data), s.batch_size)
+        self._keep = ConfidenceKeeper(
+            network,
+            LabelledImages(data.devkit, names, data.folders[:1], data.true),
+            s.out / "confidence",
+            moments(steps, span) if s.confidence_of else set(),
+            gamma=s.gamma,
+            align_corners=s.align_corners,
+            fabric=fabric,
+            together=together,
+        )
+
+    def loss(self, network: nn.Module, batch: Batch, step: int) -> Tensor:
+        """Return the loss; before it, keep the confidence as it is after ``step`` steps."""
+        self._keep(step)
+        return self._objective(network, batch, step)
+
+    def numbers(self) -> dict[str, float]:
+        """Return what the loss saw of its last batch."""
+        return self._objective.numbers
+
+    def end(self, steps: int) -> None:
+        """Keep the confidence as it is at last."""
+        self._keep(steps)
+
+    def draw(self, network: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Return the first image, its label, and what the network makes of it."""
+        s = self.settings
+        logits, similarity = network(batch.images[:1])
+        labels = batch.maps[:1, 0]
+        prediction = upsample(logits, labels, s.align_corners).argmax(1)
+        sigma = sigma_of(similarity, labels, s.gamma, s.align_corners)
+        image = batch.images[0].cpu()
+        return {
+            "image/1 input": image,
+            "image/2 labels": label_map(image, labels[0].cpu()),
+            "image/3 prediction": label_map(image, prediction[0].cpu()),
+            "image/4 confidence": grey_map(sigma[0].cpu()),
+        }
+
+    def state(self, network: Segmenter) -> dict[str, Any]:
+        """Return the network's state."""
+        return {"network": state_on_cpu(network)}
+
+    def facts(self, data: LabelledImages) -> dict[str, int]:
+        """Return the length of an epoch, and the number of true masks."""
+        epoch = steps_per_epoch(len(data), self.settings.batch_size)
+        return {"steps_per_epoch": epoch, "true_masks": len(data.true)}
+
+
+def main(settings: Settings) -> dict[str, Any]:
     """Train, and return the result that also goes to ``OUT/result.json``.
 
     Raises:
@@ -355,108 +352,10 @@ def main(settings: Settings) -> dict:
         ValueError: If a setting does not fit, or ``out`` belongs to a run with other settings.
     """
     check(settings)
-    inputs = _inputs(settings)
-    stored = finished(settings, "segmentation", inputs)
-    if stored is not None:
-        rich.print(f"{settings.out} is finished, loss {stored['scores']['loss']:.4f}")
-        return stored
-    dataset = training_images(settings)
-    torch.manual_seed(settings.seed)
-    # Before other processes start, which then find the weights that this may have to fetch.
-    network = _network(settings, len(settings.classes) + 1, settings.weights)
-    if settings.train_batch_norm:
-        _train_batch_norm(network.features)
-    fabric = launch(settings.machines)
-    together = Together(fabric)
-    claim(settings, together, inputs)
-    epoch = steps_per_epoch(len(dataset), settings.batch_size)
-    steps = settings.iterations or settings.epochs * epoch
-    objective = Objective(settings, steps)
-    keep = ConfidenceKeeper(settings, fabric, network, dataset, steps, together)
-
-    def loss(wrapped: nn.Module, batch: Batch, step: int) -> Tensor:
-        keep(step)
-        return objective(wrapped, batch, step)
-
-    with runs.Meter() as meter:
-        trained = fit(
-            fabric,
-            network=network,
-            optimizer=_optimizer(network, settings),
-            dataset=dataset,
-            batch_size=settings.batch_size,
-            steps=steps,
-            rate=lambda step: poly_schedule(step, steps),
-            loss=loss,
-            folder=settings.out,
-            checkpoint_interval=settings.checkpoint_interval,
-            seed=settings.seed,
-            workers=settings.machines.workers,
-            logging=settings.logging,
-            images=lambda bare, batch, _: _draw(bare, batch, settings),
-            numbers=lambda: objective.numbers,
-            channels_last=settings.channels_last,
-        )
-        keep(steps)
-    meter.seconds += trained.earlier
-    content = {
-        "settings": plain(settings),
-        "classes": list(settings.classes),
-        "network": {name: x.cpu() for name, x in network.state_dict().items()},
-        "loss": trained.loss,
-    }
-    write_whole(fabric, settings.out / "segmenter.pt", content)
-    scores = {
-        "loss": trained.loss,
-        "steps": steps,
-        "steps_per_epoch": epoch,
-        "pictures": len(dataset),
-        "true_masks": len(dataset.true),
-    }
-    found = runs.result("segmentation", plain(settings), scores, meter)
-    if fabric.is_global_zero:
-        files.write_json(settings.out / "result.json", found)
-        (settings.out / CHECKPOINT).unlink()  # half of it is the optimiser's, for going on
-        rich.print(f"loss {trained.loss:.4f} after {steps} steps: {settings.out}")
-    return found
+    return SegmentationStage(settings).run()
 
 
-def load_segmenter(path: Path) -> tuple[Segmenter, tuple[str, ...], dict[str, Any]]:
-    """Load what :func:`main` wrote.
-
-    Returns:
-        The network, ready to predict, the names of the classes 1..L, and the settings.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no segmenter.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    with runs.expecting(path, "a segmenter.pt of train_segmentation.py"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        state, settings, classes = saved["network"], saved["settings"], tuple(saved["classes"])
-        known = {name: settings[name] for name in ("network", "stride", "head", "classifier")}
-        network = _network(Settings(**known), len(classes) + 1, "random")
-        network.load_state_dict(state)
-        if settings["channels_last"]:
-            network = network.to(memory_format=torch.channels_last)
-    return network.eval(), classes, settings
-
-
-def _network(settings: Settings, num_classes: int, weights: str | None) -> Segmenter:
-    return build_segmenter(
-        settings.network,
-        num_classes,
-        classifier=settings.classifier,
-        weights=weights,
-        stride=settings.stride,
-        head=settings.head,
-        frozen=settings.frozen,
-    )
-
-
-def _train_batch_norm(features: nn.Module) -> None:
+def train_batch_norm(features: nn.Module) -> None:
     """Take back that pretrained networks leave batch normalisation as it was."""
     features.freeze_batch_norm = False
     for module in features.modules():
@@ -464,196 +363,14 @@ def _train_batch_norm(features: nn.Module) -> None:
             module.requires_grad_(True)
 
 
-def _optimizer(network: Segmenter, settings: Settings) -> torch.optim.Optimizer:
+def parameter_groups(network: Segmenter, settings: Settings) -> list[dict[str, Any]]:
+    """Sort what is trained by its learning rate."""
     rate = settings.rate if network.features.pretrained else settings.head_rate
     groups = [
         {"name": "features", "params": network.pretrained_parameters(), "lr": rate},
         {"name": "head", "params": network.new_parameters(), "lr": settings.head_rate},
     ]
-    return torch.optim.SGD(
-        [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]],
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-
-
-@torch.no_grad()
-def _draw(network: nn.Module, batch: Batch, settings: Settings) -> dict[str, Tensor]:
-    """The first image of a batch, its label, and what the network makes of it."""
-    logits, similarity = network(batch.images[:1])
-    labels = batch.maps[:1, 0]
-    prediction = _upsample(logits, labels, settings).argmax(1)
-    sigma = confidence_map(_upsample(similarity, labels, settings), labels, settings.gamma)
-    image = batch.images[0].cpu()
-    return {
-        "image/1 input": image,
-        "image/2 labels": label_map(image, labels[0].cpu()),
-        "image/3 prediction": label_map(image, prediction[0].cpu()),
-        "image/4 confidence": grey_map(sigma[0].cpu()),
-    }
-
-
-class ConfidenceKeeper:
-    """Writes confidence maps of some whole images every few epochs and at the end (Figure 5).
-
-    Args:
-        settings: Which images, how often and where.
-        fabric: Rank zero writes.
-        network: The bare network.
-        dataset: What is trained on.
-        steps: Of the whole training.
-        together: Ends all ranks where rank zero cannot write.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        fabric: Fabric,
-        network: nn.Module,
-        dataset: LabelledImages,
-        steps: int,
-        together: Together,
-    ) -> None:
-        self.settings = settings
-        self.fabric = fabric
-        self.network = network
-        self.together = together
-        names = settings.confidence_of if fabric.is_global_zero else ()
-        self.images = LabelledImages(dataset.devkit, names, dataset.folders[:1], dataset.true)
-        span = settings.confidence_every * steps_per_epoch(len(dataset), settings.batch_size)
-        # Not twice where the last full span ends shortly before the end.
-        self.moments = {*range(0, max(1, steps - span // 2), span), steps}
-
-    def __call__(self, step: int) -> None:
-        """Write the maps if they are wanted after this many steps."""
-        if step in self.moments and self.settings.confidence_of:
-            with self.together.alike():
-                self._write(step)
-
-    @torch.no_grad()
-    def _write(self, step: int) -> None:
-        mode = self.network.training
-        self.network.eval()
-        for sample in (self.images[i] for i in range(len(self.images))):
-            with self.fabric.autocast():
-                _, similarity = self.network(sample.image[None].to(self.fabric.device))
-            labels = sample.maps[:1].to(self.fabric.device)
-            similarity = _upsample(similarity, labels, self.settings)
-            sigma = confidence_map(similarity, labels, self.settings.gamma)[0]
-            levels = (255 * sigma).round().to("cpu", torch.uint8).numpy()
-            path = self.settings.out / "confidence" / f"{sample.name}_{step:06d}.png"
-            with files.whole(path) as unfinished:
-                Image.fromarray(levels).save(unfinished, format="PNG")
-        self.network.train(mode)
-
-
-def training_images(settings: Settings) -> LabelledImages:
-    """Return what to train on, after a look for all that is missing or does not fit.
-
-    Raises:
-        FileNotFoundError: If an image, a list, a label map or a true mask is missing.
-        ValueError: If a list names other images, or sizes differ.
-    """
-    s = settings
-    devkit = Devkit(s.root, s.classes)
-    names = devkit.names(s.split)
-    true = _true_masks(s, names)
-    for name in s.confidence_of:
-        if name not in names:
-            raise ValueError(f"confidence_of must name images of {s.split}, got {name!r}")
-    folders = _folders(s)
-    labelled = [name for name in names if name not in true]
-    for folder in folders if labelled else ():
-        if not folder.is_dir():
-            places = dict.fromkeys((str(s.labels / folder), str(folder)))
-            raise FileNotFoundError(
-                f"{' or '.join(places)} must be a folder with the label maps that loss "
-                f"{s.loss!r} needs"
-            )
-        _same_classes(s, folder)
-        there = {path.name for path in folder.iterdir()}
-        missing = [name for name in labelled if f"{name}.png" not in there]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} must hold a label map for each image, has none for {len(missing)} of "
-                f"{len(labelled)}, the first of them {missing[0]}"
-            )
-    dataset = LabelledImages(devkit, names, folders, true, Augmentation(s.crop, s.scale, jitter=0))
-    dataset.check_files()
-    return dataset
-
-
-def _folders(settings: Settings) -> list[Path]:
-    """Return where the label maps are that the loss reads."""
-    s = settings
-    chosen = {"crf": (s.first,), "ret": (s.second,)}.get(s.loss, (s.first, s.second))
-    return [label_folder(s.labels, x) for x in chosen]
-
-
-def label_folder(labels: Path, folder: str | Path) -> Path:
-    """Return the folder of that name in ``labels``, or else the path as it is given."""
-    inside = labels / folder
-    return inside if inside.is_dir() else Path(folder)
-
-
-def _inputs(settings: Settings) -> dict[str, str]:
-    """Fingerprints of what is trained on: the same paths may hold something else one day.
-
-    Label maps count by their names, their sizes, and the settings noted beside them. Where they are
-    no longer there, as after a finished run, they have no fingerprint.
-    """
-    names = Devkit(settings.root, settings.classes).names(settings.split)
-    true = _true_masks(settings, names)
-    labelled = [f"{name}.png" for name in names if name not in true]
-    folders = _folders(settings)
-    found = {}
-    if true:
-        found["true_masks_sha256"] = _digest(sorted(true))
-    if labelled and all(folder.is_dir() for folder in folders):
-        facts: list[object] = []
-        for folder in folders:
-            with os.scandir(folder) as files:
-                sizes = {file.name: file.stat().st_size for file in files}
-            facts.append([(name, sizes.get(name)) for name in labelled])
-            noted = folder.parent / "settings.json"
-            facts.append(noted.read_text(encoding="utf-8") if noted.is_file() else None)
-        found["labels_sha256"] = _digest(facts)
-    return found
-
-
-def _digest(facts: object) -> str:
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _same_classes(settings: Settings, folder: Path) -> None:
-    """Check that label maps were made with these classes, where the file beside them says."""
-    path = folder.parent / "result.json"
-    if path.is_file():
-        noted = files.read_json(path, dict).get("settings")
-        there = noted.get("classes") if isinstance(noted, dict) else None
-        if there is not None and there != list(settings.classes):
-            raise ValueError(
-                f"classes must be those of {path}, {', '.join(there)}, got "
-                f"{', '.join(settings.classes)}"
-            )
-
-
-def _true_masks(settings: Settings, names: Sequence[str]) -> frozenset[str]:
-    """Read the list of images with true masks."""
-    path = settings.true_masks
-    if path is None:
-        return frozenset()
-    if not path.is_file():
-        raise FileNotFoundError(f"true_masks {path} does not exist")
-    listed = read_names(path)
-    known = set(names)
-    unknown = [name for name in listed if name not in known]
-    if unknown:
-        raise ValueError(
-            f"true_masks {path} must name images of {settings.split}, but {len(unknown)} of "
-            f"{len(listed)} are not, the first of them {unknown[0]!r}"
-        )
-    return frozenset(listed)
+    return [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
 
 
 if __name__ == "__main__":

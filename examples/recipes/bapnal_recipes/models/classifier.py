@@ -1,0 +1,89 @@
+"""What stage 1 leaves behind: a network that gives features, and weights of its classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bapnal.label.backbone import TimmFeatures
+from bapnal_recipes.engine.runs import expecting
+from bapnal_recipes.models.deeplab import build_features
+
+
+class Classifier(NamedTuple):
+    """A trained or a solved classifier of boxes.
+
+    Attributes:
+        features: The network, in evaluation mode.
+        weight: Of the classifier, background first; ``(L + 1, D)``, or ``(L + 1, D + 1)`` with a
+            bias last. Zeros where no box of a class was seen.
+        classes: Names of the classes 1..L.
+        settings: All that it was made with, as plain values.
+    """
+
+    features: nn.Module
+    weight: Tensor
+    classes: tuple[str, ...]
+    settings: dict[str, Any]
+
+    def scores(self, vectors: Tensor) -> Tensor:
+        """Score every class; ``(*, D)`` to ``(*, L + 1)``."""
+        weight = self.weight.to(vectors.device)
+        return nn.functional.linear(
+            vectors,
+            weight[:, : vectors.shape[-1]],
+            weight[:, -1] if weight.shape[1] > vectors.shape[-1] else None,
+        )
+
+    def row_of(self, name: str) -> int | None:
+        """Return where the weights of a class are; None if it was not seen."""
+        if name not in self.classes or name in (self.settings.get("leave_out") or ()):
+            return None
+        return self.classes.index(name) + 1
+
+    def weight_of(self, classes: tuple[str, ...]) -> Tensor:
+        """Return weights of the background and other classes, zeros for those not seen."""
+        weight = self.weight.new_zeros(len(classes) + 1, self.weight.shape[1])
+        weight[0] = self.weight[0]
+        for i, name in enumerate(classes, start=1):
+            if (row := self.row_of(name)) is not None:
+                weight[i] = self.weight[row]
+        return weight
+
+
+def untrained_features(backbone: str, weights: str | Path | None, stride: int) -> nn.Module:
+    """Build features that need no training on boxes: stages of timm's networks at one magnitude."""
+    if backbone in ("small", "vgg16"):
+        return build_features(backbone, weights, stride)
+    # No training has weighted the stages, whose magnitudes differ.
+    return TimmFeatures(backbone, weights, stride, normalize=True)
+
+
+def load_classifier(path: Path) -> Classifier:
+    """Load a ``classifier.pt`` of train_classifier.py, or of ``generate_labels ridge``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    with expecting(path, "a classifier.pt of train_classifier.py"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        settings, state, weight = (content[key] for key in ("settings", "features", "weight"))
+        classes = tuple(content["classes"])
+        build = untrained_features if settings.get("untrained") else build_features
+        features = build(settings["backbone"], "random", settings["stride"])
+        features.load_state_dict(state)
+        sides = (features.channels, features.channels + 1)
+        if weight.shape not in [(len(classes) + 1, side) for side in sides]:
+            raise ValueError(
+                f"weight must have shape {(len(classes) + 1, sides[0])}, got {tuple(weight.shape)}"
+            )
+        if settings["channels_last"]:
+            features = features.to(memory_format=torch.channels_last)
+    return Classifier(features.eval(), weight, classes, settings)

@@ -1,0 +1,90 @@
+"""The classifier of stage 1 on true boxes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bapnal import background_aware_pooling
+from bapnal_recipes.data.voc import Devkit, default_root
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch, total
+from bapnal_recipes.engine.runs import Meter
+from bapnal_recipes.models.classifier import load_classifier
+from bapnal_recipes.voc2012.evaluate.common import (
+    percent,
+    score_classes,
+    shared_out,
+    subject,
+    write,
+)
+
+
+@dataclass(frozen=True)
+class EvaluateBoxes:
+    """Measure the classifier on true boxes: how many it names right, out of the object classes.
+
+    Args:
+        classifier: The ``classifier.pt`` of train_classifier.py.
+        out: Result file.
+        root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
+        split: Which images; the paper's are "val".
+        background: Pool what is likely object in the box (Eq. 4) instead of the whole box.
+        grid_size: N of the grid of the background's prototypes, with ``background``.
+        score_classes: Boxes of which classes count, of 1..L; none for all.
+        machines: Where it runs.
+    """
+
+    classifier: Path
+    out: Path
+    root: Path = field(default_factory=default_root)
+    split: str = "val"
+    background: bool = False
+    grid_size: int = 4
+    score_classes: tuple[int, ...] = ()
+    machines: MachinesOption = field(default_factory=Machines)
+
+
+@torch.inference_mode()
+def evaluate_boxes(settings: EvaluateBoxes) -> dict[str, Any]:
+    """Measure how many true boxes the classifier names right; see :class:`EvaluateBoxes`.
+
+    The scores are ``accuracy`` over all boxes, ``per_class``, and the number of ``boxes``.
+    """
+    classifier = load_classifier(settings.classifier)
+    devkit = Devkit(settings.root, classifier.classes)
+    names = devkit.names(settings.split)
+    chosen = score_classes(settings.score_classes, devkit.classes, first=1)
+    fabric = launch(settings.machines)
+    features = classifier.features.to(fabric.device).eval()
+    counts = torch.zeros(2, len(devkit.classes) + 1, dtype=torch.long)
+    together = Together(fabric)
+    with Meter() as meter, together.alike():
+        for name in shared_out(names, fabric, "boxes"):
+            image, annotation = devkit.annotated(name)
+            boxes = [annotation.boxes.to(fabric.device)]
+            pooled = background_aware_pooling(
+                features(image[None].to(fabric.device)),
+                boxes,
+                tuple(image.shape[1:]),
+                grid_size=settings.grid_size,
+                attention=settings.background,
+                sampling=classifier.settings.get("sampling", "cells"),
+            )
+            named = classifier.scores(pooled.foreground[:, 0])[:, 1:].argmax(1).cpu() + 1
+            right = annotation.labels[named == annotation.labels]
+            for row, entries in zip(counts, (right, annotation.labels), strict=True):
+                row += entries.bincount(minlength=len(row))
+    counts = total(fabric, counts)
+    hits, all_boxes = counts[:, chosen].sum(1).tolist()
+    if all_boxes == 0:
+        raise ValueError(f"the split {settings.split} must hold boxes that count, has none")
+    per_class = (counts[0] / counts[1])[1:].tolist()
+    scores = {
+        "accuracy": percent(hits / all_boxes),
+        "per_class": dict(zip(devkit.classes, map(percent, per_class), strict=True)),
+        "boxes": all_boxes,
+    }
+    return write("boxes", settings, subject(settings.classifier.parent), scores, meter, together)

@@ -1,0 +1,75 @@
+"""Pixel labels against true masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
+from bapnal_recipes.engine.runs import Meter
+from bapnal_recipes.voc2012.evaluate.common import (
+    Tally,
+    bar,
+    labels_of,
+    score_classes,
+    subject,
+    write,
+)
+
+
+@dataclass(frozen=True)
+class EvaluateLabels:
+    """Measure pixel labels: mIoU, IoU of each class, and the share of pixels that have a label.
+
+    Args:
+        folder: Where generate_labels.py wrote; holds ``crf`` and ``ret``, or ``labels``.
+        out: Result file.
+        root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
+        split: Which images.
+        classes: Names of the classes 1..L.
+        score_classes: Which classes to average over, 0 for the background; none for all.
+    """
+
+    folder: Path
+    out: Path
+    root: Path = field(default_factory=default_root)
+    split: str = "train"
+    classes: tuple[str, ...] = VOC_CLASSES
+    score_classes: tuple[int, ...] = ()
+
+
+def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
+    """Measure label maps against true masks; see :class:`EvaluateLabels`.
+
+    The scores have an entry for each kind of label map: ``miou``, ``per_class`` (None for classes
+    that occur nowhere), ``coverage``, and where labels do not cover everything ``miou_strict``,
+    for which pixels without a label count as wrong.
+    """
+    devkit = Devkit(settings.root, settings.classes)
+    names = devkit.names(settings.split)
+    chosen = score_classes(settings.score_classes, devkit.classes, first=0)
+    found = subject(settings.folder)
+    left_out = set(found.get("scores", {}).get("skipped", ()))
+    kinds = [kind for kind in ("crf", "ret", "labels") if (settings.folder / kind).is_dir()]
+    if not kinds:
+        raise FileNotFoundError(f"{settings.folder} must hold folders crf and ret, or labels")
+    tallies = {kind: Tally(devkit.classes, chosen) for kind in kinds}
+    if {"crf", "ret"} <= set(kinds):
+        tallies["both"] = Tally(devkit.classes, chosen)
+    measured = [name for name in names if name not in left_out]
+    with Meter() as meter:
+        for name in bar(measured, "labels"):
+            truth = devkit.mask(name, devkit.size(name))
+            maps = {
+                kind: labels_of(settings.folder / kind, name, truth, len(devkit.classes))
+                for kind in kinds
+            }
+            if "both" in tallies:
+                maps["both"] = maps["crf"].masked_fill(maps["crf"] != maps["ret"], VOID)
+            for kind, labels in maps.items():
+                tallies[kind].score.update(labels, truth)
+    scores: dict[str, object] = {kind: tally.compute() for kind, tally in tallies.items()}
+    scores |= {"pictures": len(measured), "left_out": len(names) - len(measured)}
+    return write("labels", settings, found, scores, meter)

@@ -1,0 +1,165 @@
+"""How long labels take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bapnal import DenseCRF, PseudoLabelGenerator
+from bapnal_recipes.data.voc import Devkit, default_root
+from bapnal_recipes.engine.machines import Machines, MachinesOption, launch
+from bapnal_recipes.engine.runs import Meter
+from bapnal_recipes.models.classifier import load_classifier
+from bapnal_recipes.models.generator import PAPER, CrfSettings, GeneratorSettings, make_crf
+from bapnal_recipes.voc2012.baselines import box_crf, grab_cut, stack_masks
+from bapnal_recipes.voc2012.evaluate.common import bar, subject, write
+
+
+@dataclass(frozen=True)
+class EvaluateRuntime:
+    """Time how long labels take an image (suppl. Table 4).
+
+    Args:
+        classifier: The ``classifier.pt`` of train_classifier.py.
+        out: Result file.
+        root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
+        split: Which images; the paper's are "val".
+        pictures: How many of those with boxes are timed.
+        warm_up: How many are worked on before, untimed.
+        generator: Settings of the labels.
+        crf: Settings of the CRF.
+        rivals: Which other ways to labels are timed too.
+        machines: Where it runs; one device.
+    """
+
+    classifier: Path
+    out: Path
+    root: Path = field(default_factory=default_root)
+    split: str = "val"
+    pictures: int = 20
+    warm_up: int = 2
+    generator: GeneratorSettings = PAPER
+    crf: CrfSettings = field(default_factory=CrfSettings)
+    rivals: tuple[Literal["grabcut", "wssl"], ...] = ("grabcut", "wssl")
+    machines: MachinesOption = field(default_factory=Machines)
+
+
+@torch.inference_mode()
+def evaluate_runtime(settings: EvaluateRuntime) -> dict[str, Any]:
+    """Time each part of label generation; see :class:`EvaluateRuntime`.
+
+    The scores are seconds per image, the mean over the images: ``features``, ``unaries``,
+    ``crf``, ``retrieval``, their sum ``total``, ``labels`` (all but the features) and the
+    baselines.
+    ``quartiles`` has the first and the third of each, ``pictures`` how many were timed.
+    """
+    if settings.pictures < 1 or settings.warm_up < 0:
+        raise ValueError(
+            "pictures must be at least 1 and warm_up at least 0, got "
+            f"{settings.pictures} and {settings.warm_up}"
+        )
+    classifier = load_classifier(settings.classifier)
+    devkit = Devkit(settings.root, classifier.classes)
+    names = devkit.names(settings.split)
+    fabric = launch(settings.machines)
+    if fabric.world_size > 1:
+        raise ValueError(f"devices must be 1, got {fabric.world_size}")
+    device = fabric.device
+    stopwatch = _Stopwatch(device)
+    crf = make_crf(settings.crf)
+    generate = PseudoLabelGenerator(stopwatch.around(crf), **asdict(settings.generator))
+    features = classifier.features.to(device).eval()
+    weight = classifier.weight.to(device)
+    rows: list[dict[str, float]] = []
+    with Meter() as meter:
+        for name in bar(_with_boxes(devkit, names, settings), "runtime"):
+            image, annotation = devkit.annotated(name)
+            stopwatch.start()
+            images = image[None].to(device)
+            boxes, labels = [annotation.boxes.to(device)], [annotation.labels.to(device)]
+            with fabric.autocast():
+                found = features(images)
+            stopwatch.stop("features")
+            generate(images, found, weight, boxes, labels)
+            stopwatch.stop("retrieval")
+            for baseline in settings.rivals:
+                RIVALS[baseline](images[0], annotation.boxes, annotation.labels, crf)
+                stopwatch.stop(baseline)
+            rows.append(stopwatch.seconds)
+    timed = rows[-settings.pictures :]
+    own = ("unaries", "crf", "retrieval")
+    for row in timed:
+        row["labels"] = sum(row[part] for part in own)
+        row["total"] = row["features"] + row["labels"]
+    columns = {part: torch.tensor([row[part] for row in timed]) for part in timed[0]}
+    quarters = torch.tensor([0.25, 0.75])
+    scores = {part: round(float(column.mean()), 5) for part, column in columns.items()}
+    scores["quartiles"] = {
+        part: [round(x, 5) for x in column.quantile(quarters).tolist()]
+        for part, column in columns.items()
+    }
+    scores["pictures"] = len(timed)
+    return write("runtime", settings, subject(settings.classifier.parent), scores, meter)
+
+
+class _Stopwatch:
+    """Seconds of parts that follow one another, on whatever device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def start(self) -> None:
+        """Begin with a new image."""
+        self.seconds: dict[str, float] = {}
+        self._last = self._now()
+
+    def stop(self, part: str) -> None:
+        """A part has ended, the next one begins."""
+        now = self._now()
+        self.seconds[part] = now - self._last
+        self._last = now
+
+    def around(self, crf: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+        """Return a CRF whose call ends the unaries, and whose return ends the CRF."""
+
+        def timed(images: Tensor, probabilities: Tensor) -> Tensor:
+            self.stop("unaries")
+            marginals = probabilities if crf is None else crf(images, probabilities)
+            self.stop("crf")
+            return marginals
+
+        return timed
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _with_boxes(devkit: Devkit, names: Sequence[str], settings: EvaluateRuntime) -> list[str]:
+    """Images with at least one box: those to warm up with, then those to time."""
+    found = []
+    for name in names:
+        if len(devkit.annotation(name).labels):
+            found.append(name)
+        if len(found) == settings.pictures:
+            return found[: settings.warm_up] + found
+    raise ValueError(
+        f"pictures must be at most {len(found)}, the number with boxes in the split "
+        f"{settings.split}, got {settings.pictures}"
+    )
+
+
+def _grab_cut(image: Tensor, boxes: Tensor, labels: Tensor, _: DenseCRF | None) -> Tensor:
+    image = image.cpu()
+    masks = [grab_cut(image, box) for box in boxes]
+    return stack_masks(masks, boxes, labels, tuple(image.shape[1:]))
+
+
+RIVALS = {"grabcut": _grab_cut, "wssl": box_crf}

@@ -1,0 +1,711 @@
+"""Unaries and probabilities (Eq. 5-7) against the oracle, their laws and their numerics."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import reference
+from assertions import Largest, close, finite
+from bapnal import PRESETS, DenseCRF, PseudoLabelGenerator, definite_background, pseudo_labels
+from labelling import (
+    DEFAULTS,
+    EQUATIONS,
+    blurring,
+    fixed,
+    images_of,
+    labels_of,
+    options,
+    oracle_of,
+    weight_of,
+    weights,
+)
+from strategies import scenes, seeded
+
+# ---------------------------------------------------------------------------- against the oracle
+
+
+@settings(max_examples=120)
+@given(scene=scenes(max_batch=2, max_image=9), kwargs=options, kind=weights)
+def test_unaries_agree_with_the_oracle(scene, kwargs, kind):
+    if kind is None and kwargs["background"] == "cam":
+        kwargs["background"] = "both"
+    weight = weight_of(scene, kind)
+    y = labels_of(scene, weight, **kwargs)
+    for b in range(scene.batch):
+        u_0, u, _ = oracle_of(scene, b, weight, kwargs)
+        named = sorted(set(scene.labels[b].tolist()))
+        assert y.classes[b].tolist() == named + [0] * (y.classes.shape[1] - len(named))
+        close(y.background_unary[b], u_0, tolerance=1e-8)
+        for slot, c in enumerate(y.classes[b].tolist()):
+            expected = u[c] if c else torch.zeros(scene.image_size)
+            close(y.foreground_unary[b, slot], expected, tolerance=1e-8)
+
+
+@settings(max_examples=80)
+@given(scene=scenes(max_batch=2, max_image=9), kwargs=options, kind=weights)
+def test_the_crf_sees_the_probabilities_of_the_oracle(scene, kwargs, kind):
+    if kind is None and kwargs["background"] == "cam":
+        kwargs["background"] = "both"
+    weight = weight_of(scene, kind)
+    calls = []
+
+    def crf(images, probabilities, valid=None):
+        calls.append((images, probabilities, valid))
+        return probabilities
+
+    y = labels_of(scene, weight, crf=crf, **kwargs)
+    plain = labels_of(scene, weight, crf=None, **kwargs)
+    for a, b in zip(y, plain, strict=True):
+        assert torch.equal(a, b)
+    seen = 0
+    for images, probabilities, valid in calls:
+        assert not probabilities.requires_grad
+        close(probabilities.sum(1), torch.ones(()).expand(probabilities[:, 0].shape))
+        for row in range(len(images)):
+            same = (images_of(scene) == images[row]).flatten(1).all(1)
+            if same.sum() != 1:
+                continue  # one-pixel images may be alike
+            b = same.nonzero().item()
+            named = sorted(set(scene.labels[b].tolist()))
+            assert probabilities.shape[1] == 1 + len(named)
+            if scene.valid is not None:
+                assert torch.equal(valid[row], scene.valid[b])
+            else:
+                assert valid is None
+            _, _, p = oracle_of(scene, b, weight, kwargs)
+            for channel, c in enumerate([0, *named]):
+                expected = reference.plane_of(
+                    scene.image_size, lambda i, j, p=p, c=c: p[i][j].get(c, 0.0)
+                )
+                close(probabilities[row, channel], expected, tolerance=1e-8)
+        seen += len(images)
+    assert seen == sum(len(row) > 0 for row in scene.labels)
+
+
+# ----------------------------------------------------------------------------- what the CRF can do
+
+SPLIT_IMAGE = 32  # pixels along each side, in cells of 4
+LAW = {
+    "grid_size": (1, 4),
+    "attention_reduction": ("mean", "max"),
+    "background": ("attention", "cam", "both"),
+    "background_threshold": (None, 0.99),
+    "background_minmax": (False, True),
+    "foreground": ("cam", "complement"),
+    "cam_normalization": ("class", "box"),
+    "unary_softmax": (1.0, 3.0),
+    "align_corners": (False, True),
+}
+
+
+def split_image():
+    """A box half red as all around it, half blue; features agree, but for a patch on each side."""
+    side, cells = SPLIT_IMAGE, SPLIT_IMAGE // 4
+    image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    image[:, 0] = 220
+    image[:, :, 4 : side - 4, side // 2 : side - 4] = torch.tensor([0, 0, 220])[:, None, None]
+    image += torch.randint(8, image.shape, generator=seeded(1), dtype=torch.uint8)
+    kind = torch.zeros(cells, cells, dtype=torch.long)
+    kind[1:-1, cells // 2 : -1] = 1
+    kind[2:4, 2:4] = 1  # background that looks like the object
+    kind[4:6, 5:7] = 0  # object that looks like background
+    features = torch.eye(3)[kind].permute(2, 0, 1)[None]
+    features = features + 0.02 * torch.randn(features.shape, generator=seeded(2))
+    box = torch.tensor([[4.0, 4.0, side - 4.0, side - 4.0]])
+    return image, features, [box], [torch.tensor([1])]
+
+
+def moved(before, after):
+    """How many boxed pixels went from the object to the background, and the other way."""
+    box = (slice(4, SPLIT_IMAGE - 4), slice(4, SPLIT_IMAGE - 4))
+    before, after = before[box], after[box]
+    return int(((before == 1) & (after == 0)).sum()), int(((before == 0) & (after == 1)).sum())
+
+
+@pytest.mark.parametrize("weight", [torch.eye(3)[:2], None], ids=["weighted", "agnostic"])
+def test_the_crf_can_move_a_boxed_pixel_either_way_whatever_the_options(weight):
+    """A box is half background; colours are right, features wrong in a patch on each side."""
+    image, features, boxes, labels = split_image()
+    real, known = DenseCRF(), {}
+
+    def crf(images, probabilities):
+        key = probabilities.numpy().tobytes()  # many options make no difference here
+        if key not in known:
+            known[key] = real(images, probabilities)
+        return known[key]
+
+    stuck = []
+    for values in itertools.product(*LAW.values()):
+        kwargs = dict(zip(LAW, values, strict=True))
+        if weight is None and kwargs["background"] == "cam":
+            continue
+        args = (image, features, weight, boxes, labels)
+        before = pseudo_labels(*args, crf=None, **kwargs)
+        after = pseudo_labels(*args, crf=crf, **kwargs)
+        if min(moved(before.crf[0], after.crf[0])) < 16:
+            stuck.append((kwargs, moved(before.crf[0], after.crf[0])))
+    assert not stuck, f"{len(stuck)} combinations, the first: {stuck[0]}"
+    assert len(known) > 8
+
+
+def test_divided_by_their_sum_unaries_could_not_be_moved():
+    """Else the test above would see nothing: a thresholded u_0 of 0 is a certainty to the CRF."""
+    image, features, boxes, labels = split_image()
+    y = pseudo_labels(
+        image, features, torch.eye(3)[:2], boxes, labels, crf=None, **PRESETS["paper"]
+    )
+    unary = torch.cat([y.background_unary[:, None], y.foreground_unary + 1e-6], dim=1)
+    divided = unary / unary.sum(1, keepdim=True)
+    after = DenseCRF()(image, divided).argmax(1)[0]
+    before = divided.argmax(1)[0]
+    assert moved(before, after)[0] == 0
+
+
+# ---------------------------------------------------------------------------------------- presets
+
+
+def test_presets_are_the_settings_of_the_paper_and_of_the_released_code():
+    """N = 1 and A thresholded with 0.99 (Sec. 4.1); the rest is Eq. 2, 5 and 7 as they stand."""
+    paper = {
+        "grid_size": 1,
+        "attention_reduction": "mean",  # Eq. 2
+        "background": "attention",  # Eq. 7
+        "background_threshold": 0.99,
+        "background_minmax": False,
+        "foreground": "cam",  # Eq. 5-6
+        "cam_normalization": "class",  # max over p of CAM_c
+        "unary_softmax": 1.0,
+        "align_corners": True,
+    }
+    assert dict(PRESETS["paper"]) == paper
+    assert dict(PRESETS["released"]) == {**paper, "cam_normalization": "box"}
+    assert set(PRESETS) == {"paper", "released"}
+
+
+@pytest.mark.parametrize("name", ["paper", "released"])
+def test_a_preset_names_every_option_and_the_generator_takes_it(name):
+    generate = PseudoLabelGenerator(blurring, **PRESETS[name])
+    assert set(PRESETS[name]) == set(DEFAULTS)
+    for option, value in PRESETS[name].items():
+        assert getattr(generate, option) == value
+        assert f"{option}={value!r}" in repr(generate)
+    scene = fixed()
+    args = (images_of(scene), scene.features, weight_of(scene), scene.boxes, scene.labels)
+    expected = labels_of(scene, crf=blurring, **PRESETS[name])
+    for a, b in zip(generate(*args), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_presets_cannot_be_changed_by_accident():
+    with pytest.raises(TypeError):
+        PRESETS["paper"]["grid_size"] = 2
+    with pytest.raises(TypeError):
+        PRESETS["mine"] = {}
+
+
+# ------------------------------------------------------------------------------------------ laws
+
+
+@given(scene=scenes(max_image=9), kwargs=options, kind=weights)
+def test_unaries_are_in_the_unit_interval(scene, kwargs, kind):
+    if kind is None and kwargs["background"] == "cam":
+        kwargs["background"] = "both"
+    y = labels_of(scene, kind, **kwargs)
+    for u in (y.background_unary, y.foreground_unary):
+        finite(u)
+        if u.numel():
+            assert u.min() >= 0
+            assert u.max() <= 1 + 1e-12
+
+
+def test_each_class_peaks_at_one_in_its_boxes():
+    scene = fixed()
+    y = labels_of(scene, foreground="cam")
+    assert y.classes.tolist() == [[1, 3], [2, 0]]
+    peaks = y.foreground_unary.amax((2, 3))
+    close(peaks, [[1.0, 1.0], [1.0, 0.0]])
+    by_box = labels_of(scene, foreground="cam", cam_normalization="box")
+    for box in scene.boxes[0][[0, 2]]:
+        x1, y1, x2, y2 = box.long().tolist()
+        close(by_box.foreground_unary[0, 1, y1:y2, x1:x2].max(), torch.tensor(1.0))
+
+
+def test_where_boxes_of_one_class_overlap_the_larger_value_counts():
+    """Activations 1, 2, 4; the first box peaks at 2, the second at 4, in either order."""
+    features = torch.tensor([1.0, 2.0, 4.0]).reshape(1, 1, 1, 3)
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 3.0, 1.0]])
+    image = torch.zeros(1, 3, 1, 3, dtype=torch.uint8)
+    for rows in (boxes, boxes.flip(0)):
+        y = pseudo_labels(
+            image,
+            features,
+            torch.ones(2, 1),
+            [rows],
+            [torch.tensor([1, 1])],
+            crf=None,
+            foreground="cam",
+            cam_normalization="box",
+        )
+        assert y.foreground_unary.tolist() == [[[[0.5, 1.0, 1.0]]]]
+
+
+@pytest.mark.parametrize("preset", [{}, PRESETS["paper"], PRESETS["released"]])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_scaling_features_or_weights_changes_nothing(scale, preset):
+    """Maps are divided by their maximum or their range, the rest are cosines."""
+    scene = fixed()
+    weight = weight_of(scene)
+    plain = labels_of(scene, weight, crf=blurring, **preset)
+    others = [
+        labels_of(scene.replace(features=scale * scene.features), weight, crf=blurring, **preset),
+        labels_of(scene, scale * weight, crf=blurring, **preset),
+    ]
+    if preset:  # Eq. 5 divides each class by its own maximum
+        each = weight * torch.tensor([[1.0], [scale], [2], [3]])
+        others.append(labels_of(scene, each, crf=blurring, **preset))
+    for other in others:
+        assert torch.equal(other.crf, plain.crf)
+        assert torch.equal(other.retrieval, plain.retrieval)
+        close(other.background_unary, plain.background_unary)
+        close(other.foreground_unary, plain.foreground_unary)
+
+
+def test_the_threshold_is_relative_to_the_maximum_of_the_raw_map():
+    """Before the 1s outside the boxes are set, over all pixels that show the image."""
+    scene = fixed()
+    raw = labels_of(scene, None, **{**EQUATIONS, "background_threshold": None})
+    inside = ~definite_background(scene.boxes, scene.image_size)[:, 0].bool()
+    wide = [torch.tensor([[-9.0, -9, 60, 60]], dtype=torch.float64)]
+    for threshold in (0.3, 0.6, 0.9):
+        for b in range(2):
+            one = scene.replace(
+                features=scene.features[b : b + 1],
+                boxes=scene.boxes[b : b + 1],
+                labels=scene.labels[b : b + 1],
+            )
+            features, boxes, _ = one.image(0)
+            m = reference.definite_background(boxes, (24, 24), (6, 6))
+            q, valid = reference.grid_prototypes(features, m, 1)
+            cells = [
+                [
+                    reference.background_similarity(reference.vector_at(features, i, j), q, valid)
+                    for j in range(6)
+                ]
+                for i in range(6)
+            ]
+            a = torch.tensor(reference.bilinear(cells, (24, 24)), dtype=torch.float64)
+            assert a.max() < 0.999
+            expected = torch.where(a >= threshold * a.max(), a, 0.0)
+            cut = labels_of(one, **{**EQUATIONS, "background_threshold": threshold})
+            close(cut.background_unary[0][inside[b]], expected[inside[b]])
+            close(raw.background_unary[b][inside[b]], a[inside[b]])
+            assert (cut.background_unary[0][~inside[b]] == 1).all()
+    covered = scene.replace(boxes=wide * 2, labels=[torch.tensor([1])] * 2)
+    none = labels_of(covered, **{**EQUATIONS, "background_threshold": 0.99})
+    assert (none.background_unary == 0).all()  # no background, no attention
+
+
+def test_a_threshold_does_not_see_padding():
+    """The mean of the background is (1, 1) / 2, as the padding; in the image 0.8 is the maximum."""
+    high, low = [0.99, 0.141], [1.0, 0.0]  # cosines with q of 0.8 and 0.707
+    columns = torch.tensor([[1.0, 0.0], [0.0, 1.0], high, low, [5.0, 5.0]])
+    features = columns.T.reshape(1, 2, 1, 5)
+    valid = torch.tensor([[[True, True, True, True, False]]])
+    args = (
+        torch.zeros(1, 3, 1, 5, dtype=torch.uint8),
+        features,
+        None,
+        [torch.tensor([[2.0, 0.0, 5.0, 1.0]])],
+        [torch.tensor([1])],
+    )
+    for threshold, expected in [(None, [0.8, 0.707]), (0.85, [0.8, 0.707]), (0.95, [0.8, 0.0])]:
+        options = {**EQUATIONS, "background_threshold": threshold}
+        y = pseudo_labels(*args, crf=None, valid=valid, **options)
+        close(y.background_unary[0, 0, 2:4], torch.tensor(expected), tolerance=1e-3)
+
+
+def test_minmax_fills_the_unit_interval_inside_the_boxes():
+    scene = fixed()
+    for background, kind in [("attention", "plain"), ("both", "plain"), ("both", None)]:
+        full = labels_of(scene, kind, background=background).background_unary
+        outside = definite_background(scene.boxes, scene.image_size)[:, 0].bool()
+        for b in range(2):
+            inside = full[b][~outside[b]]
+            close(inside.min(), torch.tensor(0.0))
+            close(inside.max(), torch.tensor(1.0))
+        assert (full[outside] == 1).all()
+    plain = labels_of(scene, background="attention", background_minmax=False).background_unary
+    full = labels_of(scene, background="attention").background_unary
+    for b in range(2):
+        before, after = plain[b][~outside[b]], full[b][~outside[b]]
+        close(after, (before - before.min()) / (before.max() - before.min()))
+
+
+def test_minmax_sees_the_scores_of_the_background_below_zero():
+    """No ReLU and no maximum of the image: scores of -3, -2 and -1 in the box are 0, 1/2 and 1."""
+    features = torch.tensor([5.0, -3.0, -2.0, -1.0]).reshape(1, 1, 1, 4)
+    y = pseudo_labels(
+        torch.zeros(1, 3, 1, 4, dtype=torch.uint8),
+        features,
+        torch.ones(2, 1),
+        [torch.tensor([[1.0, 0.0, 4.0, 1.0]])],
+        [torch.tensor([1])],
+        crf=None,
+        background="cam",
+    )
+    close(y.background_unary[0, 0], [1.0, 0.0, 0.5, 1.0], tolerance=1e-6)
+
+
+def test_backgrounds():
+    scene = fixed()
+    for minmax in (False, True):
+        attention, cam, both = (
+            labels_of(scene, background=name, background_minmax=minmax).background_unary
+            for name in ("attention", "cam", "both")
+        )
+        outside = definite_background(scene.boxes, scene.image_size)[:, 0].bool()
+        for b in range(2):
+            mean = (attention[b] + cam[b])[~outside[b]] / 2
+            if minmax:
+                mean = (mean - mean.min()) / (mean.max() - mean.min())
+            close(both[b][~outside[b]], mean)
+        assert not torch.allclose(attention, cam)
+        # The background's own map is not thresholded.
+        cut = {"background_minmax": minmax, "background_threshold": 0.9}
+        close(labels_of(scene, background="cam", **cut).background_unary, cam)
+        for u_0 in (attention, cam, both):
+            assert (u_0[outside] == 1).all()
+        without = {"background_minmax": minmax}
+        agnostic = labels_of(scene, None, background="both", **without).background_unary
+        close(agnostic, attention)
+
+
+def test_class_agnostic_labels():
+    """One class in a box: 1 - u_0. Two classes on a pixel: half each."""
+    scene = fixed()
+    y = labels_of(scene, None)
+    inside = ~definite_background([scene.boxes[1]], scene.image_size)[0, 0].bool()
+    close(y.foreground_unary[1, 0], (1 - y.background_unary[1]) * inside)
+    masks = [
+        ~definite_background([scene.boxes[0][scene.labels[0] == c]], (24, 24))[0, 0].bool()
+        for c in (1, 3)
+    ]
+    both = masks[0] & masks[1]
+    assert both.any()
+    close(y.foreground_unary[0, 0][both], (1 - y.background_unary[0][both]) / 2)
+    close(y.foreground_unary[0, 1][both], (1 - y.background_unary[0][both]) / 2)
+    close(y.foreground_unary.sum(1)[1], (1 - y.background_unary[1]) * inside)
+    alone = masks[0] & ~masks[1]
+    close(y.foreground_unary[0, 0][alone], 1 - y.background_unary[0][alone])
+    for name in ("cam", "complement"):
+        close(labels_of(scene, None, foreground=name).foreground_unary, y.foreground_unary)
+
+
+def test_a_class_of_zeros_counts_as_unseen():
+    """Alone in a box it takes all that is not background, beside another class a half of it."""
+    scene = fixed()
+    unseen = weight_of(scene, "unseen")  # class 2, which the second image shows
+    y = labels_of(scene, unseen, foreground="cam")
+    inside = ~definite_background([scene.boxes[1]], scene.image_size)[0, 0].bool()
+    close(y.foreground_unary[1, 0], (1 - y.background_unary[1]) * inside)
+    joined = scene.replace(labels=[torch.tensor([3, 2, 3]), torch.tensor([2])])
+    y = labels_of(joined, unseen)
+    masks = [
+        ~definite_background([joined.boxes[0][joined.labels[0] == c]], (24, 24))[0, 0].bool()
+        for c in (2, 3)
+    ]
+    both = masks[0] & masks[1]
+    for slot in (0, 1):
+        close(y.foreground_unary[0, slot][both], (1 - y.background_unary[0][both]) / 2)
+    # A bias alone makes a class seen.
+    seen = unseen.clone()
+    seen[2, -1] = 1
+    assert not torch.allclose(labels_of(joined, seen).foreground_unary, y.foreground_unary)
+
+
+def test_a_bias_is_a_channel_of_ones():
+    scene = fixed()
+    weight = weight_of(scene, "bias")
+    ones = torch.ones_like(scene.features[:, :1])
+    y = labels_of(scene, weight, foreground="cam", background="cam")
+    wide = scene.replace(features=torch.cat([scene.features, ones], dim=1))
+    expected = labels_of(wide, weight, foreground="cam", background="cam")
+    close(y.background_unary, expected.background_unary)
+    close(y.foreground_unary, expected.foreground_unary)
+    other = labels_of(scene, weight[:, :-1], foreground="cam", background="cam")
+    assert not torch.allclose(other.foreground_unary, expected.foreground_unary)
+
+
+def test_boxes_without_background_fall_back_on_the_border():
+    """Class-agnostic only: objects lie in the middle of their boxes. Weights know better."""
+    features = torch.zeros(1, 2, 4, 4)
+    features[:, 0] = 1
+    features[:, :, 1:3, 1:3] = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1)
+    args = (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), features)
+    boxes, labels = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])], [torch.tensor([1])]
+    y = pseudo_labels(*args, None, boxes, labels, crf=None)
+    expected = torch.zeros(4, 4, dtype=torch.long)
+    expected[1:3, 1:3] = 1
+    assert torch.equal(y.crf[0], expected)
+    y = pseudo_labels(*args, torch.eye(2), boxes, labels, crf=None, background="attention")
+    assert (y.background_unary == 0).all()
+
+
+def test_the_border_is_that_of_the_image_not_of_its_padding():
+    scene = fixed(batch=1, map_size=(4, 4), image_size=(16, 16))
+    scene = scene.replace(boxes=[torch.tensor([[0.0, 0, 16, 16]])], labels=[torch.tensor([1])])
+    alone = labels_of(scene, None, grid_size=1)  # the grid is laid over padding, too
+    # Repeated, as upsampling does beyond the last centres of cells.
+    features = torch.nn.functional.pad(scene.features, (0, 3, 0, 2), mode="replicate")
+    valid = torch.zeros(1, 24, 28, dtype=torch.bool)
+    valid[:, :16, :16] = True
+    padded = scene.replace(
+        features=features,
+        image_size=(24, 28),
+        valid=valid,
+        boxes=[torch.tensor([[0.0, 0, 28, 24]])],
+    )
+    found = labels_of(padded, None, grid_size=1)
+    close(found.background_unary[:, :16, :16], alone.background_unary)
+    assert alone.background_unary.std() > 0.1
+
+
+def test_the_scale_of_the_softmax():
+    """Log odds are the difference of the unaries times the scale; with complements 2 u_0 - 1."""
+
+    def seen(**kwargs):
+        found = []
+        y = labels_of(fixed(), crf=lambda _, p: found.append(p) or p, **kwargs)
+        return found[0][0], y.background_unary[1], y.foreground_unary[1, 0]
+
+    for scale in (0.5, 1, 3.0):
+        for kwargs in ({"foreground": "cam"}, {"foreground": "complement"}):
+            p, u_0, u_1 = seen(unary_softmax=scale, **kwargs)
+            inside = p[1] > 0
+            assert inside.any()
+            odds = (p[0] / p[1]).log()
+            close(odds[inside], scale * (u_0 - u_1)[inside])
+            assert (p[0][~inside] == 1).all()
+
+
+def test_a_softmax_of_high_scale_is_the_argmax_of_the_unaries():
+    scene = fixed()
+    sharp = labels_of(scene, foreground="cam", unary_softmax=1e4)
+    plain = labels_of(scene, foreground="cam")
+    assert torch.equal(sharp.crf, plain.crf)
+    close(sharp.foreground_unary, plain.foreground_unary)
+
+
+def test_where_nothing_speaks_for_any_class_the_background_wins():
+    """All unaries 0: the probabilities are even, and the first of the equals is the background."""
+    features = torch.tensor([[0.0, 0.0, -1.0], [1.0, 1.0, 0.0]]).reshape(1, 2, 1, 3)
+    weight = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    seen = []
+
+    def crf(images, probabilities):
+        seen.append(probabilities)
+        return probabilities
+
+    y = pseudo_labels(
+        torch.zeros(1, 3, 1, 3, dtype=torch.uint8),
+        features,
+        weight,
+        [torch.tensor([[2.0, 0.0, 3.0, 1.0]])],
+        [torch.tensor([1])],
+        crf=crf,
+        **EQUATIONS,
+    )
+    assert y.background_unary.tolist() == [[[1.0, 1.0, 0.0]]]
+    assert y.foreground_unary.tolist() == [[[[0.0, 0.0, 0.0]]]]
+    assert seen[0][0, :, 0, 2].tolist() == [0.5, 0.5]
+    assert seen[0][0, :, 0, 0].tolist() == [1.0, 0.0]
+    assert y.crf.tolist() == [[[0, 0, 0]]]
+
+
+def test_a_padded_pixel_is_not_a_maximum():
+    """The largest activation lies in the padding: the class still peaks at 1 in the image."""
+    features = torch.tensor([[1.0, 2.0, 9.0]]).reshape(1, 1, 1, 3)
+    args = (
+        torch.zeros(1, 3, 1, 3, dtype=torch.uint8),
+        features,
+        torch.ones(2, 1),
+        [torch.tensor([[0.0, 0.0, 3.0, 1.0]])],
+        [torch.tensor([1])],
+    )
+    valid = torch.tensor([[[True, True, False]]])
+    for minmax, u_0 in [(False, [0.5, 1.0]), (True, [0.0, 1.0])]:
+        y = pseudo_labels(
+            *args,
+            crf=None,
+            valid=valid,
+            background="cam",
+            foreground="cam",
+            background_minmax=minmax,
+        )
+        assert y.foreground_unary.tolist() == [[[[0.5, 1.0, 0.0]]]]
+        assert y.background_unary[0, 0, :2].tolist() == u_0
+
+
+# --------------------------------------------------------------------------------------- numerics
+
+TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+CORNERS = (
+    {},
+    {"unary_softmax": 9.0, "background_minmax": False},
+    {"foreground": "cam", "cam_normalization": "box"},
+    {**PRESETS["paper"]},
+    {**PRESETS["released"], "background": "both"},
+    {"valid": torch.zeros(2, 8, 8, dtype=torch.bool)},
+)
+
+
+def corner(features, weight, boxes, kwargs):
+    """Labels of two images of 8 x 8, whose unaries must be in [0, 1]."""
+    labels = [torch.arange(len(x)) + 1 for x in boxes]
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    seen = []
+
+    def crf(images, probabilities, valid=None):
+        seen.append(probabilities)
+        return probabilities
+
+    y = pseudo_labels(images, features, weight, boxes, labels, crf=crf, **kwargs)
+    for part in (y.background_unary, y.foreground_unary, *seen):
+        finite(part)
+        assert part.min() >= 0
+        assert part.max() <= 1
+    for p in seen:
+        close(p.sum(1), torch.ones_like(p[:, 0]), tolerance=1e-6)
+    assert set(y.crf.unique().tolist()) <= {0, 1, 2, 255}
+    assert set(y.retrieval.unique().tolist()) <= {0, 1, 2, 255}
+    return y
+
+
+@pytest.mark.parametrize("kwargs", CORNERS)
+def test_corners_are_finite(kwargs):
+    generator = seeded(7)
+    for features in (
+        torch.zeros(2, 3, 4, 4),
+        torch.ones(2, 3, 4, 4),
+        -torch.ones(2, 3, 4, 4),
+        torch.rand(2, 3, 4, 4, generator=generator) * 1e-30,
+        torch.rand(2, 3, 4, 4, generator=generator) * 1e15,
+        torch.rand(2, 3, 1, 1, generator=generator),
+    ):
+        for weight in (torch.zeros(4, 3), torch.rand(4, 3), -torch.rand(4, 4), None):
+            for boxes in (
+                [torch.tensor([[0.0, 0.0, 8.0, 8.0]]), torch.zeros(0, 4)],
+                [torch.tensor([[3.0, 3.0, 3.0, 3.0], [50, 50, 60, 60]]), torch.zeros(0, 4)],
+            ):
+                y = corner(features, weight, boxes, kwargs)
+                if "valid" in kwargs:
+                    assert (y.crf == 255).all()
+
+
+@pytest.mark.parametrize("kwargs", CORNERS[:5])
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        (torch.float32, (1e-45, 1e-42, TINY, 1e-30, 1e-20, 1e20, 1e30, HUGE)),
+        (torch.float16, (6e-8, 6e-5, 1.0, 65504.0)),
+        (torch.bfloat16, (1e-40, TINY, 1e20, 3e38)),
+        (torch.float64, (5e-324, 1e-300, 1e-160, 1e160, 1e308)),
+    ],
+)
+def test_unaries_are_finite_over_the_whole_range(dtype, sizes, kwargs):
+    """Features and weights of any size, their products beyond the range, peaks below it."""
+    generator = seeded(8)
+    signs = torch.rand(2, 5, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
+    rows = torch.rand(4, 6, generator=generator, dtype=torch.float64) * 2 - 1
+    boxes = [torch.tensor([[1.0, 1, 6, 7], [3, 2, 8, 6]]), torch.tensor([[2.0, 1, 7, 7]])]
+    for a, b in itertools.product(sizes, sizes):
+        for weight in ((rows[:, :5] * b).to(dtype), (rows * b).to(dtype)):
+            corner((signs * a).to(dtype), weight, boxes, kwargs)
+    for a in sizes:
+        corner((signs * a).to(dtype), None, boxes, {**kwargs, "background": "both"})
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-38, 1.0, 1e30, 1e38])
+@pytest.mark.parametrize("preset", [{}, PRESETS["paper"], PRESETS["released"]])
+def test_labels_are_the_same_at_any_size_of_the_features(size, preset):
+    """Scores are compared with each other only, so their size says nothing."""
+    scene = fixed()
+    cells = (scene.features * 64).round().clamp(-200, 200)  # few digits: as exact when denormal
+    weight = weight_of(scene).float()
+    small = scene.replace(features=(cells / 256).float())
+    expected = labels_of(small, weight, **preset)
+    found = labels_of(
+        scene.replace(features=(cells.double() / 256 * size).float()), weight, **preset
+    )
+    tolerance = 0.05 if size < 1e-40 else 1e-5
+    if size > 1e-37:  # shorter vectors count as zero, so their cosines are 0
+        close(found.background_unary, expected.background_unary, tolerance=tolerance)
+    if preset:
+        close(found.foreground_unary, expected.foreground_unary, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("peak", [1e-45, 1e-40, 2.9e-39, 1e-38])
+def test_a_peak_of_any_size_becomes_one(peak):
+    """The reciprocal of a denormal number is beyond the range of float32."""
+    features = torch.tensor([0.0, 0.5, 1.0]).reshape(1, 1, 1, 3)
+    weight = torch.tensor([[0.0], [peak]])
+    for name in ("class", "box"):
+        y = pseudo_labels(
+            torch.zeros(1, 3, 1, 3, dtype=torch.uint8),
+            features,
+            weight,
+            [torch.tensor([[0.0, 0.0, 3.0, 1.0]])],
+            [torch.tensor([1])],
+            crf=None,
+            foreground="cam",
+            cam_normalization=name,
+        )
+        u = y.foreground_unary.flatten()
+        assert u[2] == 1
+        assert u[0] == 0
+        if peak > 1e-44:
+            close(u[1], torch.tensor(0.5), tolerance=1e-4)
+
+
+def test_a_constant_attention_scales_to_zero():
+    """One direction everywhere: A = 1 in the box, up to rounding, and min-max scaling gives 0."""
+    features = torch.ones(1, 3, 4, 4) * torch.rand(1, 1, 4, 4)
+    boxes, labels = [torch.tensor([[3.0, 3.0, 10.0, 10.0]])], [torch.tensor([1])]
+    images = torch.zeros(1, 3, 12, 12, dtype=torch.uint8)
+    for reduction in ("mean", "max"):
+        y = pseudo_labels(
+            images, features, None, boxes, labels, crf=None, attention_reduction=reduction
+        )
+        assert (y.background_unary[0, 3:10, 3:10] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_of_a_constant_is_not_scaled_up(dtype):
+    """Beyond the last centre of a cell upsampling repeats a value, but rounds it each time anew."""
+    features = torch.rand(20, 3, 2, 2, generator=seeded(6)).to(dtype)
+    for weight in (None, torch.rand(2, 3, generator=seeded(7)).to(dtype)):
+        y = pseudo_labels(
+            torch.zeros(20, 3, 16, 16, dtype=torch.uint8),
+            features,
+            weight,
+            [torch.tensor([[13.0, 13.0, 16.0, 16.0]])] * 20,
+            [torch.tensor([1])] * 20,
+            crf=None,
+        )
+        assert (y.background_unary[:, 13:, 13:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"foreground": "cam", "cam_normalization": "box"}, {"background_minmax": False}]
+)
+def test_features_are_never_upsampled(kwargs):
+    """The largest tensor has a channel per class of the image, not one per feature or box."""
+    scene = fixed(channels=200, image_size=(96, 96))
+    many = [torch.cat([x] * 10) for x in scene.boxes]
+    scene = scene.replace(boxes=many, labels=[torch.cat([x] * 10) for x in scene.labels])
+    images, weight = images_of(scene), weight_of(scene)
+    with Largest() as largest:
+        pseudo_labels(images, scene.features, weight, scene.boxes, scene.labels, crf=None, **kwargs)
+    assert largest.elements <= 2 * 3 * 96 * 96
