@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 
 from bapnal.label.export import read_record
 from bapnal.label.files import finite, one_line, read_json, whole
-from bapnal.label.label_maps import class_colours
+from bapnal.label.label_maps import voc_palette
 from bapnal.label.suspicious import KINDS, far_from_class
 
 MOST_BOXES = 60  # of an image that are drawn
@@ -39,7 +39,7 @@ def write_report(out: Path) -> Path:
     settings = read_json(out / "settings.json", dict, "images")
     rows = list(_rows(out))
     rows.sort(key=lambda row: (-row["score"], row["name"]))
-    colours = class_colours().tolist()
+    colours = voc_palette().tolist()
     content = {
         "summary": {**summary, "suspicious_boxes": [], "broken": _broken(summary)},
         "kinds": KINDS,

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from bapnal.label.images import write_image
-from bapnal.label.label_maps import class_colours
+from bapnal.label.label_maps import voc_palette
 
 SIDE = 240  # pixels
 STRENGTH = 0.55  # of the colour of a class over the image
@@ -33,7 +33,7 @@ def write_thumbnail(
     small = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, reducing_gap=2.0)
     labels = Image.fromarray(semantic.to(torch.uint8).numpy())
     shrunk = np.array(labels.resize(size, Image.Resampling.NEAREST))
-    colours = class_colours()
+    colours = voc_palette()
     pixels = np.array(small).astype(np.float32)
     shown = (1 - STRENGTH) * pixels + STRENGTH * colours[shrunk]
     shown = np.where(shrunk[..., None] == 0, 0.6 * pixels, shown)
