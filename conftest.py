@@ -1,5 +1,7 @@
 """Settings of all tests: reproducible draws, no shared random state, CUDA where there is one."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -10,6 +12,15 @@ settings.register_profile(
     derandomize=True,
     max_examples=30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
+)
+# Of tests/campaign alone: draws that differ each time, as many as one asks for.
+settings.register_profile(
+    "campaign",
+    deadline=None,
+    max_examples=int(os.environ.get("BAPNAL_DRAWS", "1000")),
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+    database=None,
 )
 settings.load_profile("bapnal")
 

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from bapnal.crf.plain import plain_mean_field
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,8 +53,9 @@ class Options:
 
     Attributes:
         root: A ``VOCdevkit/VOC2012``.
-        sections: Any of speed, processes, memory, fast, growth, generator, exact, large; none
-            stands for all.
+        sections: Any of speed, processes, memory, fast, growth, generator, exact, large, device;
+            none stands for all. ``device`` needs no data.
+        device: Where the section of that name runs; the others compare on the CPU.
         pictures: How many real images, in every section but ``exact``.
         exact_pictures: How many in ``exact``.
         generator_pictures: How many in ``generator``.
@@ -72,6 +72,7 @@ class Options:
     threads: int = 2
     out: Path = Path(__file__).parent / "results"
     figure: bool = False
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def names(root: Path, count: int) -> list[str]:
@@ -328,17 +329,6 @@ def growth(options: Options) -> Iterator[Row]:
         yield row
 
 
-def by_plain(images: Tensor, p: Tensor) -> Tensor:
-    """The readable twin of DenseCRF, with its standard settings; one image."""
-    height, width = p.shape[2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    positions = torch.stack([x, y], dim=-1).flatten(0, 1).float()
-    colours = images[0].movedim(0, -1).flatten(0, 1).float()
-    terms = [(3.0, positions / 3), (4.0, torch.cat([positions / 55, colours / 3], dim=1))]
-    logits = p[0].clamp(1e-5, 1).log().flatten(1).T.contiguous()
-    return plain_mean_field(terms, logits, 10).T.reshape(p.shape)
-
-
 @torch.no_grad()
 def generator(options: Options) -> Iterator[Row]:
     """Images per second of the whole label generator, by its CRF; features apart."""
@@ -362,7 +352,6 @@ def generator(options: Options) -> Iterator[Row]:
     }
     if densecrf is not None:
         crfs["pydensecrf"] = DenseCRF(backend="pydensecrf")
-    crfs["plain form"] = by_plain
     generators = {key: PseudoLabelGenerator(crf) for key, crf in crfs.items()}
     times: dict[str, list[float]] = {key: [] for key in generators}
     for generate in generators.values():
@@ -425,6 +414,33 @@ def large(options: Options, count: int = 2) -> Iterator[Row]:
             }
 
 
+def device(options: Options, repeats: int = 5) -> Iterator[Row]:
+    """Batches of synthetic images on one device: blocks of colour with noise, 500 x 375."""
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    size = (375, 500)
+    crf = DenseCRF()
+    cases = [(1, labels) for labels in LABELS]
+    if options.device != "cpu":
+        cases += [(batch, 4) for batch in (4, 16)]
+    for batch, labels in cases:
+        blocks = torch.rand(batch, 3, 15, 20, generator=generator) * 215
+        images = F.interpolate(blocks, size, mode="nearest")
+        images = (images + 40 * torch.rand(images.shape, generator=generator)).byte()
+        p = torch.cat([smooth_maps(seed, labels, size) for seed in range(batch)])
+        images, p = images.to(options.device), p.to(options.device)
+        q = crf(images, p)  # a warm-up
+        times = [timed(lambda x=images, p=p: crf(x, p)) for _ in range(repeats)]
+        difference = (q[:1].cpu() - crf(images[:1].cpu(), p[:1].cpu())).abs().mean()
+        yield {
+            "device": options.device,
+            "batch": batch,
+            "labels": labels,
+            "mean_difference_from_cpu": float(f"{float(difference):.2e}"),
+            **summary(times),
+        }
+
+
 def draw_growth(results: Path, path: Path) -> None:
     """Draw the rows of ``growth``: time of both backends against pixels, labels and iterations."""
     import matplotlib as mpl
@@ -467,7 +483,7 @@ def machine() -> Row:
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 SECTIONS = {
-    x.__name__: x for x in (speed, processes, memory, fast, growth, generator, exact, large)
+    x.__name__: x for x in (speed, processes, memory, fast, growth, generator, exact, large, device)
 }
 
 

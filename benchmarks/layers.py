@@ -1,6 +1,6 @@
 """Time and memory of background-aware pooling and of the noise-aware loss.
 
-    python benchmarks/layers.py
+    python benchmarks/layers.py [--device cuda]
 
 Pooling runs at the paper's sizes (20 images, 41 x 41 features of 1,024 channels, N = 4) and with
 more boxes, against the same mathematics as a loop over images and boxes, and against global

@@ -1,6 +1,6 @@
 """Time and memory of one training step of each recipe on PASCAL VOC, at its full size.
 
-    python benchmarks/voc2012_steps.py
+    python benchmarks/voc2012_steps.py [--device cuda]
 
 A step is forward, loss, backward and SGD: stage 1 on VGG-16 with background-aware pooling (20
 crops of 321 x 321), DeepLab-V1 (20) and DeepLab-V2 (10) with the noise-aware loss. Images, boxes,
@@ -101,11 +101,12 @@ def segmenter_step(name: str, batch_size: int, device: str) -> tuple[nn.Module, 
     return network, descend(network.pretrained_parameters(), network.new_parameters(), 1e-3, loss)
 
 
-def measure(recipe: str, batch_size: int, threads: int, channel: multiprocessing.Queue) -> None:
+def measure(
+    recipe: str, batch_size: int, threads: int, device: str, channel: multiprocessing.Queue
+) -> None:
     """Measure one recipe; what a process of its own does."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if recipe.startswith("stage 1"):
         network, step = classifier_step(batch_size, device)
     else:
@@ -143,11 +144,13 @@ def measure(recipe: str, batch_size: int, threads: int, channel: multiprocessing
     channel.put(row)
 
 
-def in_own_process(recipe: str, batch_size: int, threads: int, limit: float) -> dict[str, object]:
+def in_own_process(
+    recipe: str, batch_size: int, threads: int, device: str, limit: float
+) -> dict[str, object]:
     """Measure one recipe, or say why there is no number."""
     context = multiprocessing.get_context("spawn")
     channel: multiprocessing.Queue = context.Queue()
-    process = context.Process(target=measure, args=(recipe, batch_size, threads, channel))
+    process = context.Process(target=measure, args=(recipe, batch_size, threads, device, channel))
     process.start()
     process.join(limit)
     if process.is_alive():
@@ -165,6 +168,7 @@ def main(
     full: bool = torch.cuda.is_available(),
     threads: int = torch.get_num_threads(),
     limit: float = 1200,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Run every recipe, print the table and write it to ``out`` beside the rows that are there.
 
@@ -175,14 +179,17 @@ def main(
             needs about 11 GB of memory, and a CPU a minute or two a recipe.
         threads: Of a CPU.
         limit: Seconds after which a recipe is given up.
+        device: Where to run.
     """
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     for recipe, published in BATCH_SIZES.items():
         size = batch_size or (published if full else FEW)
-        rows[f"{recipe}, {where}, batch {size}"] = in_own_process(recipe, size, threads, limit)
+        rows[f"{recipe}, {where}, batch {size}"] = in_own_process(
+            recipe, size, threads, device, limit
+        )
         write_json(out, {"about": about(), "rows": rows})
     table = Table("step", "seconds", "CPU seconds", "peak GiB")
     for case, row in rows.items():

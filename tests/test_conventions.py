@@ -17,6 +17,7 @@ from bapnal import (
     entropy_regularization_loss,
     grid_prototypes,
     noise_aware_loss,
+    paint_boxes,
     pseudo_labels,
 )
 from strategies import seeded
@@ -53,6 +54,21 @@ def test_rois_have_the_batch_index_first():
     m = definite_background(rois, (6, 8), batch_size=2)
     assert (m[0] == 1).all()
     assert torch.equal(m[1:], definite_background([rois[:, 1:]], (6, 8)))
+
+
+def test_smaller_boxes_are_painted_over_larger_ones():
+    """Of boxes of one size the later one is on top; pixels are those of ``box_cells``."""
+    boxes = torch.tensor(
+        [[1.0, 1.0, 3.0, 3.0], [0.0, 0.0, 6.0, 4.0], [2.0, 1.0, 4.0, 3.0], [7.2, 5.2, 7.3, 5.3]]
+    )
+    labels = torch.tensor([5, 6, 7, 8])
+    expected = torch.zeros(6, 8, dtype=torch.long)
+    for box in (1, 0, 2, 3):
+        expected[box_cells(boxes[box], (6, 8), (6, 8))] = labels[box]
+    assert torch.equal(paint_boxes(boxes, labels, (6, 8)), expected)
+    assert expected[1:3].tolist() == [[6, 5, 7, 7, 6, 6, 0, 0]] * 2
+    assert (expected == 8).sum() == 1  # no box is empty
+    assert (paint_boxes(boxes[:0], labels[:0], (6, 8), background=255) == 255).all()
 
 
 def test_image_size_is_height_then_width():

@@ -60,6 +60,26 @@ def test_form_for_a_gpu_is_the_form_for_a_cpu(drawn):
     close(*(form.slice(fast, table) for form, table in zip(forms, tables, strict=True)))
 
 
+@given(points())
+def test_neighbours_by_search_are_those_by_hash(drawn):
+    """What a GPU does, without the host knowing where a vertex starts, and what a CPU does."""
+    f, generator = drawn
+    groups = torch.randint(0, 3, f.shape[:1], generator=generator)
+    cell, rank, _ = lattice.simplices(lattice.elevate(f.T.contiguous()))
+    low, high = torch.aminmax(cell[:-1], dim=1)
+    digits = keys.VertexKeys(low.tolist(), high.tolist(), (0, 2))
+    table = keys.number_vertices(digits.of_points(cell, rank, groups), digits.span)
+    distinct = table.ordered.flatten()[table.fresh.flatten()]
+    assert int(table.size) == distinct.shape[0] == PermutohedralLattice(f, groups).size
+    assert (distinct.diff() > 0).all()
+    number = table.fresh.flatten().cumsum(0) - 1
+    scattered = torch.empty_like(distinct).scatter_(0, number, table.ordered.flatten())
+    assert torch.equal(scattered, distinct)
+    found = keys.searched_neighbours(distinct, digits)
+    for a, b in zip(found, keys.hashed_neighbours(distinct, digits), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("numbers", [1, 7, 64, 10**6])
 def test_sums_in_parts_are_the_whole(numbers, monkeypatch):
     f = 3 * torch.randn(150, 3, generator=seeded(5), dtype=torch.float64)

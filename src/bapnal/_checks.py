@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGRAL = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LARGEST_INTEGER = 2**31 - 1
+LARGEST_GRID = 1000
 LARGEST_NUMBER = torch.finfo(torch.float32).max
 LONGEST_SIDE = 2**30  # pixels; twice the product of two sides fits 64 bits
 
@@ -24,10 +26,18 @@ def shape_text(shape: Sequence[int | str]) -> str:
     return "(" + ", ".join(str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
 
 
+def brief(value: object) -> str:
+    """One line about any value."""
+    line = " ".join(repr(value).split())
+    return line if len(line) <= 60 else f"{line[:57]}..."
+
+
 def tensor(name: str, value: object) -> Tensor:
     """Return ``value`` as a tensor, or raise ``TypeError``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense Tensor, got layout {value.layout}")
     return value
 
 
@@ -69,6 +79,11 @@ def real(name: str, value: Tensor) -> Tensor:
     if value.dtype not in FLOATING + INTEGRAL:
         raise TypeError(f"{name} must have a floating-point or integer dtype, got {value.dtype}")
     return value
+
+
+def real_or_bool(name: str, value: Tensor) -> Tensor:
+    """Check that a tensor holds numbers or is a bool mask."""
+    return value if value.dtype == torch.bool else real(name, value)
 
 
 def not_empty(name: str, value: Tensor, *dims: int) -> Tensor:
@@ -141,6 +156,11 @@ def integer(name: str, value: object, *, minimum: int, maximum: int = LARGEST_IN
     return value
 
 
+def grid(name: str, value: object) -> int:
+    """Check how many cells, bins or samples there are along each side of something."""
+    return integer(name, value, minimum=1, maximum=LARGEST_GRID)
+
+
 def flag(name: str, value: object) -> bool:
     """Check a setting that is True or False."""
     if not isinstance(value, bool):
@@ -150,15 +170,17 @@ def flag(name: str, value: object) -> bool:
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:
     """Check a string against the few it may be."""
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    if not isinstance(value, str) or value not in options:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, options))}, got {brief(value)}"
+        )
     return str(value)
 
 
 def size(name: str, value: object) -> tuple[int, int]:
     """Check a ``(height, width)`` in pixels."""
     if not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(f"{name} must be (height, width), got {value!r}")
+        raise ValueError(f"{name} must be (height, width), got {brief(value)}")
     return (
         integer(f"{name}[0]", value[0], minimum=1, maximum=LONGEST_SIDE),
         integer(f"{name}[1]", value[1], minimum=1, maximum=LONGEST_SIDE),
@@ -168,14 +190,14 @@ def size(name: str, value: object) -> tuple[int, int]:
 def readable(value: Tensor) -> bool:
     """Whether values can be looked at without a synchronisation, a graph break or a vmap error.
 
-    Where operations are traced or intercepted, as by ``FakeTensorMode``, there may be no values.
+    Where operations are traced, and in ``FakeTensorMode``, there may be no values.
     """
     return (
         value.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not isinstance(value, FakeTensor)
     )
 
 

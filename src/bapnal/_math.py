@@ -10,7 +10,10 @@ from torch.amp.autocast_mode import autocast, is_autocast_available
 
 from bapnal import _checks
 
-SHORTEST = 1e-12  # length below which a vector counts as zero
+# Length up to which a vector counts as zero. Gradients grow as its inverse, so that in float16,
+# where 65,504 is the end, it is the smallest normal number.
+SHORTEST = 1e-12
+SHORTEST_FLOAT16 = 2.0**-14
 # What brings a vector whose square overflows into the range in which it does not.
 SHRINK = {torch.float32: 2.0**-80, torch.float64: 2.0**-540}
 # Sums of a million numbers of any size stay finite when each is made smaller by this first.
@@ -74,27 +77,32 @@ def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
     return divide(sums, weights.sum(-2)[..., None]) * (1 / SUM_SCALE)
 
 
-def inverse_norm(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def shortest(dtype: torch.dtype) -> float:
+    """Length up to which a vector of features of this dtype counts as zero."""
+    return SHORTEST_FLOAT16 if dtype == torch.float16 else SHORTEST
+
+
+def inverse_norm(x: Tensor, dim: int, zero: float = SHORTEST) -> tuple[Tensor, Tensor]:
     """``x`` and ``1 / |x|`` along ``dim`` (kept), whose product are vectors of length 1.
 
-    A vector shorter than ``SHORTEST`` counts as zero, with an inverse and a gradient of 0: the
-    gradient grows as the inverse square of the length. Vectors whose square overflows come back
-    scaled down by a power of two, with the inverse of that; all others as they are, to the bit.
+    A vector of length ``zero`` or less has an inverse and a gradient of 0. Vectors whose square
+    overflows come back scaled down by a power of two, with the inverse of that; all others as they
+    are, to the bit.
     """
     squared = x.square().sum(dim, keepdim=True)
     long = squared.detach() == torch.inf
     if not _checks.readable(x) or bool(long.any()):
         x = x * torch.where(long, SHRINK.get(x.dtype, 1.0), torch.ones_like(squared))
         squared = x.square().sum(dim, keepdim=True)
-    empty = squared <= SHORTEST**2
+    empty = squared <= zero**2
     return x, torch.where(empty, 0.0, torch.where(empty, 1.0, squared).sqrt().reciprocal())
 
 
-def unit(x: Tensor, dim: int) -> Tensor:
-    """Vectors of length 1 along ``dim``; a zero vector stays zero, with a gradient of 0.
+def unit(x: Tensor, dim: int, zero: float = SHORTEST) -> Tensor:
+    """Vectors of length 1 along ``dim``; a zero vector becomes 0, with a gradient of 0.
 
     ``F.normalize`` has a gradient of 1e12 at a zero vector in float32, and gives NaN in float16.
-    A vector shorter than ``SHORTEST`` counts as zero; there is no upper bound.
+    A vector of length ``zero`` or less counts as zero; there is no upper bound.
     """
-    x, inverse = inverse_norm(x, dim)
+    x, inverse = inverse_norm(x, dim, zero)
     return x * inverse

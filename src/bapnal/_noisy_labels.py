@@ -26,6 +26,7 @@ def total_loss(
     pixels: Pixels, terms: Tensor, weights: Tensor, balance: float, across_ranks: bool
 ) -> Tensor:
     """Cross-entropy on S (Eq. 10) plus lambda times the weighted mean of ``terms`` (Eq. 14)."""
+    _checks.flag("across_ranks", across_ranks)
     reliable, weights = pixels.reliable.to(terms.dtype), weights.to(terms.dtype)
     numerators = torch.stack([(pixels.nll * reliable).sum(), (terms * weights).sum()])
     denominators = torch.stack([reliable.sum(), weights.sum()])
@@ -44,6 +45,7 @@ def compare_labels(
 ) -> Pixels:
     """Check what all losses share and compute the cross-entropy of every pixel."""
     check_settings(balance, ignore_index)
+    _checks.flag("align_corners", align_corners)
     _checks.floating("logits", _checks.shape("logits", logits, ("B", "C", "h", "w")))
     _checks.not_empty("logits", logits, 1, 2, 3)
     batch, classes = logits.shape[:2]

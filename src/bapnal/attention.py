@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from bapnal import _checks
-from bapnal._math import divide, full_precision, inverse_norm, unit, weighted_mean, widen
+from bapnal._math import (
+    SHORTEST,
+    divide,
+    full_precision,
+    inverse_norm,
+    shortest,
+    unit,
+    weighted_mean,
+    widen,
+)
 
 REDUCTIONS = ("mean", "max")
 
@@ -84,8 +93,8 @@ def background_attention(
     M is 0, which makes the pooling after it global average pooling.
 
     Args:
-        features: f; ``(B, D, h, w)``. A vector shorter than 1e-12 counts as zero: its cosines
-            are 0, without a gradient.
+        features: f; ``(B, D, h, w)``. A vector of length 1e-12 or less (6.1e-5 in float16) counts
+            as zero: its cosines are 0, without a gradient.
         background: M in {0, 1}, float or bool; ``(B, 1, h, w)``.
         grid_size: N of the N x N grid (4 for training a classifier, 1 for labels in the paper).
         reduction: ``"mean"`` over the valid cells (Eq. 2), or ``"max"``: like some background of
@@ -107,19 +116,28 @@ def background_attention(
     _check(features, background, grid_size)
     _checks.choice("reduction", reduction, REDUCTIONS)
     with full_precision(features):
-        x = widen(features)
-        prototypes, valid = _grid_prototypes(x, background, grid_size)
-        attention = background_similarity(x, prototypes, valid, reduction)
-        attention = torch.where(background.bool(), 1.0, attention)
-    return Attention(attention.to(features.dtype), prototypes.to(features.dtype), valid)
+        found = attention_at_full_precision(
+            widen(features), background, grid_size, shortest(features.dtype), reduction
+        )
+    kind = features.dtype
+    return Attention(found.map.to(kind), found.prototypes.to(kind), found.valid)
+
+
+def attention_at_full_precision(
+    x: Tensor, background: Tensor, grid_size: int, zero: float, reduction: str = "mean"
+) -> Attention:
+    """The same without checks; ``zero`` is the length up to which a vector counts as zero."""
+    prototypes, valid = _grid_prototypes(x, background, grid_size)
+    attention = background_similarity(x, prototypes, valid, reduction, zero)
+    return Attention(torch.where(background.bool(), 1.0, attention), prototypes, valid)
 
 
 def _check(features: Tensor, background: Tensor, grid_size: int) -> None:
     _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
     batch, _, h, w = features.shape
-    _checks.shape("background", background, (batch, 1, h, w))
+    _checks.real_or_bool("background", _checks.shape("background", background, (batch, 1, h, w)))
     _checks.same_device(features=features, background=background)
-    _checks.integer("grid_size", grid_size, minimum=1)
+    _checks.grid("grid_size", grid_size)
 
 
 def _grid_prototypes(x: Tensor, background: Tensor, grid_size: int) -> tuple[Tensor, Tensor]:
@@ -132,15 +150,19 @@ def _grid_prototypes(x: Tensor, background: Tensor, grid_size: int) -> tuple[Ten
 
 
 def background_similarity(
-    x: Tensor, prototypes: Tensor, valid: Tensor, reduction: str = "mean"
+    x: Tensor,
+    prototypes: Tensor,
+    valid: Tensor,
+    reduction: str = "mean",
+    zero: float = SHORTEST,
 ) -> Tensor:
     """Mean or maximum over the valid prototypes of ReLU(cosine), 0 without any (Eq. 2-3 off M).
 
     ``x`` is ``(B, D, *)``, the result ``(B, 1, *)``. Only an ``(N*N, h*w)`` score matrix per image
     is made, never one with D.
     """
-    flat, inverse = inverse_norm(x.flatten(2), dim=1)
-    scores = (unit(prototypes, dim=-1) @ flat).relu() * valid[..., None]
+    flat, inverse = inverse_norm(x.flatten(2), dim=1, zero=zero)
+    scores = (unit(prototypes, dim=-1, zero=zero) @ flat).relu() * valid[..., None]
     if reduction == "max":
         reduced = scores.amax(1, keepdim=True)
     else:
@@ -165,7 +187,7 @@ class BackgroundAttention(nn.Module):
 
     def __init__(self, grid_size: int = 4, *, reduction: str = "mean") -> None:
         super().__init__()
-        self.grid_size = _checks.integer("grid_size", grid_size, minimum=1)
+        self.grid_size = _checks.grid("grid_size", grid_size)
         self.reduction = _checks.choice("reduction", reduction, REDUCTIONS)
 
     def forward(self, features: Tensor, background: Tensor) -> Attention:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from bapnal import _checks
 
-MOST_BINS = 1000  # along each side of a box
-
 Boxes = Sequence[Tensor] | Tensor
 """One ``(K_i, 4)`` tensor per image, or one ``(K, 5)`` tensor with the batch index first."""
 
@@ -245,7 +243,7 @@ def box_bins(corners: Tensor, bins: int) -> Tensor:
         [[0.0, 0.0, 2.0, 1.0], [2.0, 0.0, 4.0, 1.0], [0.0, 1.0, 2.0, 2.0], [2.0, 1.0, 4.0, 2.0]]
     """
     corners = check_corners(corners)
-    _checks.integer("bins", bins, minimum=1, maximum=MOST_BINS)
+    _checks.grid("bins", bins)
     k = torch.arange(bins + 1, device=corners.device, dtype=corners.dtype)
     # One division of a sum: edges that can be represented are exact, and one bin is the box. By a
     # power of two, so that the sum is finite for all boxes.
@@ -303,6 +301,7 @@ def paint_boxes(
     if masks is not None:
         _checks.boolean("masks", _checks.shape("masks", masks, (corners.shape[0], *size)))
         _checks.same_device(corners=corners, masks=masks)
+    _checks.integer("background", background, minimum=-(2**31))
     area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
     order = area.argsort(descending=True, stable=True)
     painted = torch.full(size, background, dtype=torch.long, device=corners.device)
@@ -398,6 +397,7 @@ def definite_background(
         if isinstance(boxes, Tensor):
             raise ValueError("batch_size must be given with boxes of shape (K, 5), got None")
         batch_size = len(boxes)
+    _checks.integer("batch_size", batch_size, minimum=0)
     size = _checks.size("image_size", image_size)
     check_valid(valid, batch_size, size)
     padded = pad_boxes(boxes, batch_size, device=None if valid is None else valid.device)

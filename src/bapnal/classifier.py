@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bapnal import _checks
-from bapnal._math import full_precision, inverse_norm, unit, widen
+from bapnal._math import full_precision, inverse_norm, shortest, unit, widen
 
 
 def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
@@ -23,8 +23,8 @@ def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
 
     Returns:
         Similarities in [-1, 1] up to rounding, in the dtype of ``features``; ``(B, C, *)``. A zero
-        vector, that is one shorter than 1e-12, has similarity 0 to everything, with a gradient of
-        0.
+        vector, of length 1e-12 or less (6.1e-5 in float16), has similarity 0 to everything, with a
+        gradient of 0.
 
     Raises:
         TypeError: If a dtype is not floating.
@@ -41,9 +41,10 @@ def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
     batch, _, *rest = features.shape
     with full_precision(features):
         x = widen(features).flatten(2) if rest else widen(features)[..., None]
-        x, inverse = inverse_norm(x, dim=1)
+        rows = unit(widen(weight), dim=1, zero=shortest(weight.dtype))
+        x, inverse = inverse_norm(x, dim=1, zero=shortest(features.dtype))
         # Dividing C scores a position is cheaper than dividing D features.
-        scores = unit(weight.to(x.dtype), dim=1) @ x * inverse
+        scores = rows.to(x.dtype) @ x * inverse
     return scores.reshape(batch, weight.shape[0], *rest).to(features.dtype)
 
 

@@ -19,6 +19,8 @@ from bapnal._noisy_labels import (
     upsample,
 )
 
+MOST_GAMMA = 1e12  # gamma over the smallest 1 + s is to be finite
+
 
 def confidence_map(
     similarity: Tensor, labels: Tensor, gamma: float = 7.0, ignore_index: int = 255
@@ -49,7 +51,7 @@ def confidence_map(
         >>> confidence_map(similarity, torch.tensor([[[1]]]), gamma=1.0)
         tensor([[[0.7500]]])
     """
-    _checks.number("gamma", gamma, minimum=1)
+    _checks.number("gamma", gamma, minimum=1, maximum=MOST_GAMMA)
     _checks.shape("similarity", similarity, ("B", "C", "H", "W"))
     _checks.floating("similarity", _checks.not_empty("similarity", similarity, 1, 2, 3))
     _checks.integer("ignore_index", ignore_index, minimum=-(2**31))
@@ -127,7 +129,7 @@ def noise_aware_loss(
         >>> noise_aware_loss(logits, logits / 2, y, y)  # all reliable: cross-entropy
         tensor(0.6931)
     """
-    _checks.number("gamma", gamma, minimum=1)
+    _checks.number("gamma", gamma, minimum=1, maximum=MOST_GAMMA)
     _checks.tensor("logits", logits)
     _checks.tensor("similarity", similarity)
     with full_precision(logits):
@@ -138,7 +140,7 @@ def noise_aware_loss(
             return total_loss(pixels, pixels.nll, pixels.unreliable, 0.0, across_ranks)
         cosines = upsample(similarity, pixels.nll.shape[1:], align_corners)
         sigma = _confidence(cosines, pixels.target, gamma)
-        if detach_confidence:
+        if _checks.flag("detach_confidence", detach_confidence):
             sigma = sigma.detach()
         return total_loss(pixels, pixels.nll, sigma * pixels.unreliable, balance, across_ranks)
 
@@ -315,7 +317,7 @@ class NoiseAwareLoss(NoisyLabelLoss):
         super().__init__(
             balance, ignore_index, align_corners=align_corners, across_ranks=across_ranks
         )
-        self.gamma = _checks.number("gamma", gamma, minimum=1)
+        self.gamma = _checks.number("gamma", gamma, minimum=1, maximum=MOST_GAMMA)
         self.detach_confidence = _checks.flag("detach_confidence", detach_confidence)
 
     def forward(self, logits: Tensor, similarity: Tensor, y_crf: Tensor, y_ret: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bapnal import _checks
-from bapnal._math import divide, divide_sums, full_precision, weighted_mean, widen
+from bapnal._math import divide, divide_sums, full_precision, shortest, weighted_mean, widen
 from bapnal.attention import (
     Attention,
-    background_attention,
+    attention_at_full_precision,
     background_similarity,
     grid_assignment,
     grid_prototypes,
@@ -106,16 +106,17 @@ def background_aware_pooling(
     """
     _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
     check_options(grid_size, output_size, min_background, sampling, roi_size)
+    _checks.flag("attention", attention)
     size = _checks.size("image_size", image_size)
     check_valid(valid, features.shape[0], size, features)
     padded = pad_boxes(boxes, features.shape[0], device=features.device)
     _checks.same_device(features=features, boxes=padded.corners)
     with full_precision(features):
-        x = widen(features)
+        x, zero = widen(features), shortest(features.dtype)
         cells = box_masks(padded, size, (x.shape[2], x.shape[3]), valid)
         background = outside_of(cells, valid)
         if attention:
-            found = background_attention(x, background, grid_size=grid_size)
+            found = attention_at_full_precision(x, background, grid_size, zero)
             gap = _too_little(background, min_background, valid)
             a = torch.where(gap[:, None, None, None] & ~background, 0.0, found.map)
         else:
@@ -123,7 +124,7 @@ def background_aware_pooling(
             gap = torch.ones_like(background[:, 0, 0, 0])
             a = found.map
         if sampling == "roi_align":
-            pooled = _pool_samples(x, padded, size, found, gap, output_size, roi_size)
+            pooled = _pool_samples(x, padded, size, found, gap, output_size, roi_size, zero)
         else:
             masks = cells if output_size == 1 else _bin_masks(padded, size, x, output_size, valid)
             pooled = _pool_cells(x, masks, a)  # (B, S * output_size**2, D)
@@ -137,11 +138,11 @@ def check_options(
     grid_size: int, output_size: int, min_background: float, sampling: str, roi_size: int
 ) -> None:
     """Check the options that the function and the module share."""
-    _checks.integer("grid_size", grid_size, minimum=1)
-    _checks.integer("output_size", output_size, minimum=1)
+    _checks.grid("grid_size", grid_size)
+    _checks.grid("output_size", output_size)
     _checks.number("min_background", min_background, minimum=0, maximum=1)
     _checks.choice("sampling", sampling, SAMPLINGS)
-    _checks.integer("roi_size", roi_size, minimum=1)
+    _checks.grid("roi_size", roi_size)
 
 
 def _too_little(background: Tensor, min_background: float, valid: Tensor | None) -> Tensor:
@@ -177,6 +178,7 @@ def _pool_samples(
     gap: Tensor,
     output_size: int,
     roi_size: int,
+    zero: float,
 ) -> Tensor:
     """Eq. 2-4 on RoIAlign samples of each box; ``(K, output_size**2, D)``."""
     try:
@@ -194,7 +196,7 @@ def _pool_samples(
         x, rois, (roi_size, roi_size), spatial_scale=1.0, sampling_ratio=2, aligned=True
     )  # (K, D, roi_size, roi_size)
     owner = padded.image
-    a = background_similarity(samples, found.prototypes[owner], found.valid[owner])
+    a = background_similarity(samples, found.prototypes[owner], found.valid[owner], zero=zero)
     a = torch.where(gap[owner][:, None, None, None], 0.0, a)
     bins = grid_assignment((roi_size, roi_size), output_size, x)  # (roi_size**2, output_size**2)
     weights = (1 - a).flatten(1)[..., None] * bins
@@ -239,7 +241,7 @@ class BackgroundAwarePooling(nn.Module):
         self.grid_size = grid_size
         self.output_size = output_size
         self.min_background = min_background
-        self.attention = attention
+        self.attention = _checks.flag("attention", attention)
         self.sampling = sampling
         self.roi_size = roi_size
 

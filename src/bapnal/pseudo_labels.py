@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._math import SUM_SCALE, divide, full_precision, inverse_norm, unit, widen
 from bapnal.boxes import Boxes, PaddedBoxes, check_valid, pad_boxes
+from bapnal.crf import DenseCRF
 from bapnal.pooling import labels_of_boxes
 from bapnal.unaries import Regions, UnaryOptions, class_regions, make_unaries, upsample
 
 
 class PseudoLabels(NamedTuple):
     """What :func:`pseudo_labels` returns. P is the largest number of classes in one image.
+
+    On a GPU, where that would have to be waited for, P is the largest number of boxes.
 
     Attributes:
         crf: ``(B, H, W)`` long, Y_crf; ``ignore_index`` on padding.
@@ -52,6 +55,7 @@ def pseudo_labels(
     background: str = "both",
     background_threshold: float | None = None,
     background_minmax: bool = True,
+    background_otsu: bool = True,
     foreground: str = "complement",
     cam_normalization: str = "class",
     unary_softmax: float = 3.0,
@@ -68,14 +72,16 @@ def pseudo_labels(
         \quad 0 \;\text{elsewhere}, \qquad u_0(p) = A(p),
 
     which is ``PRESETS["paper"]``. Those values need settings searched for each backbone. The
-    defaults compare pixels of the same image only: with m the scaling to [0, 1] in its boxes,
+    defaults compare pixels of the same image only: with m the scaling to [0, 1] in its boxes, and
+    :math:`\theta` the threshold of Otsu (1979) between its two kinds of boxed pixels,
 
     .. math::
-        u_0 = m\big(m(A) + m(f \cdot w_0)\big), \qquad
+        b = m\big(m(A) + m(f \cdot w_0)\big), \qquad
+        u_0 = \mathrm{clip}(b + \tfrac{1}{2} - \theta, 0, 1), \qquad
         u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c}{\sum_k \mathrm{CAM}_k},
 
     the sum being over the classes whose boxes cover the pixel, each activation plus 1e-3 of the
-    largest in the boxes of the image. Without weights :math:`u_0 = m(A)`, and those classes share
+    largest in the boxes of the image. Without weights :math:`b = m(A)`, and those classes share
     equally; where the boxes leave no background, A is the likeness to the border of the image.
 
     A softmax over the unaries of the background and these classes gives the probabilities that
@@ -100,9 +106,10 @@ def pseudo_labels(
         boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
             index first; xyxy in pixels of the image, half open.
         labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor; 1..L.
-        crf: Called as ``crf(images, probabilities)``, with ``valid=`` where that is given; None
-            takes the probabilities as they are. Called once for each number of classes in the
-            batch, so an image gets the same labels alone and in a batch.
+        crf: A :class:`~bapnal.DenseCRF`, or None, which takes the probabilities as they are. Any
+            other callable is called as ``crf(images, probabilities)``, with ``valid=`` where that
+            is given, once for each number of classes in the batch, so an image gets the same
+            labels alone and in a batch.
         valid: ``(B, H, W)`` bool, which pixels show the image.
         grid_size: N of the attention's grid.
         attention_reduction: Whether A is the ``"mean"`` over the prototypes of the grid (Eq. 2) or
@@ -115,6 +122,8 @@ def pseudo_labels(
             paper; other backbones want another.
         background_minmax: Scale each part of u_0, and their mean, to [0, 1] in the boxes of an
             image, in place of the ReLU and the division by the maximum.
+        background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to
+            lie at 1/2: how much of a box is object differs from box to box.
         foreground: What u_c is with weights: ``"cam"`` (Eq. 5), or ``"complement"``: 1 - u_0,
             shared by the classes whose boxes cover a pixel in proportion to their activations.
         cam_normalization: Maximum of Eq. 5 over all boxes of the class (``"class"``), or over each
@@ -147,12 +156,14 @@ def pseudo_labels(
         background,
         background_threshold,
         background_minmax,
+        background_otsu,
         foreground,
         cam_normalization,
         unary_softmax,
         align_corners,
     )
     options.check()
+    _checks.integer("ignore_index", ignore_index, minimum=-(2**31))
     if weight is None and background == "cam":
         raise ValueError('background must not be "cam" where weight is None, which has no map')
     with full_precision(features):
@@ -206,6 +217,7 @@ def _check_inputs(
 def _check_weight(weight: Tensor, channels: int) -> None:
     """Check one row per class, with or without a bias."""
     _checks.floating("weight", _checks.shape("weight", weight, ("L + 1", "D")))
+    _checks.not_empty("weight", weight, 0)
     if weight.shape[1] not in (channels, channels + 1):
         raise ValueError(
             f"weight must have shape (L + 1, {channels}), or (L + 1, {channels + 1}) with a bias, "
@@ -223,8 +235,11 @@ def _apply_crf(
     """Marginals of a CRF that sees, in each image, only the classes it holds."""
     if crf is None:
         return probabilities
-    marginals = probabilities.clone()
     counts = (classes > 0).sum(1)
+    if isinstance(crf, DenseCRF):
+        together: Tensor = crf(images, probabilities, valid, num_classes=counts + 1)
+        return together.to(probabilities.dtype)
+    marginals = probabilities.clone()
     for count in range(1, classes.shape[1] + 1):
         members = (counts == count).nonzero()[:, 0]
         if members.numel() == 0:
@@ -284,6 +299,7 @@ class PseudoLabelGenerator(nn.Module):
         attention_reduction: ``"max"`` or ``"mean"`` over the prototypes of the grid.
         background: ``"both"``, ``"attention"`` or ``"cam"``.
         background_minmax: Scale the parts of u_0 to [0, 1] in the boxes of an image.
+        background_otsu: Shift u_0 so that the threshold of Otsu lies at 1/2.
         foreground: ``"complement"`` or ``"cam"``.
         cam_normalization: ``"class"`` or ``"box"``.
         unary_softmax: Scale of the softmax over the unaries.
@@ -315,6 +331,7 @@ class PseudoLabelGenerator(nn.Module):
         attention_reduction: str = "max",
         background: str = "both",
         background_minmax: bool = True,
+        background_otsu: bool = True,
         foreground: str = "complement",
         cam_normalization: str = "class",
         unary_softmax: float = 3.0,
@@ -330,11 +347,12 @@ class PseudoLabelGenerator(nn.Module):
         self.attention_reduction = attention_reduction
         self.background = background
         self.background_minmax = background_minmax
+        self.background_otsu = background_otsu
         self.foreground = foreground
         self.cam_normalization = cam_normalization
         self.unary_softmax = unary_softmax
         self.align_corners = align_corners
-        self.ignore_index = ignore_index
+        self.ignore_index = _checks.integer("ignore_index", ignore_index, minimum=-(2**31))
         UnaryOptions(**self._unary_options()).check()
 
     def _unary_options(self) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from bapnal.boxes import (
     valid_cells,
 )
 from bapnal.pooling import labels_of_boxes
-from bapnal.unaries import minmax
+from bapnal.unaries import minmax, otsu_threshold
 
-SHARPNESS = 4.0  # of the step from background to foreground in the targets
+SHARPNESS = 8.0  # of the step from background to foreground in the targets
+MARGIN = 0.1  # below the threshold of Otsu: what is taken for foreground is so
 
 
 @torch.no_grad()
@@ -45,11 +46,12 @@ def box_targets(
     r"""How much of each cell is background and how much each class, as far as boxes tell.
 
     With v_c the largest share of a cell that a box of class c covers, v their maximum, A the
-    attention with the maximum over the grid, not set to 1 on the definite background, and m the
-    scaling to [0, 1] over the cells that a box covers in part,
+    attention with the maximum over the grid, not set to 1 on the definite background, m the scaling
+    to [0, 1] over the cells that a box covers in part, and :math:`\theta` the threshold of Otsu
+    between their values, less 0.1,
 
     .. math::
-        y_c = v \, \mathrm{sigmoid}\big(4 (1 - 2 m(A))\big) \frac{v_c}{\sum_k v_k}, \qquad
+        y_c = v \, \mathrm{sigmoid}\big(8 (\theta - m(A))\big) \frac{v_c}{\sum_k v_k}, \qquad
         y_0 = 1 - \sum_c y_c.
 
     Args:
@@ -77,12 +79,12 @@ def box_targets(
         >>> boxes, labels = [torch.tensor([[1.0, 0.0, 4.0, 1.0]])], [torch.tensor([1])]
         >>> y, known = box_targets(features, boxes, labels, (1, 4), 2)
         >>> y[0, 1, 0]
-        tensor([0.0000, 0.0180, 0.9820, 0.0180])
+        tensor([0.0000, 0.0082, 0.9608, 0.0082])
     """
     _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
     size = _checks.size("image_size", image_size)
     _checks.integer("num_classes", num_classes, minimum=2)
-    _checks.integer("grid_size", grid_size, minimum=1)
+    _checks.grid("grid_size", grid_size)
     batch, _, h, w = features.shape
     check_valid(valid, batch, size, features)
     padded = pad_boxes(boxes, batch, device=features.device)
@@ -96,7 +98,9 @@ def box_targets(
         attention = background_similarity(x, *grid_prototypes(x, outside, grid_size), "max")[:, 0]
         boxed = covered.amax(1) > 0
         shown = torch.ones_like(boxed) if valid is None else valid_cells(valid, (h, w))
-        likely = torch.sigmoid(SHARPNESS * (1 - 2 * minmax(attention, boxed & shown)))
+        attention = minmax(attention, boxed & shown)
+        threshold = otsu_threshold(attention, boxed & shown) - MARGIN
+        likely = torch.sigmoid(SHARPNESS * (threshold - attention))
         likely = covered.amax(1) * likely
         y = likely[:, None] * divide(covered, covered.sum(1, keepdim=True))
         y[:, 0] = 1 - likely
@@ -210,7 +214,7 @@ class RidgeBoxClassifier(nn.Module):
         self.in_channels = _checks.integer("in_channels", in_channels, minimum=1)
         self.num_classes = _checks.integer("num_classes", num_classes, minimum=2)
         self.penalty = _checks.number("penalty", penalty, above=0)
-        self.grid_size = _checks.integer("grid_size", grid_size, minimum=1)
+        self.grid_size = _checks.grid("grid_size", grid_size)
         side = in_channels + 1
         self.register_buffer("gram", torch.zeros(side, side, dtype=torch.float64))
         self.register_buffer("moment", torch.zeros(side, num_classes, dtype=torch.float64))

@@ -24,6 +24,7 @@ from bapnal.boxes import PaddedBoxes, box_cells, box_masks, outside_of, valid_ce
 BACKGROUNDS = ("attention", "cam", "both")
 FOREGROUNDS = ("complement", "cam")
 CAM_NORMALIZATIONS = ("class", "box")
+OTSU_BINS = 64
 LEAST_SHARE = 1e-3  # of the strongest activation: what a class without any keeps of a pixel
 
 _PAPER: Mapping[str, Any] = {
@@ -32,6 +33,7 @@ _PAPER: Mapping[str, Any] = {
     "background": "attention",
     "background_threshold": 0.99,
     "background_minmax": False,
+    "background_otsu": False,
     "foreground": "cam",
     "cam_normalization": "class",
     "unary_softmax": 1.0,
@@ -59,6 +61,7 @@ class UnaryOptions(NamedTuple):
     background: str
     background_threshold: float | None
     background_minmax: bool
+    background_otsu: bool
     foreground: str
     cam_normalization: str
     unary_softmax: float
@@ -66,12 +69,13 @@ class UnaryOptions(NamedTuple):
 
     def check(self) -> None:
         """Raise ``TypeError`` or ``ValueError`` for the first option that does not fit."""
-        _checks.integer("grid_size", self.grid_size, minimum=1)
+        _checks.grid("grid_size", self.grid_size)
         _checks.choice("attention_reduction", self.attention_reduction, REDUCTIONS)
         _checks.choice("background", self.background, BACKGROUNDS)
         if self.background_threshold is not None:
             _checks.number("background_threshold", self.background_threshold, minimum=0, maximum=1)
         _checks.flag("background_minmax", self.background_minmax)
+        _checks.flag("background_otsu", self.background_otsu)
         _checks.choice("foreground", self.foreground, FOREGROUNDS)
         _checks.choice("cam_normalization", self.cam_normalization, CAM_NORMALIZATIONS)
         _checks.number("unary_softmax", self.unary_softmax, above=0)
@@ -80,6 +84,8 @@ class UnaryOptions(NamedTuple):
 
 class Regions(NamedTuple):
     """Where the boxes of each class lie; P is the largest number of classes in one image.
+
+    On a GPU, where that would have to be waited for, P is the largest number of boxes.
 
     Attributes:
         classes: ``(B, P)`` long, ascending, 0 where an image has fewer classes.
@@ -160,24 +166,39 @@ def class_regions(
         size: (H, W) of the masks.
         valid: ``(B, H, W)`` bool, which pixels show the image.
     """
-    batch, places = padded.present.shape
     device = labels.device
-    most = int(labels.max()) if labels.numel() else 0
-    seen = torch.zeros(batch, most + 1, dtype=torch.bool, device=device)
-    seen[padded.image, labels] = True
-    rank = seen.long().cumsum(1) - 1
-    count = int(rank[:, -1].max()) + 1 if batch else 0
-    image, found = seen.nonzero(as_tuple=True)
-    classes = torch.zeros(batch, count, dtype=torch.long, device=device)
-    classes[image, rank[image, found]] = found
-    slots = torch.zeros(batch, places, dtype=torch.long, device=device)
-    slots[padded.image, padded.place] = rank[padded.image, labels]
-    masks = torch.zeros(batch, count, *size, dtype=torch.bool, device=device)
+    classes, slots = _classes_of(padded, labels)
+    batch, places = slots.shape
+    masks = torch.zeros(batch, classes.shape[1], *size, dtype=torch.bool, device=device)
     row = torch.arange(batch, device=device)
     for place in range(places):
         masks[row, slots[:, place]] |= _box_mask(padded, place, size)
     shown = torch.ones(batch, *size, dtype=torch.bool, device=device) if valid is None else valid
     return Regions(classes, slots, masks & shown[:, None], shown)
+
+
+def _classes_of(padded: PaddedBoxes, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes of each image, ascending, ``(B, P)``, and the rank of each box's, ``(B, S)``.
+
+    By sorting the labels of each image, in memory that follows the number of boxes. How many
+    classes there are at most is read where that is free; elsewhere P is the number of places.
+    """
+    batch, places = padded.present.shape
+    absent = torch.iinfo(torch.long).max
+    label = torch.full((batch, places), absent, device=labels.device)
+    ordered, order = label.index_put((padded.image, padded.place), labels).sort(dim=1)
+    fresh = ordered.diff(dim=1, prepend=torch.full_like(ordered[:, :1], -1)) != 0
+    there = ordered != absent
+    rank = (fresh & there).long().cumsum(1) - 1
+    # One column more, for places without a box.
+    classes = torch.zeros(batch, places + 1, dtype=torch.long, device=labels.device)
+    column = torch.where(there, rank, places)
+    classes = classes.scatter(1, column, ordered.masked_fill(~there, 0))
+    slots = torch.zeros_like(rank).scatter(1, order, rank.masked_fill(~there, 0))
+    count = places
+    if _checks.readable(labels):
+        count = int(rank.max()) + 1 if rank.numel() > 0 else 0
+    return classes[:, :count], slots
 
 
 def _box_mask(padded: PaddedBoxes, place: int, size: tuple[int, int]) -> Tensor:
@@ -240,20 +261,22 @@ def _cam_unary(
     if options.cam_normalization == "class":
         cam = divide(cam, cam.amax((2, 3), keepdim=True))
     else:
-        cam = _divide_in_boxes(cam, padded, regions)
+        cam = _divide_per_box(cam, padded, regions)
     complement = (1 - u_0)[:, None] * regions.masks
     return torch.where(_unseen(weight, regions), complement, cam)
 
 
-def _divide_in_boxes(cam: Tensor, padded: PaddedBoxes, regions: Regions) -> Tensor:
-    """Activations ``(B, P, H, W)`` divided by the maximum in each box."""
+def _divide_per_box(cam: Tensor, padded: PaddedBoxes, regions: Regions) -> Tensor:
+    """Activations divided by their maximum in each box; ``(B, P, H, W)``.
+
+    Where boxes of one class overlap, the larger value counts.
+    """
     row = torch.arange(cam.shape[0], device=cam.device)
     divided = torch.zeros_like(cam)
     for place in range(padded.present.shape[1]):
         slot = regions.slots[:, place]
         own = cam[row, slot] * _box_mask(padded, place, regions.size)
         own = divide(own, own.amax((1, 2), keepdim=True))
-        # Where boxes of one class overlap, the larger value counts.
         divided[row, slot] = torch.maximum(divided[row, slot], own)
     return divided
 
@@ -308,6 +331,8 @@ def _background_unary(
         u_0 = (parts[0] + parts[1]) / 2
         if options.background_minmax:
             u_0 = minmax(u_0, boxed)
+    if options.background_otsu:
+        u_0 = (u_0 + 0.5 - otsu_threshold(u_0, boxed)).clamp(0, 1)
     return torch.where(boxed, u_0, 1.0)
 
 
@@ -355,3 +380,31 @@ def minmax(maps: Tensor, inside: Tensor) -> Tensor:
     rounding = 8 * torch.finfo(maps.dtype).eps * torch.maximum(high.abs(), low.abs())
     span = span.masked_fill(2 * span <= rounding, 0)
     return divide(maps / 2 - low / 2, span).clamp(0, 1)
+
+
+def otsu_threshold(maps: Tensor, inside: Tensor) -> Tensor:
+    """Threshold that parts the values inside into two classes of least variance (Otsu 1979).
+
+    Args:
+        maps: In [0, 1]; ``(B, H, W)``.
+        inside: ``(B, H, W)`` bool.
+
+    Returns:
+        ``(B, 1, 1)``: the border of a bin of 1/64, in the middle of those that serve equally; 1/2
+        where all values lie in one bin, or none is inside.
+    """
+    batch = maps.shape[0]
+    bins = (maps.clamp(0, 1) * OTSU_BINS).long().clamp(max=OTSU_BINS - 1).flatten(1)
+    counts = torch.zeros(batch, OTSU_BINS, dtype=torch.long, device=maps.device)
+    # Whole numbers, which add up to the same in any order.
+    counts = counts.scatter_add(1, bins, inside.flatten(1).long()).double()
+    centre = (torch.arange(OTSU_BINS, device=maps.device, dtype=torch.float64) + 0.5) / OTSU_BINS
+    low, mass = counts.cumsum(1), (counts * centre).cumsum(1)
+    high, rest = low[:, -1:] - low, mass[:, -1:] - mass
+    between = low * high * (divide(mass, low) - divide(rest, high)).square()
+    best = between.amax(1, keepdim=True)
+    serves = (between >= best * (1 - 1e-9)) & (best > 0)
+    number = torch.arange(1, OTSU_BINS + 1, device=maps.device, dtype=torch.float64) / OTSU_BINS
+    first = number.expand_as(serves).masked_fill(~serves, 2).amin(1)
+    last = number.expand_as(serves).masked_fill(~serves, -1).amax(1)
+    return ((first + last) / 2).to(maps.dtype)[:, None, None]

