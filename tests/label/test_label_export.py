@@ -208,3 +208,27 @@ def test_a_format_can_be_added_later(drawn, tmp_path):
     label(drawn, "voc", tmp_path, quick._replace(exports=("yolo",)))
     assert len(list(tmp_path.glob("yolo/labels/*.txt"))) == 4
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_torchvision_reads_boxes_and_masks(drawn, exported):
+    """As the guide shows it."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    stored = datasets.CocoDetection(str(drawn / "images"), str(exported / "instances.json"))
+    image, target = datasets.wrap_dataset_for_transforms_v2(
+        stored, target_keys=("boxes", "labels", "masks")
+    )[0]
+    assert image.size == (64, 64)
+    assert target["masks"].shape == (2, 64, 64)
+    assert target["labels"].tolist() == [10, 20]
+    for mask, (x1, y1, x2, y2) in zip(target["masks"], target["boxes"].int().tolist(), strict=True):
+        assert mask[y1:y2, x1:x2].sum() == mask.sum() > 0
+
+
+def test_the_maps_train_a_network_that_ignores_the_unreliable(exported):
+    """As the guide shows it."""
+    stored = Image.open(exported / "unreliable/image0.png")
+    labels = torch.from_numpy(np.array(stored)).long()
+    logits = torch.zeros(1, 4, 64, 64, requires_grad=True)
+    loss = torch.nn.functional.cross_entropy(logits, labels[None], ignore_index=255)
+    loss.backward()
+    assert (logits.grad.abs().sum(1)[0] > 0).equal(labels != 255)
