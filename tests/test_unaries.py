@@ -93,6 +93,7 @@ LAW = {
     "background": ("attention", "cam", "both"),
     "background_threshold": (None, 0.99),
     "background_minmax": (False, True),
+    "background_otsu": (False, True),
     "foreground": ("cam", "complement"),
     "cam_normalization": ("class", "box"),
     "unary_softmax": (1.0, 3.0),
@@ -174,6 +175,7 @@ def test_presets_are_the_settings_of_the_paper_and_of_the_released_code():
         "background": "attention",  # Eq. 7
         "background_threshold": 0.99,
         "background_minmax": False,
+        "background_otsu": False,
         "foreground": "cam",  # Eq. 5-6
         "cam_normalization": "class",  # max over p of CAM_c
         "unary_softmax": 1.0,
