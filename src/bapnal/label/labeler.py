@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from bapnal import DenseCRF, PseudoLabelGenerator
 from bapnal.boxes import box_cells
+from bapnal.instances import InstanceLabelGenerator, instance_crf
 from bapnal.label.backbone import TimmFeatures, weights_digest
 from bapnal.label.images import rgb_array
 
@@ -36,7 +37,7 @@ CRFS: dict[str, Callable[[], DenseCRF | None]] = {
     "exact": DenseCRF,
     "none": lambda: None,
 }
-MADE_BY = "semantic 1"  # how instance masks are made; records of another way are made again
+MADE_BY = "instances 1"  # how instance masks are made; records of another way are made again
 LARGE = 1_000_000  # pixels; larger images are labelled at this size
 DOUBTFUL = 0.5  # share of unreliable pixels in a box
 
@@ -116,6 +117,12 @@ class Labeler:
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.channels = network.channels
         self.generate = PseudoLabelGenerator(CRFS[crf]()).to(self.device)
+        each = {
+            "fast": instance_crf,
+            "exact": lambda: instance_crf(half_resolution=False),
+            "none": lambda: lambda guidance, probabilities: probabilities,
+        }
+        self.instances = InstanceLabelGenerator(self.network, each[crf]())
         self.classifier: Tensor | None = None
         self.settings: dict[str, str] = {
             "backbone": backbone,
@@ -210,6 +217,14 @@ class Labeler:
         """Where masks are made: from an image, different boxes inside it, and their classes."""
         size = (image.shape[1], image.shape[2])
         shown, scaled = reduce(image, boxes, LARGE)
+        if self.classifier is None:
+            with torch.inference_mode():
+                y = self.instances(
+                    shown[None].to(self.device), [scaled.to(self.device)], [labels.to(self.device)]
+                )
+            maps = y.semantic[0].cpu(), ~y.semantic_reliable[0].cpu()
+            semantic, unreliable = (_enlarge(x, size) for x in maps)
+            return agreeing(semantic, unreliable, y.masks.cpu(), y.doubtful.cpu(), boxes, labels)
         semantic, unreliable = self._maps(shown, scaled, labels)
         if semantic.shape != size:
             semantic, unreliable = (_enlarge(x, size) for x in (semantic, unreliable))
@@ -278,6 +293,38 @@ def cut_masks(semantic: Tensor, unreliable: Tensor, boxes: Tensor, labels: Tenso
         for i, here in enumerate(windows)
     ]
     return Cut(semantic, windows, masks, unreliable, torch.tensor(doubtful, dtype=torch.bool))
+
+
+def agreeing(
+    semantic: Tensor,
+    unreliable: Tensor,
+    found: Tensor,
+    doubtful: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+) -> Cut:
+    """Cut masks to their boxes, enlarged where the image was labelled smaller.
+
+    Args:
+        semantic: ``(H, W)`` long.
+        unreliable: ``(H, W)`` bool.
+        found: Masks of the boxes, perhaps at another size; ``(K, h, w)`` bool.
+        doubtful: ``(K,)`` bool.
+        boxes: ``(K, 4)``, inside the image of H x W pixels.
+        labels: ``(K,)`` long.
+    """
+    size = (semantic.shape[0], semantic.shape[1])
+    kept = torch.zeros_like(semantic)
+    windows, masks = [box_window(box, size) for box in boxes], []
+    for whole, here, box, label in zip(found, windows, boxes, labels, strict=True):
+        rows, columns = (
+            (torch.arange(side.start, side.stop) * 2 + 1) * whole.shape[axis] // (2 * size[axis])
+            for axis, side in enumerate(here)
+        )
+        mask = whole[rows[:, None], columns]
+        masks.append(mask if bool(mask.any()) else ellipse(box, here))
+        kept[here] = torch.where((semantic[here] == label) & masks[-1], label, kept[here])
+    return Cut(kept, windows, masks, unreliable, doubtful)
 
 
 def keep_inside(semantic: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
