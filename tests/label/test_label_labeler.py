@@ -85,11 +85,15 @@ def test_no_box_is_empty_and_maps_agree(labeler, boxes):
     agree(y, grown, [1, 2, 1])
 
 
-def test_undecided_overlaps_go_to_the_smaller_box(labeler):
-    boxes = [[8, 8, 56, 56], [20, 20, 40, 40]]
-    for classes in ([1, 5], [5, 1]):
-        y = labeler(disc_image(), boxes, classes)
-        assert set(y.semantic[20:40, 20:40].unique().tolist()) <= {0, classes[1]}
+def test_with_a_classifier_the_image_is_labelled_at_once(labeler):
+    weight = torch.rand(4, labeler.channels + 1)
+    known = Labeler("test_efficientnet", "random", classifier=weight, crf="none")
+    assert known.settings["classifier_sha256"]
+    boxes = [[20, 20, 76, 76], [4, 80, 28, 94], [30, 30, 34, 34]]
+    y = known(disc_image(), boxes, [1, 3, 1])
+    agree(y, boxes, [1, 3, 1])
+    with pytest.raises(ValueError, match=r"classes must be in 1\.\.3, got 4"):
+        known(disc_image(), boxes, [1, 3, 4])
 
 
 def test_shared_pixels_go_to_the_smaller_box():
@@ -121,9 +125,13 @@ def test_thousands_of_equal_boxes_are_one(labeler):
 def test_large_images_are_labelled_smaller(labeler):
     pixels = np.kron(disc_image(), np.ones((13, 13, 1), np.uint8))
     assert pixels.shape[0] * pixels.shape[1] > 1_000_000
-    y = labeler(pixels, [[260, 260, 988, 988]], [1])
-    assert y.semantic.shape == (1248, 1248)
-    agree(y, [[260, 260, 988, 988]], [1])
+    weight = torch.rand(2, labeler.channels + 1)
+    known = Labeler("test_efficientnet", "random", classifier=weight, crf="none")
+    for make in (labeler, known):
+        boxes = [[260, 260, 988, 988], [261, 10, 501, 703], [1240, 1240, 1242, 1242]]
+        y = make(pixels, boxes, [1, 1, 1])
+        assert y.semantic.shape == (1248, 1248)
+        agree(y, boxes, [1, 1, 1])
     small, boxes = reduce(torch.zeros(3, 100, 400, dtype=torch.uint8), torch.ones(1, 4), 10_000)
     assert small.shape == (3, 50, 200)
     assert boxes.tolist() == [[0.5, 0.5, 0.5, 0.5]]

@@ -4,8 +4,9 @@
     >>> labeler = Labeler()  # doctest: +SKIP
     >>> y = labeler(image, boxes=[[50, 5, 450, 299]], classes=[1])  # doctest: +SKIP
 
-An ImageNet network gives the features; what looks like the surroundings of the boxes is background,
-the rest is object.
+An ImageNet network gives the features. Each box is zoomed, and what looks like its surroundings is
+background (:class:`bapnal.InstanceLabelGenerator`). With weights of the classes the whole image is
+labelled at once (:class:`bapnal.PseudoLabelGenerator`), and masks are cut out of its map of classes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from bapnal import DenseCRF, PseudoLabelGenerator
+from bapnal import DenseCRF, InstanceLabelGenerator, PseudoLabelGenerator
 from bapnal.boxes import box_cells
-from bapnal.instances import InstanceLabelGenerator, instance_crf
+from bapnal.instances import instance_crf
 from bapnal.label.backbone import TimmFeatures, weights_digest
 from bapnal.label.images import rgb_array
 
@@ -36,6 +37,11 @@ CRFS: dict[str, Callable[[], DenseCRF | None]] = {
     "fast": lambda: DenseCRF(half_resolution=True),
     "exact": DenseCRF,
     "none": lambda: None,
+}
+BOX_CRFS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
+    "fast": instance_crf,
+    "exact": lambda: instance_crf(half_resolution=False),
+    "none": lambda: lambda guidance, probabilities: probabilities,
 }
 MADE_BY = "instances 1"  # how instance masks are made; records of another way are made again
 LARGE = 1_000_000  # pixels; larger images are labelled at this size
@@ -84,7 +90,7 @@ class Labeler:
         backbone: Any timm network.
         weights: Its weights as a file, or ``"random"``; None for those that timm or a package has.
         classifier: Weights of the classes from :class:`bapnal.RidgeBoxClassifier` on the same
-            features, ``(L + 1, D + 1)``; None labels without knowing the classes.
+            features, ``(L + 1, D + 1)``; None labels each box without knowing the classes.
         crf: ``"fast"`` (mean field at half the resolution), ``"exact"`` or ``"none"``.
         device: Where to compute; a GPU where there is one.
 
@@ -117,12 +123,7 @@ class Labeler:
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.channels = network.channels
         self.generate = PseudoLabelGenerator(CRFS[crf]()).to(self.device)
-        each = {
-            "fast": instance_crf,
-            "exact": lambda: instance_crf(half_resolution=False),
-            "none": lambda: lambda guidance, probabilities: probabilities,
-        }
-        self.instances = InstanceLabelGenerator(self.network, each[crf]())
+        self.instances = InstanceLabelGenerator(self.network, BOX_CRFS[crf]())
         self.classifier: Tensor | None = None
         self.settings: dict[str, str] = {
             "backbone": backbone,
@@ -222,8 +223,8 @@ class Labeler:
                 y = self.instances(
                     shown[None].to(self.device), [scaled.to(self.device)], [labels.to(self.device)]
                 )
-            maps = y.semantic[0].cpu(), ~y.semantic_reliable[0].cpu()
-            semantic, unreliable = (_enlarge(x, size) for x in maps)
+            semantic = _enlarge(y.semantic[0].cpu(), size)
+            unreliable = _enlarge(~y.semantic_reliable[0].cpu(), size)
             return agreeing(semantic, unreliable, y.masks.cpu(), y.doubtful.cpu(), boxes, labels)
         semantic, unreliable = self._maps(shown, scaled, labels)
         if semantic.shape != size:
@@ -232,18 +233,10 @@ class Labeler:
         return cut_masks(semantic, unreliable, boxes, labels)
 
     def _maps(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Y_crf, ``(H, W)`` long, and where Y_ret is another, ``(H, W)`` bool."""
+        """Y_crf by the classifier, ``(H, W)`` long, and where Y_ret is another, ``(H, W)`` bool."""
         if len(boxes) == 0:
             nothing = torch.zeros(image.shape[1:], dtype=torch.long)
             return nothing, nothing.bool()
-        numbers = torch.arange(int(labels.max()) + 1)
-        if self.classifier is None:
-            # Nothing knows the classes, so where boxes of two overlap and nothing else decides,
-            # the lowest number wins: it goes to the class with the smallest box.
-            areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-            in_order = labels[areas.argsort(stable=True)].tolist()
-            numbers = torch.tensor([0, *dict.fromkeys(in_order)])
-            labels = (labels[:, None] == numbers).long().argmax(1)
         features = self.features(image)
         with torch.inference_mode():
             y = self.generate(
@@ -253,7 +246,7 @@ class Labeler:
                 [boxes.to(self.device)],
                 [labels.to(self.device)],
             )
-        return numbers[y.crf[0].cpu()], ~y.reliable[0].cpu()
+        return y.crf[0].cpu(), ~y.reliable[0].cpu()
 
 
 def cut_masks(semantic: Tensor, unreliable: Tensor, boxes: Tensor, labels: Tensor) -> Cut:
