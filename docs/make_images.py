@@ -27,7 +27,14 @@ LABELLED = {
     "coffee": (145.0, 40.0, 495.0, 345.0),
     "rocket": (310.0, 75.0, 365.0, 385.0),
 }
-PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
+# The same with a box around one object in each.
+PHOTOS = {
+    "chelsea.png": (4.0, 0.0, 392.0, 300.0),
+    "coffee.png": (72.0, 10.0, 484.0, 390.0),
+    "astronaut.png": (15.0, 12.0, 360.0, 512.0),
+    "motorcycle_left.png": (85.0, 72.0, 675.0, 452.0),
+    "rocket.jpg": (302.0, 126.0, 347.0, 412.0),
+}
 
 
 def box(axis: Axes, x: float, y: float, text: str, colour: str, width: float = 1.9) -> None:
@@ -87,26 +94,29 @@ def flow(path: Path) -> None:
 def photos(path: Path) -> None:
     """Label photographs of scikit-image without training."""
     import skimage
-    import torch
 
-    import label_photo
-    from bapnal import DenseCRF, PseudoLabelGenerator
-    from bapnal.label.backbone import TimmFeatures
+    from bapnal.label import Labeler
+    from bapnal.label.images import read_rgb
 
-    network = TimmFeatures("tf_efficientnet_lite0", stride=8, normalize=True).eval()
-    generate = PseudoLabelGenerator(DenseCRF())
-    figure, rows = plt.subplots(len(PHOTOS), 4, figsize=(12, 7.2), layout="constrained")
-    for axes, name in zip(rows, PHOTOS, strict=True):
-        file = Path(skimage.__file__).parent / "data" / name
-        image, boxes = label_photo.load_photo(file, label_photo.PHOTOS[name])
-        with torch.inference_mode():
-            y = generate(image[None], network(image[None]), None, [boxes], [torch.tensor([1])])
-        label_photo.draw(axes[:3], image, boxes, y.background_unary[0], y.crf[0])
-        axes[3].imshow(image.permute(1, 2, 0).numpy(), alpha=0.4)
-        unreliable = (~y.reliable[0]).numpy()
-        axes[3].imshow(unreliable, cmap="Reds", alpha=unreliable * 1.0, vmin=0, vmax=1.2)
-        axes[3].set_title(f"unreliable: {unreliable.mean():.1%}", fontsize=10)
-        axes[3].axis("off")
+    labeler = Labeler(crf="exact")
+    names = ("chelsea.png", "coffee.png", "motorcycle_left.png")
+    figure, rows = plt.subplots(len(names), 3, figsize=(9.5, 7.4), layout="constrained")
+    for axes, name in zip(rows, names, strict=True):
+        corners = PHOTOS[name]
+        pixels = read_rgb(Path(skimage.__file__).parent / "data" / name).pixels
+        y = labeler(pixels, [corners], [1])
+        image, mask, unreliable = pixels.permute(1, 2, 0).numpy(), y.masks[0], y.unreliable.numpy()
+        x1, y1, x2, y2 = corners
+        axes[0].imshow(image)
+        frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="yellow", lw=2)
+        axes[0].add_patch(frame)
+        axes[1].imshow(mask[..., None].numpy() * image + 255 * ~mask[..., None].numpy())
+        axes[2].imshow(image, alpha=0.4)
+        axes[2].imshow(unreliable, cmap="Reds", alpha=unreliable * 1.0, vmin=0, vmax=1.2)
+        titles = ("box", "mask", f"unreliable: {unreliable.mean():.1%}")
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title, fontsize=10)
+            axis.axis("off")
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -187,9 +197,9 @@ def instances(path: Path) -> None:
     import skimage
     import torch
 
-    import label_photo
     from bapnal import InstanceLabelGenerator, ZoomedBoxes, box_log_odds
     from bapnal.label.backbone import TimmFeatures
+    from bapnal.label.images import read_rgb
 
     seen: list[ZoomedBoxes] = []
 
@@ -204,7 +214,7 @@ def instances(path: Path) -> None:
     figure, rows = plt.subplots(len(names), 6, figsize=(13, 7.2), layout="constrained")
     for axes, name in zip(rows, names, strict=True):
         file = Path(skimage.__file__).parent / "data" / name
-        image, boxes = label_photo.load_photo(file, label_photo.PHOTOS[name])
+        image, boxes = read_rgb(file).pixels, torch.tensor([PHOTOS[name]])
         with torch.inference_mode():
             y = generate(image[None], [boxes], [torch.tensor([1])])
         zoomed = seen.pop()

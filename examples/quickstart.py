@@ -30,6 +30,7 @@ import shapes
 import stages
 from bapnal import DenseCRF, PseudoLabelGenerator
 from bapnal.label.backbone import TimmFeatures
+from bapnal.label.cli import one_line_errors
 from bapnal.label.files import claim, whole, write_json
 from bapnal_recipes.data.augmentation import Augmentation
 from bapnal_recipes.data.dataset import BoxDataset, collate
@@ -480,4 +481,5 @@ def write_results(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with one_line_errors():
+        tyro.cli(main)

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -253,3 +255,13 @@ def test_real_images(tmp_path):
         (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(few))
     rows = real_images(tmp_path / "output", root, weights=None, network="tf_efficientnet_lite0")
     assert rows[2].val[0] > rows[0].val[0] - 0.3  # labels after a single step are still labels
+
+
+def test_what_a_user_does_wrong_ends_as_one_line(tmp_path):
+    script = Path(quickstart.__file__)
+    command = [sys.executable, str(script), "--root", str(tmp_path / "absent")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "absent must hold a folder JPEGImages" in done.stderr

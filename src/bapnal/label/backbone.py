@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import pickle
 import re
 from collections.abc import Sequence
@@ -38,11 +40,13 @@ class TimmFeatures(nn.Module):
     Attributes:
         channels: D.
         pretrained: Whether weights were loaded.
+        source: Where the weights are from: the path of a file, ``"timm"`` or ``"random"``.
 
     Raises:
         ValueError: If timm has no such network, the file is not of it, or it cannot be dilated or
             frozen like that.
         FileNotFoundError: If there is no file ``weights``.
+        ConnectionError: If timm cannot fetch its weights.
     """
 
     network: Any  # timm adds attributes that the type of a module does not tell
@@ -65,6 +69,7 @@ class TimmFeatures(nn.Module):
         weights = packaged_weights(name) if weights is None else weights
         self.network = _create(name, output_stride, pretrained=weights is None)
         self.pretrained = weights != "random"
+        self.source = "timm" if weights is None else str(weights)
         mean, std = self.network.default_cfg["mean"], self.network.default_cfg["std"]
         if weights not in (None, "random"):
             self.network = _load(self.network, name, output_stride, Path(weights))
@@ -89,7 +94,14 @@ class TimmFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the stages at ``stride``, joined along the channels."""
         size = (-(-images.shape[2] // self.stride), -(-images.shape[3] // self.stride))
-        found = self.network((unit_range(images) - self.mean) / self.std)
+        try:
+            found = self.network((unit_range(images) - self.mean) / self.std)
+        except AssertionError as error:  # how timm's networks of one input size say so
+            height, width = images.shape[2:]
+            raise ValueError(
+                f"the backbone must take images of any size, does not take {width} x {height} "
+                f"({error}): choose a convolutional network, such as tf_efficientnet_lite0"
+            ) from error
         joined = []
         for stage in self.stages:
             x = F.normalize(found[stage], dim=1) if self.normalize else found[stage]
@@ -109,12 +121,37 @@ def _create(name: str, output_stride: int | None, pretrained: bool, **options: A
         raise ValueError(f"timm must have the network by name, got {name!r}")
     if output_stride is not None:
         options["output_stride"] = output_stride
+    elif "vit" in name:  # transformers with a table of positions take one size, unless asked
+        any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}
+        with contextlib.suppress(TypeError):  # of those that know no such options
+            return _create_any(name, pretrained, **options, **any_size)
     try:
-        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+        return _create_any(name, pretrained, **options)
     except (TypeError, AssertionError, NotImplementedError) as error:
         if output_stride is None:
             raise
         raise ValueError(f"{name} cannot be dilated to output_stride {output_stride}") from error
+
+
+def _create_any(name: str, pretrained: bool, **options: Any) -> nn.Module:
+    """Call timm, with one error for every way in which fetching weights can fail."""
+    import timm
+
+    try:
+        network: nn.Module = timm.create_model(
+            name, pretrained=pretrained, features_only=True, **options
+        )
+    except (AssertionError, NotImplementedError, TypeError):
+        raise
+    except Exception as error:
+        if not pretrained or "pretrained_cfg_overlay" in options:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ConnectionError(
+            f"the weights of {name} could not be fetched: give their file as weights, or take "
+            f"tf_efficientnet_lite0, which is installed with bapnal[label] ({reason})"
+        ) from error
+    return network
 
 
 def _load(network: nn.Module, name: str, output_stride: int | None, path: Path) -> nn.Module:
@@ -180,6 +217,22 @@ def freeze_batch_norm(network: nn.Module) -> None:
 def unit_range(images: Tensor) -> Tensor:
     """Return uint8 images as floats in [0, 1], and floats as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Return the sha256 of a network's parameters and buffers, wherever they came from.
+
+    Example:
+        >>> first, second = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> weights_digest(first) == weights_digest(second)
+        False
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        kept = value.detach().cpu().contiguous().flatten()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(kept.view(torch.uint8).numpy().tobytes() if kept.numel() else b"")
+    return digest.hexdigest()
 
 
 def packaged_weights(name: str) -> Path | None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import platform
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,15 +19,21 @@ Content = TypeVar("Content", dict[str, Any], list[Any])
 def whole(path: Path) -> Iterator[Path]:
     """Lend a path to write to; it becomes ``path`` when all went well, and else is removed.
 
+    The path lent is new and its name is random, so two processes never share one, and nothing
+    that lies there beforehand, such as a symbolic link, is written through.
+
     Args:
         path: The file to write; its folder is made.
 
     Raises:
         OSError: If the file cannot be written; it then is as it was before.
     """
-    unfinished = path.with_name(f".{path.name}.part")
+    unfinished = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.parent / f".bapnal-{secrets.token_hex(8)}.part"
+        new.touch(exist_ok=False)  # fails where anything lies there
+        unfinished = new
         yield unfinished
         unfinished.replace(path)
     except OSError as error:
@@ -31,14 +41,27 @@ def whole(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} could not be written: {reason}") from error
     finally:
         # Where the path is impossible so is the removal, and the reason above says more.
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+        if unfinished is not None:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a file whole, or not at all."""
+def finite(content: Any) -> Any:
+    """Return JSON content with None in place of infinity and NaN, which JSON does not have."""
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return content
+
+
+def write_json(path: Path, content: object, indent: int | None = 1) -> None:
+    """Write a file whole, or not at all; numbers that are not finite become null."""
+    text = json.dumps(finite(content), indent=indent, allow_nan=False)
     with whole(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, form: type[Content], *entries: str) -> Content:
@@ -52,16 +75,61 @@ def read_json(path: Path, form: type[Content], *entries: str) -> Content:
     Raises:
         ValueError: If it is no such file.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be a JSON file: {error}") from error
+    content = load_json(path)
     if not isinstance(content, form):
         raise ValueError(f"{path} must hold a {form.__name__}, got a {type(content).__name__}")
     lacking = [entry for entry in entries if entry not in content]
     if lacking:
         raise ValueError(f"{path} must hold {', '.join(entries)}, lacks {', '.join(lacking)}")
     return content
+
+
+def load_json(path: Path) -> Any:
+    """Return what a JSON file holds, whatever that is.
+
+    Raises:
+        ValueError: If it is no such file, or nested so deeply that no such file is.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError(f"{path} must be a JSON file: brackets are nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path} must be a JSON file: {error}") from error
+
+
+def one_line(text: object) -> str:
+    """Return text as one line that any terminal can show."""
+    shown = " ".join(str(text).split())
+    return shown.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep a folder to one process, by a lock that the system drops when the process ends.
+
+    Raises:
+        BlockingIOError: If another process holds it; the message says which.
+    """
+    import filelock
+
+    owner = folder / ".bapnal.owner"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".bapnal.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        holder = "another process"
+        with suppress(OSError, ValueError):
+            holder = one_line(owner.read_text(encoding="utf-8")[:200])
+        raise BlockingIOError(f"{folder} is being written to by {holder}: wait for it") from None
+    try:
+        with whole(owner) as unfinished:
+            name = f"process {os.getpid()} on {platform.node()}"
+            unfinished.write_text(name, encoding="utf-8")
+        yield
+    finally:
+        lock.release()
 
 
 def require_same_run(
