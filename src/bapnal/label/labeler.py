@@ -6,7 +6,8 @@
 
 An ImageNet network gives the features. Each box is zoomed, and what looks like its surroundings is
 background (:class:`bapnal.InstanceLabelGenerator`). With weights of the classes the whole image is
-labelled at once (:class:`bapnal.PseudoLabelGenerator`), and masks are cut out of its map of classes.
+labelled at once (:class:`bapnal.PseudoLabelGenerator`), and masks are cut out of its map of
+classes.
 """
 
 from __future__ import annotations
