@@ -74,8 +74,12 @@ def load_classifier(path: Path) -> Classifier:
         content = torch.load(path, map_location="cpu", weights_only=True)
         settings, state, weight = (content[key] for key in ("settings", "features", "weight"))
         classes = tuple(content["classes"])
-        build = untrained_features if settings.get("untrained") else build_features
-        features = build(settings["backbone"], "random", settings["stride"])
+        backbone, stride = settings["backbone"], settings["stride"]
+        if settings.get("untrained"):
+            features = untrained_features(backbone, "random", stride)
+        else:
+            pooling = settings.get("fifth_pooling", False)
+            features = build_features(backbone, "random", stride, fifth_pooling=pooling)
         features.load_state_dict(state)
         sides = (features.channels, features.channels + 1)
         if weight.shape not in [(len(classes) + 1, side) for side in sides]:
