@@ -390,9 +390,9 @@ def otsu_threshold(maps: Tensor, inside: Tensor) -> Tensor:
         inside: ``(B, H, W)`` bool.
 
     Returns:
-        ``(B, 1, 1)``: the upper border of one of 251 bins of equal width, or the middle of the first
-        and the last border that serve equally well; 1/2 where all values lie in one bin, or none is
-        inside.
+        ``(B, 1, 1)``: the upper border of one of 251 bins of equal width, or the middle of the
+        first and the last border that serve equally well; 1/2 where all values lie in one bin, or
+        none is inside.
     """
     batch = maps.shape[0]
     bins = (maps.clamp(0, 1) * OTSU_BINS).long().clamp(max=OTSU_BINS - 1).flatten(1)
