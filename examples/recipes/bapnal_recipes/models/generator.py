@@ -25,7 +25,6 @@ class GeneratorSettings:
             without class weights "both" is the attention alone.
         background_threshold: A below this share of its maximum becomes 0; None keeps A.
         background_minmax: Scale the parts of u_0 to [0, 1] in the boxes of an image.
-        background_otsu: Shift u_0 so that the threshold of Otsu lies at 1/2.
         background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to
             lie at 1/2.
         foreground: What u_c is: "cam" (Eq. 5), or "complement": 1 - u_0, shared by the classes
@@ -40,7 +39,6 @@ class GeneratorSettings:
     background: Background = "both"
     background_threshold: float | None = None
     background_minmax: bool = True
-    background_otsu: bool = True
     background_otsu: bool = True
     foreground: Foreground = "complement"
     cam_normalization: Normalization = "class"
