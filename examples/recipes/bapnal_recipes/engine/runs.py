@@ -28,7 +28,7 @@ PACKAGES = (
 )
 
 
-def about() -> dict[str, object]:
+def about() -> dict[str, Any]:
     """Machine, versions and commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -115,6 +115,39 @@ def result(
     }
     stored: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return stored  # as it comes back from the file
+
+
+def inputs(**paths: Path | None) -> dict[str, dict[str, Any]]:
+    """Return what made the files that a run reads, for ``result(..., inputs=inputs(...))``.
+
+    Args:
+        **paths: By what each is: a folder with a ``result.json``, or a file beside one; or None.
+
+    Returns:
+        :func:`summary` of each; nothing of what is None, or was made elsewhere.
+
+    Raises:
+        ValueError: If a result is broken.
+    """
+    found = {}
+    for name, path in paths.items():
+        if path is not None:
+            made = (path if path.is_dir() else path.parent) / "result.json"
+            if made.is_file():
+                found[name] = summary(read_json(made, dict))
+    return found
+
+
+def summary(made: dict[str, Any]) -> dict[str, Any]:
+    """Return what others need to know of a result: settings, source, and its own inputs.
+
+    Args:
+        made: What its file holds.
+    """
+    scores = made.get("scores", {})
+    numbers = {name: x for name, x in scores.items() if isinstance(x, (int, float))}
+    told = ("kind", "settings", "seconds", "about", "inputs")
+    return {**{name: made[name] for name in told if name in made}, "scores": numbers}
 
 
 def read_result(path: Path, kind: str) -> dict[str, Any]:

@@ -208,7 +208,8 @@ def main(settings: Settings) -> dict[str, Any]:
     every = [one for some, _ in parts for one in some]
     errors = {one.name: one.error for one in sorted(every, key=lambda one: one.name) if one.error}
     scores = {"pictures": len(names) - len(errors), "skipped": list(errors), "errors": errors}
-    found = runs.result("labels", asdict(settings), scores, meter)
+    inputs = runs.inputs(classifier=settings.classifier, search=settings.search)
+    found = runs.result("labels", asdict(settings), scores, meter, inputs=inputs)
     if stored and len(every) == len(errors):  # nothing new but what was skipped before
         found = {**stored, "scores": {**stored["scores"], **scores}}
     else:

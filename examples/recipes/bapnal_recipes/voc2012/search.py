@@ -33,6 +33,7 @@ import rich
 
 from bapnal.label.files import read_json, write_json
 from bapnal_recipes.data.voc import VOC_CLASSES, default_root
+from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
 from bapnal_recipes.engine.runs import Meter, digest, plain, result
@@ -177,7 +178,8 @@ def main(settings: Settings) -> dict[str, Any]:
         rows = Rows(settings.out / "rows.json", bench, together)
         best = search(settings, bench, rows)
     scores = {"best": best, "rows": rows.rows, "pictures": bench.names}
-    found = result("search", plain(settings), scores, meter)
+    made = runs.inputs(classifier=settings.classifier)
+    found = result("search", plain(settings), scores, meter, inputs=made)
     if fabric.is_global_zero:
         write_json(folder.result_path, found)
         rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")

@@ -272,6 +272,10 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
         """Return fingerprints of label maps and of the list of true masks."""
         return fingerprints(self.settings)
 
+    def made_from(self) -> dict[str, Path | None]:
+        """Return the folder of label maps."""
+        return {"labels": self.settings.labels}
+
     def read_data(self) -> LabelledImages:
         """Return the images with their label maps."""
         return training_images(self.settings)

@@ -20,7 +20,7 @@ from bapnal.label.files import write_json
 from bapnal_recipes.data.label_maps import VOID, read_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.engine.machines import Together, total
-from bapnal_recipes.engine.runs import Meter, plain, result
+from bapnal_recipes.engine.runs import Meter, plain, result, summary
 
 
 class EvaluationSettings(Protocol):
@@ -96,7 +96,7 @@ def write(
         meter,
         what=what,
         split=settings.split,
-        subject={key: made.get(key) for key in ("kind", "settings")},
+        inputs={made["kind"]: summary(made)} if "kind" in made else {},
         **more,
     )
     first = together is None or together.rank == 0
