@@ -100,13 +100,7 @@ def build_segmenter(
             holds another network.
         FileNotFoundError: If there is no such file.
     """
-    if head not in HEADS:
-        raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}, got {head!r}")
-    if classifier not in CLASSIFIERS:
-        known = " or ".join(map(repr, CLASSIFIERS))
-        raise ValueError(f"classifier must be {known}, got {classifier!r}")
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
+    _check_segmenter(head, classifier, num_classes)
     features: Features
     top: nn.Module
     if name in ("deeplab_v1", "deeplab_v2"):
@@ -133,6 +127,16 @@ def build_segmenter(
         features = _timm(name, weights, stride, frozen, dilated)
         top, channels = _head(head, features.channels, stride)
     return Segmenter(features, top, _classifier(classifier, channels, num_classes))
+
+
+def _check_segmenter(head: str, classifier: str, num_classes: int) -> None:
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}, got {head!r}")
+    if classifier not in CLASSIFIERS:
+        known = " or ".join(map(repr, CLASSIFIERS))
+        raise ValueError(f"classifier must be {known}, got {classifier!r}")
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
 
 
 def _head(name: str, inputs: int, stride: int) -> tuple[nn.Module, int]:
