@@ -96,16 +96,14 @@ def build_segmenter(
         spatial_dropout: Whether the dropout of ``"deeplab_v1"`` sets whole channels to 0.
 
     Raises:
-        ValueError: If an argument is not among these or does not fit the network, or the file
-            holds another network.
+        ValueError: If an argument is not among these, or the file does not fit the network.
         FileNotFoundError: If there is no such file.
     """
     _check_segmenter(head, classifier, num_classes)
     features: Features
     top: nn.Module
-    if name in ("deeplab_v1", "deeplab_v2"):
-        _require_stride_8(name, stride)
     if name == "deeplab_v1":
+        _require_stride_8(name, stride)
         features = Vgg16Features(
             weights,
             fc6_dilation=12,
@@ -115,16 +113,15 @@ def build_segmenter(
         )
         top, channels = nn.Identity(), features.channels
     elif name == "deeplab_v2":
+        _require_stride_8(name, stride)
         features = Resnet101Features(weights, frozen=frozen)
-        chosen = head if head.startswith("aspp") else "aspp"
-        top, channels = _head(chosen, features.channels, stride)
+        pyramid = head if head.startswith("aspp") else "aspp"
+        top, channels = _head(pyramid, features.channels, stride)
     elif name == "small":
         features = _small(weights, frozen)
         top, channels = _head(head, features.channels, SMALL_STRIDE)
     else:
-        info: Any = TimmFeatures(name, "random").network.feature_info
-        dilated = stride if stride < max(info.reduction()) else None
-        features = _timm(name, weights, stride, frozen, dilated)
+        features = _dilated(name, weights, stride, frozen)
         top, channels = _head(head, features.channels, stride)
     return Segmenter(features, top, _classifier(classifier, channels, num_classes))
 
@@ -292,6 +289,12 @@ def _small(weights: str | Path | None, frozen: int) -> SmallFeatures:
     if frozen:
         raise ValueError(f"frozen must be 0 for small, whose weights are random, got {frozen}")
     return SmallFeatures()
+
+
+def _dilated(name: str, weights: str | Path | None, stride: int, frozen: int) -> TimmFeatures:
+    """A network of timm's, dilated where it is coarser than it shall be."""
+    info: Any = TimmFeatures(name, "random").network.feature_info
+    return _timm(name, weights, stride, frozen, stride if stride < max(info.reduction()) else None)
 
 
 def _timm(
