@@ -13,6 +13,7 @@ DEFAULTS = {
     "background": "both",
     "background_threshold": None,
     "background_minmax": True,
+    "background_otsu": True,
     "foreground": "complement",
     "cam_normalization": "class",
     "unary_softmax": 3.0,
@@ -24,6 +25,7 @@ EQUATIONS = {
     "attention_reduction": "mean",
     "background": "attention",
     "background_minmax": False,
+    "background_otsu": False,
     "foreground": "cam",
     "unary_softmax": 1.0,
 }
@@ -35,6 +37,7 @@ options = st.fixed_dictionaries(
         "background": st.sampled_from(["attention", "cam", "both"]),
         "background_threshold": st.sampled_from([None, 0.5, 0.99]),
         "background_minmax": st.booleans(),
+        "background_otsu": st.booleans(),
         "foreground": st.sampled_from(["cam", "complement"]),
         "cam_normalization": st.sampled_from(["class", "box"]),
         "unary_softmax": st.sampled_from([1.0, 3.0, 5]),

@@ -343,6 +343,26 @@ def minmax(plane, mask):  # [h][w], [h][w] bool -> [h][w]: 0 to 1 in the mask
     return plane_of(size, lambda i, j: ratio(plane[i][j] - low, span))
 
 
+def otsu(values, bins=251):  # threshold between two classes of least variance within
+    counts = [0] * bins
+    for value in values:
+        counts[min(int(value * bins), bins - 1)] += 1
+    total = sum(counts)
+    found = []
+    for k in range(1, bins):
+        low, high = sum(counts[:k]), total - sum(counts[:k])
+        if low == 0 or high == 0:
+            continue
+        mean_low = sum(counts[i] * (i + 0.5) / bins for i in range(k)) / low
+        mean_high = sum(counts[i] * (i + 0.5) / bins for i in range(k, bins)) / high
+        found.append((low * high * (mean_low - mean_high) ** 2, k / bins))
+    if not found:
+        return 0.5
+    best = max(variance for variance, _ in found)
+    serve = [border for variance, border in found if variance >= best * (1 - 1e-9)]
+    return (serve[0] + serve[-1]) / 2
+
+
 def border(shown):  # [h][w] bool -> [h][w] in {0, 1}: cells with a side at the edge of the image
     h, w = size_of(shown)
 
@@ -397,6 +417,9 @@ def background_unary(f, weight, boxes, boxed, image_size, o, valid=None):  # u_0
     u_0 = plane_of(image_size, lambda i, j: sum(part[i][j] for part in parts) / len(parts))
     if o["background_minmax"]:
         u_0 = minmax(u_0, boxed)
+    if o["background_otsu"]:
+        theta = otsu([min(max(u_0[i][j], 0), 1) for i, j in positions(image_size) if boxed[i][j]])
+        u_0 = plane_of(image_size, lambda i, j: min(max(u_0[i][j] + 0.5 - theta, 0.0), 1.0))
     return plane_of(image_size, lambda i, j: u_0[i][j] if boxed[i][j] else 1.0)
 
 
@@ -505,11 +528,13 @@ def box_targets(f, boxes, labels, image_size, num_classes, n=4, valid=None):
     a = plane_of(
         map_size, lambda i, j: background_similarity(vector_at(f, i, j), q, q_valid, "max")
     )
-    scaled = minmax(a, plane_of(map_size, lambda i, j: v[i][j] > 0 and shown[i][j]))
+    mask = plane_of(map_size, lambda i, j: v[i][j] > 0 and shown[i][j])
+    scaled = minmax(a, mask)
+    theta = otsu([scaled[i][j] for i, j in positions(map_size) if mask[i][j]]) - 0.1
 
     def target(c, i, j):
         every = [covered(k, i, j) for k in range(1, num_classes)]
-        likely = v[i][j] / (1 + math.exp(-4 * (1 - 2 * min(max(scaled[i][j], 0.0), 1.0))))
+        likely = v[i][j] / (1 + math.exp(-8 * (theta - min(max(scaled[i][j], 0.0), 1.0))))
         return likely * ratio(covered(c, i, j), sum(every))
 
     y = [None] + [

@@ -184,6 +184,22 @@ def test_integers_beyond_32_bits():
         refuses(ValueError, f"{name} must be <= .*, got an int of 401 bits", make, 2**400)
 
 
+@pytest.mark.parametrize("value", [2**64, -(2**70), 10**5000], ids=["2^64", "-2^70", "10^5000"])
+def test_numbers_that_are_integers_beyond_64_bits(value):
+    """Torch takes no such int as a scalar, and Python prints none of 5,000 digits."""
+    for make, name in [
+        (lambda n: noise_aware_loss(X, X, Y, Y, balance=n), "balance"),
+        (lambda n: noise_aware_loss(X, X, Y, Y, gamma=n), "gamma"),
+        (lambda n: dense_crf(IMAGE, EVEN, bilateral_xy=n), "bilateral_xy"),
+        (lambda n: dense_crf(IMAGE, EVEN, gaussian_weight=n), "gaussian_weight"),
+        (lambda n: bapnal.PseudoLabelGenerator(unary_softmax=n), "unary_softmax"),
+        (lambda n: bapnal.CosineClassifier(3, 4, scale=n), "scale"),
+        (lambda n: bapnal.BackgroundAwarePooling(min_background=n), "min_background"),
+        (lambda n: box_bins(BOX, n), "bins"),
+    ]:
+        refuses(ValueError, rf"^{name} must be .*, got (one|an int) of \d+ bits$", make, value)
+
+
 @pytest.mark.parametrize("bins", [0, -1, 1.5, True])
 def test_numbers_of_bins(bins):
     refuses((ValueError if type(bins) is int else TypeError), "bins must be", box_bins, BOX, bins)

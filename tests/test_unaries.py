@@ -93,6 +93,7 @@ LAW = {
     "background": ("attention", "cam", "both"),
     "background_threshold": (None, 0.99),
     "background_minmax": (False, True),
+    "background_otsu": (False, True),
     "foreground": ("cam", "complement"),
     "cam_normalization": ("class", "box"),
     "unary_softmax": (1.0, 3.0),
@@ -174,6 +175,7 @@ def test_presets_are_the_settings_of_the_paper_and_of_the_released_code():
         "background": "attention",  # Eq. 7
         "background_threshold": 0.99,
         "background_minmax": False,
+        "background_otsu": False,
         "foreground": "cam",  # Eq. 5-6
         "cam_normalization": "class",  # max over p of CAM_c
         "unary_softmax": 1.0,
@@ -329,15 +331,17 @@ def test_a_threshold_does_not_see_padding():
 def test_minmax_fills_the_unit_interval_inside_the_boxes():
     scene = fixed()
     for background, kind in [("attention", "plain"), ("both", "plain"), ("both", None)]:
-        full = labels_of(scene, kind, background=background).background_unary
+        scaled = {"background": background, "background_otsu": False}
+        full = labels_of(scene, kind, **scaled).background_unary
         outside = definite_background(scene.boxes, scene.image_size)[:, 0].bool()
         for b in range(2):
             inside = full[b][~outside[b]]
             close(inside.min(), torch.tensor(0.0))
             close(inside.max(), torch.tensor(1.0))
         assert (full[outside] == 1).all()
-    plain = labels_of(scene, background="attention", background_minmax=False).background_unary
-    full = labels_of(scene, background="attention").background_unary
+    raw = {"background": "attention", "background_otsu": False}
+    plain = labels_of(scene, **raw, background_minmax=False).background_unary
+    full = labels_of(scene, **raw).background_unary
     for b in range(2):
         before, after = plain[b][~outside[b]], full[b][~outside[b]]
         close(after, (before - before.min()) / (before.max() - before.min()))
@@ -362,7 +366,9 @@ def test_backgrounds():
     scene = fixed()
     for minmax in (False, True):
         attention, cam, both = (
-            labels_of(scene, background=name, background_minmax=minmax).background_unary
+            labels_of(
+                scene, background=name, background_minmax=minmax, background_otsu=False
+            ).background_unary
             for name in ("attention", "cam", "both")
         )
         outside = definite_background(scene.boxes, scene.image_size)[:, 0].bool()
@@ -373,13 +379,46 @@ def test_backgrounds():
             close(both[b][~outside[b]], mean)
         assert not torch.allclose(attention, cam)
         # The background's own map is not thresholded.
-        cut = {"background_minmax": minmax, "background_threshold": 0.9}
+        without = {"background_minmax": minmax, "background_otsu": False}
+        cut = {**without, "background_threshold": 0.9}
         close(labels_of(scene, background="cam", **cut).background_unary, cam)
         for u_0 in (attention, cam, both):
             assert (u_0[outside] == 1).all()
-        without = {"background_minmax": minmax}
         agnostic = labels_of(scene, None, background="both", **without).background_unary
         close(agnostic, attention)
+
+
+@pytest.mark.parametrize("objects", [2, 5, 8])
+def test_the_threshold_of_otsu_parts_objects_from_background_whatever_their_share(objects):
+    """Scores near 1 and near 3 in a box of ten pixels: 1/2 lies between them, not at the middle."""
+    scores = torch.cat([torch.linspace(0.8, 1.2, objects), torch.linspace(2.2, 3, 10 - objects)])
+    args = (
+        torch.zeros(1, 3, 1, 12, dtype=torch.uint8),
+        torch.cat([torch.tensor([5.0, 5.0]), scores]).reshape(1, 1, 1, 12),
+        torch.ones(2, 1),
+        [torch.tensor([[2.0, 0.0, 12.0, 1.0]])],
+        [torch.tensor([1])],
+    )
+    y = pseudo_labels(*args, crf=None, background="cam")
+    assert y.crf[0, 0].tolist() == [0, 0] + [1] * objects + [0] * (10 - objects)
+    u_0 = y.background_unary[0, 0, 2:]
+    unshifted = pseudo_labels(*args, crf=None, background="cam", background_otsu=False)
+    shift = u_0 - unshifted.background_unary[0, 0, 2:]
+    inner = (u_0 > 0) & (u_0 < 1)
+    close(shift[inner], shift[inner][:1].expand(int(inner.sum())), tolerance=1e-6)
+
+
+def test_a_map_that_tells_nothing_is_not_shifted():
+    features = torch.ones(1, 3, 4, 4)
+    y = pseudo_labels(
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        features,
+        None,
+        [torch.tensor([[2.0, 2.0, 6.0, 6.0]])],
+        [torch.tensor([1])],
+        crf=None,
+    )
+    assert (y.background_unary[0, 2:6, 2:6] == 0).all()
 
 
 def test_class_agnostic_labels():
@@ -543,6 +582,7 @@ def test_a_padded_pixel_is_not_a_maximum():
             background="cam",
             foreground="cam",
             background_minmax=minmax,
+            background_otsu=False,
         )
         assert y.foreground_unary.tolist() == [[[[0.5, 1.0, 0.0]]]]
         assert y.background_unary[0, 0, :2].tolist() == u_0

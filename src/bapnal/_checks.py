@@ -28,6 +28,8 @@ def shape_text(shape: Sequence[int | str]) -> str:
 
 def brief(value: object) -> str:
     """One line about any value."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return f"an int of {value.bit_length()} bits"  # thousands of digits cannot be printed
     line = " ".join(repr(value).split())
     return line if len(line) <= 60 else f"{line[:57]}..."
 
@@ -137,10 +139,13 @@ def number(
         if bound is not None
     )
     if value != value or any(broken for broken, _ in bounds):
-        raise ValueError(f"{name} must be {expected or 'a number'}, got {value}")
+        raise ValueError(f"{name} must be {expected or 'a number'}, got {brief(value)}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(
+            f"{name} must be a float or an int below 2^63, got one of {value.bit_length()} bits"
+        )
     if abs(value) > LARGEST_NUMBER:
-        fact = value if isinstance(value, float) else f"an int of {value.bit_length()} bits"
-        raise ValueError(f"{name} must be finite in float32, got {fact}")
+        raise ValueError(f"{name} must be finite in float32, got {value}")
     return float(value)
 
 
@@ -149,10 +154,9 @@ def integer(name: str, value: object, *, minimum: int, maximum: int = LARGEST_IN
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < minimum:
-        raise ValueError(f"{name} must be >= {minimum}, got {value}")
+        raise ValueError(f"{name} must be >= {minimum}, got {brief(value)}")
     if value > maximum:
-        fact = value if value < 2**64 else f"an int of {value.bit_length()} bits"
-        raise ValueError(f"{name} must be <= {maximum}, got {fact}")
+        raise ValueError(f"{name} must be <= {maximum}, got {brief(value)}")
     return value
 
 

@@ -90,12 +90,42 @@ def inverse_norm(x: Tensor, dim: int, zero: float = SHORTEST) -> tuple[Tensor, T
     are, to the bit.
     """
     squared = x.square().sum(dim, keepdim=True)
-    long = squared.detach() == torch.inf
-    if not _checks.readable(x) or bool(long.any()):
-        x = x * torch.where(long, SHRINK.get(x.dtype, 1.0), torch.ones_like(squared))
+    if not _within_range(x, squared):
+        x = _shrink(x, squared)
         squared = x.square().sum(dim, keepdim=True)
+    return x, _inverse_root(squared, zero)
+
+
+def project(rows: Tensor, x: Tensor, zero: float = SHORTEST) -> tuple[Tensor, Tensor]:
+    """``rows @ x`` and ``1 / |x|`` of vectors ``x (*, D, n)``; see :func:`inverse_norm`.
+
+    Of a length of their own both are meaningless, but not their product. The product of matrices
+    comes first, so that its gradient is computed last: that is faster.
+    """
+    if _checks.readable(x):
+        scores = rows @ x
+        squared = x.square().sum(-2, keepdim=True)
+        if _within_range(x, squared):
+            return scores, _inverse_root(squared, zero)
+    x = _shrink(x, x.detach().square().sum(-2, keepdim=True))
+    scores = rows @ x
+    return scores, _inverse_root(x.square().sum(-2, keepdim=True), zero)
+
+
+def _within_range(x: Tensor, squared: Tensor) -> bool:
+    """Whether no square is known to have overflowed; False where that cannot be looked at."""
+    return _checks.readable(x) and not bool((squared.detach() == torch.inf).any())
+
+
+def _shrink(x: Tensor, squared: Tensor) -> Tensor:
+    """Scale down what has overflowed."""
+    one = torch.ones_like(squared)
+    return x * torch.where(squared.detach() == torch.inf, SHRINK.get(x.dtype, 1.0), one)
+
+
+def _inverse_root(squared: Tensor, zero: float) -> Tensor:
     empty = squared <= zero**2
-    return x, torch.where(empty, 0.0, torch.where(empty, 1.0, squared).sqrt().reciprocal())
+    return torch.where(empty, 0.0, torch.where(empty, 1.0, squared).sqrt().reciprocal())
 
 
 def unit(x: Tensor, dim: int, zero: float = SHORTEST) -> Tensor:

@@ -12,7 +12,7 @@ from bapnal._math import (
     SHORTEST,
     divide,
     full_precision,
-    inverse_norm,
+    project,
     shortest,
     unit,
     weighted_mean,
@@ -161,8 +161,8 @@ def background_similarity(
     ``x`` is ``(B, D, *)``, the result ``(B, 1, *)``. Only an ``(N*N, h*w)`` score matrix per image
     is made, never one with D.
     """
-    flat, inverse = inverse_norm(x.flatten(2), dim=1, zero=zero)
-    scores = (unit(prototypes, dim=-1, zero=zero) @ flat).relu() * valid[..., None]
+    scores, inverse = project(unit(prototypes, dim=-1, zero=zero), x.flatten(2), zero)
+    scores = scores.relu() * valid[..., None]
     if reduction == "max":
         reduced = scores.amax(1, keepdim=True)
     else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bapnal import _checks
-from bapnal._math import full_precision, inverse_norm, shortest, unit, widen
+from bapnal._math import full_precision, project, shortest, unit, widen
 
 
 def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
@@ -41,10 +41,10 @@ def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
     batch, _, *rest = features.shape
     with full_precision(features):
         x = widen(features).flatten(2) if rest else widen(features)[..., None]
-        rows = unit(widen(weight), dim=1, zero=shortest(weight.dtype))
-        x, inverse = inverse_norm(x, dim=1, zero=shortest(features.dtype))
-        # Dividing C scores a position is cheaper than dividing D features.
-        scores = rows.to(x.dtype) @ x * inverse
+        rows = unit(widen(weight), dim=1, zero=shortest(weight.dtype)).to(x.dtype)
+        # Dividing C scores per position is cheaper than dividing D features.
+        scores, inverse = project(rows, x, shortest(features.dtype))
+        scores = scores * inverse
     return scores.reshape(batch, weight.shape[0], *rest).to(features.dtype)
 
 

@@ -51,7 +51,7 @@ def confidence_map(
         >>> confidence_map(similarity, torch.tensor([[[1]]]), gamma=1.0)
         tensor([[[0.7500]]])
     """
-    _checks.number("gamma", gamma, minimum=1, maximum=MOST_GAMMA)
+    _check_gamma(gamma)
     _checks.shape("similarity", similarity, ("B", "C", "H", "W"))
     _checks.floating("similarity", _checks.not_empty("similarity", similarity, 1, 2, 3))
     _checks.integer("ignore_index", ignore_index, minimum=-(2**31))
@@ -62,6 +62,11 @@ def confidence_map(
         ignored = labels == ignore_index
         target = labels.long().masked_fill(ignored, 0)
         return _confidence(similarity, target, gamma).masked_fill(ignored, 0)
+
+
+def _check_gamma(gamma: float) -> float:
+    _checks.number("gamma", gamma, minimum=1)
+    return _checks.number("gamma", gamma, maximum=MOST_GAMMA)
 
 
 def _confidence(similarity: Tensor, target: Tensor, gamma: float) -> Tensor:
@@ -129,7 +134,7 @@ def noise_aware_loss(
         >>> noise_aware_loss(logits, logits / 2, y, y)  # all reliable: cross-entropy
         tensor(0.6931)
     """
-    _checks.number("gamma", gamma, minimum=1, maximum=MOST_GAMMA)
+    _check_gamma(gamma)
     _checks.tensor("logits", logits)
     _checks.tensor("similarity", similarity)
     with full_precision(logits):
@@ -317,7 +322,7 @@ class NoiseAwareLoss(NoisyLabelLoss):
         super().__init__(
             balance, ignore_index, align_corners=align_corners, across_ranks=across_ranks
         )
-        self.gamma = _checks.number("gamma", gamma, minimum=1, maximum=MOST_GAMMA)
+        self.gamma = _check_gamma(gamma)
         self.detach_confidence = _checks.flag("detach_confidence", detach_confidence)
 
     def forward(self, logits: Tensor, similarity: Tensor, y_crf: Tensor, y_ret: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bapnal import _checks
-from bapnal._math import SUM_SCALE, divide, full_precision, inverse_norm, unit, widen
+from bapnal._math import SUM_SCALE, divide, full_precision, project, unit, widen
 from bapnal.boxes import Boxes, PaddedBoxes, check_valid, pad_boxes
 from bapnal.crf import DenseCRF
 from bapnal.pooling import labels_of_boxes
@@ -270,7 +270,6 @@ def _retrieve(
     # by the transposed upsampling of the mask: no (D, H, W) tensor.
     share = rows @ member.to(x.dtype) @ columns.mT  # (B, 1 + P, h, w)
     count = member.sum((2, 3))
-    flat, inverse = inverse_norm(x.flatten(2), dim=1)
     sums = (share.flatten(2) * SUM_SCALE) @ x.flatten(2).mT
     queries = divide(sums, count[..., None].to(x.dtype)) * (1 / SUM_SCALE)
     known = count > 0
@@ -278,7 +277,8 @@ def _retrieve(
         rows = w[F.pad(regions.classes, (1, 0)), : x.shape[1]]
         queries = torch.where(known[..., None], queries, rows)
         known = known | rows.any(-1)
-    cosines = unit(queries, dim=-1) @ flat * inverse
+    scores, inverse = project(unit(queries, dim=-1), x.flatten(2))
+    cosines = scores * inverse
     maps = upsample(cosines.reshape(*cosines.shape[:2], *x.shape[2:]), size, align_corners)
     return maps.masked_fill(~(allowed & known[..., None, None]), -torch.inf).argmax(1)
 

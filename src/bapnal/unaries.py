@@ -24,7 +24,7 @@ from bapnal.boxes import PaddedBoxes, box_cells, box_masks, outside_of, valid_ce
 BACKGROUNDS = ("attention", "cam", "both")
 FOREGROUNDS = ("complement", "cam")
 CAM_NORMALIZATIONS = ("class", "box")
-OTSU_BINS = 64
+OTSU_BINS = 251  # a prime, so that no simple fraction is the border of a bin
 LEAST_SHARE = 1e-3  # of the strongest activation: what a class without any keeps of a pixel
 
 _PAPER: Mapping[str, Any] = {
@@ -390,8 +390,9 @@ def otsu_threshold(maps: Tensor, inside: Tensor) -> Tensor:
         inside: ``(B, H, W)`` bool.
 
     Returns:
-        ``(B, 1, 1)``: the border of a bin of 1/64, in the middle of those that serve equally; 1/2
-        where all values lie in one bin, or none is inside.
+        ``(B, 1, 1)``: the upper border of one of 251 bins of equal width, or the middle of the
+        first and the last border that serve equally well; 1/2 where all values lie in one bin, or
+        none is inside.
     """
     batch = maps.shape[0]
     bins = (maps.clamp(0, 1) * OTSU_BINS).long().clamp(max=OTSU_BINS - 1).flatten(1)

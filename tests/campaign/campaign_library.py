@@ -220,17 +220,19 @@ def test_pixel_losses(data, drawn):
     batch, classes = draw(st.integers(1, 2)), draw(st.integers(1, 4))
     dtype = draw(st.sampled_from(DTYPES))
     shape = (batch, classes, draw(sides), draw(sides))
-    logits = any_size(draw, dtype, shape, largest=0.8)
+    # In half precision the gradient of large scores, times balance and gamma over the smallest
+    # 1 + s, is beyond the range.
+    half = dtype in DTYPES[:2]
+    logits = any_size(draw, dtype, shape, largest=0.2 if half else 0.8)
     s = (torch.rand(shape, generator=seeded(draw(seeds)), dtype=torch.float64) * 2 - 1).to(dtype)
     s = s.round() if draw(st.booleans()) else s
     size = draw(st.sampled_from([shape[2:], (draw(sides), draw(sides))]))
     kind = draw(st.sampled_from([torch.uint8, torch.int32, torch.int64]))
     y = torch.randint(0, classes, (2, batch, *size), generator=seeded(draw(seeds))).to(kind)
     y[torch.rand(y.shape, generator=seeded(draw(seeds))) < draw(st.floats(0, 1))] = 255
-    options = {"balance": draw(st.sampled_from([0.0, 0.1, 1e3]))}
+    options = {"balance": draw(st.sampled_from([0.0, 0.1, 0.1 if half else 1e3]))}
     options["align_corners"] = draw(st.booleans())
-    # In half precision a gradient of 1e4 over the smallest 1 + s is beyond the range.
-    gamma = draw(st.sampled_from([1.0, 7.0] if dtype in DTYPES[:2] else [1.0, 7.0, 1e4, 1e6]))
+    gamma = draw(st.sampled_from([1.0, 7.0] if half else [1.0, 7.0, 1e4, 1e6]))
     loss = noise_aware_loss(logits, s, *y, gamma=gamma, **options)
     finite(loss)
     functions = [

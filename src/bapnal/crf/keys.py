@@ -95,7 +95,12 @@ class Numbering(NamedTuple):
 
 def number_vertices(keys: Tensor, span: int) -> Numbering:
     """Number the distinct keys ``(d + 1, n)`` by sorting each class; no host waits for it."""
-    ordered, order = keys.sort(dim=1, stable=True)
+    if keys.device.type == "cpu":  # row by row in a quarter of the time
+        rows = [row.sort(stable=True) for row in keys]
+        ordered = torch.stack([values for values, _ in rows])
+        order = torch.stack([places for _, places in rows])
+    else:
+        ordered, order = keys.sort(dim=1, stable=True)
     fresh = torch.ones_like(ordered, dtype=torch.bool)
     torch.ne(ordered[:, 1:], ordered[:, :-1], out=fresh[:, 1:])
     number = fresh.flatten().cumsum(0, dtype=torch.int32).sub_(1).view_as(keys)

@@ -26,7 +26,7 @@ RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3",
 VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 # Backbones whose maps are upsampled with their corners aligned, as the released code does.
-ALIGNED = frozenset(("vgg16",))
+ALIGNED = frozenset(("vgg16", "vgg16_pool5"))
 
 
 class Vgg16Features(nn.Module):
@@ -43,8 +43,9 @@ class Vgg16Features(nn.Module):
             DeepLab-V1 (LargeFOV).
         fifth_pooling: Pool twice more after the fifth convolutions, at stride 1, as DeepLab-V1
             does and AffinityNet does not.
-        dropout: Share of the channels (in DeepLab-V1: of the numbers) of ``fc6`` set to 0 in
-            training.
+        dropout: Share of what ``fc6`` and ``fc7`` give that is set to 0 in training.
+        spatial_dropout: Whether whole channels are, as in AffinityNet, or single numbers, as in
+            DeepLab-V1.
         frozen: How many of the five stages of convolutions keep their weights.
 
     Attributes:
@@ -63,6 +64,7 @@ class Vgg16Features(nn.Module):
         fc6_dilation: int = 1,
         fifth_pooling: bool = False,
         dropout: float = 0.5,
+        spatial_dropout: bool = True,
         frozen: int = 0,
     ) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class Vgg16Features(nn.Module):
                 inputs = outputs
         self.fc6 = nn.Conv2d(512, 1024, 3, padding=fc6_dilation, dilation=fc6_dilation)
         self.fc7 = nn.Conv2d(1024, 1024, 1)
-        self.dropout = nn.Dropout(dropout) if fifth_pooling else nn.Dropout2d(dropout)
+        self.dropout = nn.Dropout2d(dropout) if spatial_dropout else nn.Dropout(dropout)
         self.fifth_pooling = fifth_pooling
         add_normalization(self, *TORCHVISION)
         for child in self.children():
@@ -104,8 +106,9 @@ class Vgg16Features(nn.Module):
                 x = F.max_pool2d(x, 3, stride=2 if i < 4 else 1, padding=1)
         if self.fifth_pooling:
             x = F.avg_pool2d(F.max_pool2d(x, 3, stride=1, padding=1), 3, stride=1, padding=1)
-        x = self.dropout(F.relu(self.fc6(x), inplace=True))
-        return F.relu(self.fc7(x), inplace=True)
+        for layer in (self.fc6, self.fc7):
+            x = self.dropout(F.relu(layer(x), inplace=True))
+        return x
 
 
 def read_vgg16(weights: str | Path | None) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class Classifier(NamedTuple):
 
 def untrained_features(backbone: str, weights: str | Path | None, stride: int) -> Features:
     """Build features that need no training on boxes: stages of timm's networks at one magnitude."""
-    if backbone in ("small", "vgg16"):
+    if backbone in ("small", "vgg16", "vgg16_pool5"):
         return build_features(backbone, weights, stride)
     # No training has weighted the stages, whose magnitudes differ.
     return TimmFeatures(backbone, weights, stride, normalize=True)

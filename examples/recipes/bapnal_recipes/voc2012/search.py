@@ -53,7 +53,7 @@ from bapnal_recipes.voc2012 import held_out
 from bapnal_recipes.voc2012.held_out import Bench, bar
 
 SEARCHED = (
-    *("backgrounds", "minmax", "thresholds", "grid_sizes", "reductions", "foregrounds"),
+    *("backgrounds", "minmax", "otsu", "thresholds", "grid_sizes", "reductions", "foregrounds"),
     *("cam_normalizations", "softmax"),
 )
 ROW = {"stage", "generator", "crf", "miou"}  # what each row has
@@ -86,6 +86,7 @@ class Settings:
         score_classes: Which classes to average over, 0 for the background; none for all.
         backgrounds: What u_0 may be; "agnostic" has the attention only.
         minmax: Whether the parts of u_0 are scaled to [0, 1] inside the boxes.
+        otsu: Whether u_0, once scaled, is shifted so that the threshold of Otsu lies at 1/2.
         thresholds: A below this share of its maximum becomes 0; None keeps A.
         grid_sizes: N of the attention's grid.
         reductions: Whether A is the mean over the prototypes of the grid or their maximum.
@@ -115,6 +116,7 @@ class Settings:
     score_classes: tuple[int, ...] = ()
     backgrounds: tuple[Background, ...] = ("attention", "cam", "both")
     minmax: tuple[bool, ...] = (False, True)
+    otsu: tuple[bool, ...] = (False, True)
     thresholds: tuple[float | None, ...] = (None, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
     grid_sizes: tuple[int, ...] = (1, 2, 3, 4)
     reductions: tuple[Reduction, ...] = ("mean", "max")
@@ -135,6 +137,7 @@ def around(generator: GeneratorSettings) -> Settings:
     return Settings(
         backgrounds=(generator.background,),
         minmax=(generator.background_minmax,),
+        otsu=(generator.background_otsu,),
         grid_sizes=(1, 2, 3),
         reductions=(generator.attention_reduction,),
         foregrounds=(generator.foreground,),
@@ -295,11 +298,16 @@ def unaries(settings: Settings) -> list[GeneratorSettings]:
         attention_reduction=settings.reductions[0],
     )
     found = []
-    for background, minmax, threshold in product(
-        ("attention",) if agnostic else settings.backgrounds, settings.minmax, settings.thresholds
+    for background, minmax, otsu, threshold in product(
+        ("attention",) if agnostic else settings.backgrounds,
+        settings.minmax,
+        settings.otsu,
+        settings.thresholds,
     ):
         if background == "cam" and threshold != settings.thresholds[0]:
             continue  # only A has a threshold
+        if not minmax and otsu != settings.otsu[0]:
+            continue  # which is for what has been scaled
         for foreground in settings.foregrounds[: 1 if agnostic else None]:
             maxima = settings.cam_normalizations
             only = agnostic or foreground == "complement"
@@ -308,6 +316,7 @@ def unaries(settings: Settings) -> list[GeneratorSettings]:
                     common,
                     background=background,
                     background_minmax=minmax,
+                    background_otsu=otsu,
                     background_threshold=threshold,
                     foreground=foreground,
                     cam_normalization=maximum,
