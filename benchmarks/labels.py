@@ -21,6 +21,7 @@ features, fitting and the CRF included.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -40,8 +41,8 @@ from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine import series
+from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import baselines
-from bapnal_recipes.voc2012.train_classifier import load_classifier
 
 Method = Literal[
     "box", "ellipse", "grabcut", "wssl", "plain", "ridge", "classifier", "paper", "released"
@@ -68,6 +69,7 @@ class Settings:
             moved outwards, or "random" for shares drawn from 0 to 0.5 side by side.
         classifier: File classifier.pt of stage 1, for "classifier" and the presets.
         crf: "exact" or "fast" (half resolution).
+        options: Of PseudoLabelGenerator other than its defaults, as JSON: {"grid_size": 1}.
         score_classes: Over which classes the mean is taken.
         count: How many of the images, evenly spread; 0 for all.
         seed: Of the classifier's training, as a note, and of the random boxes.
@@ -84,6 +86,7 @@ class Settings:
     boxes: tuple[str, ...] = ("tight",)
     classifier: Path | None = None
     crf: Literal["exact", "fast"] = "exact"
+    options: str = "{}"
     score_classes: tuple[int, ...] = (0, 8, 10, 12, 13, 17)
     count: int = 0
     seed: int = 0
@@ -176,13 +179,14 @@ def method_of(
 ) -> tuple[Callable[[Example], Tensor], float]:
     """Return what labels an image, and the seconds that 1,000 images of fitting took."""
     crf = DenseCRF(half_resolution=settings.crf == "fast")
+    options = json.loads(settings.options)
     if method in BASELINES:
         return partial(baseline, method, crf), 0.0
     if method in TRAINED:
         if settings.classifier is None:
             raise ValueError(f"classifier must be given for the method {method}, got none")
         trained = load_classifier(settings.classifier)
-        generate = PseudoLabelGenerator(crf, **PRESETS.get(method, {}))
+        generate = PseudoLabelGenerator(crf, **{**PRESETS.get(method, {}), **options})
         return partial(generated, trained.features.eval(), trained.weight, generate), 0.0
     weights = settings.weights or packaged(backbone)
     features = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
@@ -191,7 +195,7 @@ def method_of(
     weight = fit(settings, features, boxes) if method == "ridge" else None
     count = len(Devkit(settings.root).names(settings.fit_split))
     seconds = (time.perf_counter() - begin) * 1000 / count
-    return partial(generated, features, weight, PseudoLabelGenerator(crf)), seconds
+    return partial(generated, features, weight, PseudoLabelGenerator(crf, **options)), seconds
 
 
 def timm_name(backbone: str) -> str:
@@ -259,6 +263,7 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
         "stride": stride if drawn and method not in TRAINED else None,
         "boxes": boxes,
         "crf": settings.crf if method not in ("box", "ellipse", "grabcut") else None,
+        "options": settings.options if drawn else "{}",
         "seed": settings.seed if method in TRAINED else None,
         "classifier": settings.classifier.parent.name if method in TRAINED else None,
         "miou": round(float(miou(total.sum(0), settings.score_classes)), 2),
@@ -279,7 +284,8 @@ def main(settings: Settings) -> None:
                 for stride in settings.strides[: 1 if fixed else None]:
                     row = measure(settings, method, backbone, stride, boxes)
                     keys = ("data", "split", "method", "backbone", "stride", "boxes", "crf")
-                    series.append(settings.out, row, replace=(*keys, "seed", "classifier"))
+                    others = ("images", "options", "seed", "classifier")
+                    series.append(settings.out, row, replace=(*keys, *others))
                     series.write_csv(settings.out)
                     print({key: row[key] for key in (*keys[2:], "miou", "ci_low", "ci_high")})
 

@@ -374,6 +374,8 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
         machines=Machines(workers=s.workers),
         logging=QUIET,
         checkpoint_interval=124,
+        bias_factor=1.0,  # as all these were measured
+        decay_biases=True,
         **options,
     )
     yield f"segmentation_{name}", lambda: train_segmentation.main(settings)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,13 @@ from matplotlib.patches import FancyBboxPatch
 
 HERE = Path(__file__).resolve().parent
 STAGES = {"1  classifier": "#dbe9f6", "2  labels": "#e3f1dc", "3  segmentation": "#fbe6cf"}
+# Photographs of scikit-image, each with a box as a person would draw it.
+LABELLED = {
+    "astronaut": (5.0, 0.0, 440.0, 512.0),
+    "chelsea": (20.0, 5.0, 420.0, 300.0),
+    "coffee": (145.0, 40.0, 495.0, 345.0),
+    "rocket": (310.0, 75.0, 365.0, 385.0),
+}
 PHOTOS = ("chelsea.png", "coffee.png", "motorcycle_left.png")
 
 
@@ -174,6 +182,89 @@ def short_run(path: Path) -> None:
     plt.close(figure)
 
 
+def instances(path: Path) -> None:
+    """Show how one box becomes a mask: prior, attention, log-odds, marginals, mask."""
+    import skimage
+    import torch
+
+    import label_photo
+    from bapnal import InstanceLabelGenerator, ZoomedBoxes, box_log_odds
+    from bapnal.label.backbone import TimmFeatures
+
+    seen: list[ZoomedBoxes] = []
+
+    def head(zoomed: ZoomedBoxes) -> torch.Tensor:
+        seen.append(zoomed)
+        return box_log_odds(zoomed)
+
+    network = TimmFeatures("tf_efficientnet_lite0", stride=8, normalize=True).eval()
+    generate = InstanceLabelGenerator(network, head=head)
+    titles = ("box", "prior", "standardised -A", "log-odds L", "marginals", "mask")
+    names = ("astronaut.png", "coffee.png", "rocket.jpg")
+    figure, rows = plt.subplots(len(names), 6, figsize=(13, 7.2), layout="constrained")
+    for axes, name in zip(rows, names, strict=True):
+        file = Path(skimage.__file__).parent / "data" / name
+        image, boxes = label_photo.load_photo(file, label_photo.PHOTOS[name])
+        with torch.inference_mode():
+            y = generate(image[None], [boxes], [torch.tensor([1])])
+        zoomed = seen.pop()
+        outside = ~zoomed.inside[0]
+        prior = 1 - zoomed.u[0].square() - zoomed.v[0].square()
+        odds = box_log_odds(zoomed)[0]
+        pixels = image.permute(1, 2, 0).numpy()
+        axes[0].imshow(pixels)
+        x1, y1, x2, y2 = boxes[0].tolist()
+        frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="yellow", lw=1.5)
+        axes[0].add_patch(frame)
+        for axis, values in zip(axes[1:4], (prior, zoomed.z[0], odds), strict=True):
+            axis.imshow(values.masked_fill(outside, torch.nan), cmap="RdBu_r", vmin=-3, vmax=3)
+        axes[4].imshow(torch.sigmoid(y.log_odds[0]), cmap="magma", vmin=0, vmax=1)
+        axes[5].imshow(pixels, alpha=0.35)
+        mask = y.masks[0].numpy()
+        axes[5].imshow(mask, cmap="Reds", alpha=mask * 0.7, vmin=0, vmax=1.3)
+        for axis, title in zip(axes, titles, strict=True):
+            axis.set_title(title if name == names[0] else "", fontsize=10)
+            axis.axis("off")
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+def labels(path: Path) -> None:
+    """Show what the generator makes of one box on photographs, without weights and by default."""
+    import skimage.data
+    import torch
+
+    from bapnal import DenseCRF, PseudoLabelGenerator
+    from bapnal.label.backbone import TimmFeatures
+
+    network = TimmFeatures("tf_efficientnet_lite0", stride=8, normalize=True).eval()
+    generate = PseudoLabelGenerator(DenseCRF())
+    figure, columns = plt.subplots(3, len(LABELLED), figsize=(12, 7.4), layout="constrained")
+    for axes, (name, corners) in zip(columns.T, LABELLED.items(), strict=True):
+        image = torch.from_numpy(getattr(skimage.data, name)()).permute(2, 0, 1)[None].contiguous()
+        boxes = [torch.tensor([corners])]
+        with torch.inference_mode():
+            y = generate(image, network(image), None, boxes, [torch.tensor([1])])
+        pixels = image[0].permute(1, 2, 0).numpy()
+        x1, y1, x2, y2 = corners
+        axes[0].imshow(pixels)
+        frame = plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec="yellow", lw=2)
+        axes[0].add_patch(frame)
+        axes[1].imshow(y.background_unary[0], cmap="gray", vmin=0, vmax=1)
+        found = (y.crf[0] == 1).numpy()
+        axes[2].imshow(pixels, alpha=0.35)
+        axes[2].imshow(found, cmap="Reds", alpha=found * 0.65, vmin=0, vmax=1.3)
+        for axis in axes:
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, title in zip(columns[:, 0], ("image and box", "$u_0$", "label"), strict=True):
+        axis.set_ylabel(title, fontsize=12)
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+# Drawn by ``python docs/make_images.py kept`` and kept in docs/images: GitHub shows them too.
+KEPT: dict[str, Callable[[Path], None]] = {"instances.png": instances, "labels.png": labels}
 IMAGES: dict[str, Callable[[Path], None]] = {
     "flow.svg": flow,
     "drawn.png": drawn,
@@ -193,4 +284,7 @@ def main(folder: Path = HERE / "generated") -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["kept"]:
+        for kept, draw_kept in KEPT.items():
+            draw_kept(HERE / "images" / kept)
     main()

@@ -1,5 +1,6 @@
 """Pixel labels from object boxes, and training on such noisy labels, in the order of the method."""
 
+from bapnal._zoom import ZoomedBoxes
 from bapnal.attention import (
     Attention,
     BackgroundAttention,
@@ -9,6 +10,14 @@ from bapnal.attention import (
 from bapnal.boxes import box_bins, box_cells, box_coverage, definite_background, paint_boxes
 from bapnal.classifier import CosineClassifier, cosine_similarity
 from bapnal.crf import DenseCRF, PairwiseTerm, PermutohedralLattice, dense_crf
+from bapnal.instance_refine import MaskHead, box_mask_loss, fit_mask_head
+from bapnal.instances import (
+    InstanceLabelGenerator,
+    InstanceLabels,
+    box_log_odds,
+    instance_crf,
+    instance_labels,
+)
 from bapnal.losses import (
     BootstrappingLoss,
     EntropyRegularizationLoss,
@@ -52,6 +61,15 @@ __all__ = [
     "PseudoLabelGenerator",
     "pseudo_labels",
     "PRESETS",
+    "InstanceLabels",
+    "InstanceLabelGenerator",
+    "instance_labels",
+    "instance_crf",
+    "ZoomedBoxes",
+    "box_log_odds",
+    "MaskHead",
+    "fit_mask_head",
+    "box_mask_loss",
     "DenseCRF",
     "dense_crf",
     "PairwiseTerm",

@@ -23,8 +23,9 @@ def image_head(path: Path) -> tuple[tuple[int, int], str]:
 def open_image(path: Path) -> Image.Image:
     """Open and decode an image, or say which file is broken."""
     try:
+        image: Image.Image
         with Image.open(path) as image:
             image.load()
-            return image
+        return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} must be an image: {error}") from error

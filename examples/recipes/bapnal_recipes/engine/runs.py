@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -89,8 +89,12 @@ class Meter:
 
 
 def result(
-    kind: str, settings: dict[str, object], scores: dict[str, object], meter: Meter, **more: object
-) -> dict[str, object]:
+    kind: str,
+    settings: Mapping[str, object],
+    scores: Mapping[str, object],
+    meter: Meter,
+    **more: object,
+) -> dict[str, Any]:
     """Put together what a result file holds.
 
     Args:
@@ -109,7 +113,8 @@ def result(
         "about": about(),
         **more,
     }
-    return json.loads(json.dumps(found, default=str))  # as it comes back from the file
+    stored: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return stored  # as it comes back from the file
 
 
 def read_result(path: Path, kind: str) -> dict[str, Any]:
@@ -156,4 +161,5 @@ def digest(path: Path) -> str:
 
 def plain(settings: Any) -> dict[str, Any]:
     """Return the settings in a dataclass as they come back from a JSON file."""
-    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return found

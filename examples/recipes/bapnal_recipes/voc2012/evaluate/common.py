@@ -63,7 +63,7 @@ class Tally:
         return scores
 
 
-def subject(folder: Path) -> dict:
+def subject(folder: Path) -> dict[str, Any]:
     """Return what the result file in a folder says of what was made there.
 
     Returns:
@@ -73,7 +73,8 @@ def subject(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
     except ValueError as error:
         raise ValueError(f"{path} must be a result file: {error}") from error
 

@@ -1,0 +1,180 @@
+"""Boxes as the generator of instances sees them: crops, features, attention to the background."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bapnal import _checks
+from bapnal._crops import Crop, coordinates, corners_in, cover, cut, resize, sample, zoomed_size
+from bapnal._math import full_precision, unit, widen
+from bapnal.boxes import box_cells
+
+BACKGROUND_SHARE = 0.01  # of a cell that the box may cover
+LEAST_BACKGROUND = 4  # cells
+HOST = torch.zeros((), dtype=torch.float64)  # where shapes are decided, and how exactly
+NEAREST = 3  # background cells that A is the mean over
+
+
+class ZoomedBoxes(NamedTuple):
+    """Boxes of equally large crops, as a head sees them; the pixels are those of the CRF.
+
+    Attributes:
+        images: RGB crops, uint8; ``(n, 3, h, w)``.
+        features: Unit vectors of the crops at twice that size; ``(n, D, fh, fw)``.
+        u: -1 at the left side of the box, 1 at the right one; ``(n, h, w)``.
+        v: The same from top to bottom; ``(n, h, w)``.
+        inside: The pixels of the box; ``(n, h, w)`` bool, never empty.
+        extent: sqrt(box area / image area); ``(n,)``.
+        z: -A, with mean 0 and standard deviation 1 inside the box; ``(n, h, w)``.
+    """
+
+    images: Tensor
+    features: Tensor
+    u: Tensor
+    v: Tensor
+    inside: Tensor
+    extent: Tensor
+    z: Tensor
+
+
+def influence(extent: Tensor) -> Tensor:
+    r"""Tau: how far features lead, from 0 for tiny boxes to 1 for boxes of a quarter of the image.
+
+    .. math:: \tau = \min\big(1, 2 \sqrt{w h / (W H)}\big)
+    """
+    return (2 * extent).clamp(max=1)
+
+
+def zoom_boxes(
+    images: Tensor,
+    crops: Sequence[Crop],
+    backbone: Callable[[Tensor], Tensor],
+    side: int,
+    batch_size: int,
+) -> Iterator[tuple[list[int], ZoomedBoxes]]:
+    """Steps 1-3 for all crops, those of one size together: their numbers, and what is seen."""
+    whole = image_attention(images, crops, backbone, 3 * side // 2)
+    of_size: dict[tuple[int, int], list[int]] = {}
+    for k, crop in enumerate(crops):
+        of_size.setdefault(crop.size, []).append(k)
+    for members in of_size.values():
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            yield chosen, zoom(images, [crops[k] for k in chosen], backbone, whole)
+
+
+def zoom(
+    images: Tensor,
+    crops: Sequence[Crop],
+    backbone: Callable[[Tensor], Tensor],
+    whole: Mapping[int, Tensor],
+) -> ZoomedBoxes:
+    """Steps 1-3 for crops of one size, with A_I from :func:`image_attention`."""
+    large = crops[0].size
+    small = (large[0] // 2, large[1] // 2)
+    f = _features(backbone, cut(images, crops, large))
+    with full_precision(f):
+        covered = cover(corners_in(crops, large, HOST), large, (f.shape[2], f.shape[3]))
+        own = background_likeness(f, covered)
+        corners = corners_in(crops, small, f)
+        u, v = coordinates(corners, small)
+        inside = box_cells(corners, small, small)
+        extent = torch.tensor([crop.extent for crop in crops], dtype=f.dtype, device=f.device)
+        share = influence(extent)[:, None, None] / 2
+        near = F.interpolate(own[:, None], small, mode="bilinear", align_corners=False)[:, 0]
+        maps = torch.stack([whole[crop.image] for crop in crops]).to(f.dtype)
+        far = _windows(maps, crops, (images.shape[2], images.shape[3]), small)
+        z = _standardized((share - 1) * near - share * far, inside)
+    return ZoomedBoxes(cut(images, crops, small), f, u, v, inside, extent, z)
+
+
+def _features(backbone: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Features of a backbone after a look at their shape; float32 for half ones."""
+    features = backbone(images)
+    _checks.shape("features of the backbone", features, (images.shape[0], "D", "h", "w"))
+    _checks.floating("features of the backbone", features)
+    _checks.same_device(images=images, features=features)
+    return widen(features)
+
+
+def image_attention(
+    images: Tensor, crops: Sequence[Crop], backbone: Callable[[Tensor], Tensor], side: int
+) -> dict[int, Tensor]:
+    """Step 3 on the images with boxes: A by the cells outside all boxes of each, ``(h, w)``.
+
+    Args:
+        images: RGB, uint8; ``(B, 3, H, W)``.
+        crops: Their boxes.
+        backbone: As in :func:`instance_labels`.
+        side: Images of an area above ``side ** 2`` are reduced to it.
+    """
+    size = (images.shape[2], images.shape[3])
+    shown = zoomed_size(size, min(side, math.isqrt(size[0] * size[1])))
+    maps: dict[int, Tensor] = {}
+    for image in sorted({crop.image for crop in crops}):
+        f = _features(backbone, resize(images[image, None], shown))
+        boxes = [crop.box for crop in crops if crop.image == image]
+        corners = torch.tensor(boxes, dtype=HOST.dtype)
+        with full_precision(f):
+            covered = cover(corners, size, (f.shape[2], f.shape[3])).amax(0, keepdim=True)
+            maps[image] = background_likeness(f, covered)[0]
+    return maps
+
+
+def _windows(
+    maps: Tensor, crops: Sequence[Crop], image_size: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """What maps of whole images ``(n, h, w)`` show in the windows of crops; ``(n, *size)``."""
+    height, width = image_size
+    sides = maps.new_tensor([crop.window for crop in crops])
+    left, top, right, bottom = sides[:, :, None].unbind(1)
+    x = (torch.arange(size[1], device=maps.device) + 0.5) / size[1]
+    y = (torch.arange(size[0], device=maps.device) + 0.5) / size[0]
+    return sample(maps, (left + x * (right - left)) / width, (top + y * (bottom - top)) / height)
+
+
+def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
+    r"""Step 3: how much each cell looks like the background of its crop or image.
+
+    .. math:: A(p) = \tfrac{1}{3} \sum_{j=1}^{3} \cos\big(f(p), f(b_j)\big)
+
+    over the three background cells :math:`b_j` most similar to p. Background are the cells of which
+    the box covers less than 1 %, and always the 4 least covered ones. Only cells of the box and
+    their neighbours are looked at; A is 1 elsewhere (Eq. 3).
+
+    Args:
+        features: f; ``(n, D, h, w)``.
+        covered: Share of each cell that the box covers; ``(n, h, w)``, on the CPU: where the
+            cells are decides about shapes.
+
+    Returns:
+        A, in [-1, 1]; ``(n, h, w)``.
+
+    Example:
+        >>> f = torch.eye(2)[torch.tensor([0, 0, 1, 0, 0])].T.reshape(1, 2, 1, 5)
+        >>> background_likeness(f, torch.tensor([[[0.0, 0.0, 1.0, 0.0, 0.0]]]))
+        tensor([[[1., 1., 0., 1., 1.]]])
+    """
+    near = F.max_pool2d(covered[:, None], 3, stride=1, padding=1)[:, 0] > 0
+    rank = covered.flatten(1).argsort(dim=1, stable=True).argsort(dim=1).reshape(covered.shape)
+    background = (covered < BACKGROUND_SHARE) | (rank < LEAST_BACKGROUND)
+    found = features.new_ones(covered.shape)
+    for a, f, rows, columns in zip(found, unit(features, dim=1), near, background, strict=True):
+        rows, columns = (x.to(f.device).nonzero(as_tuple=True) for x in (rows, columns))
+        cosines = f[:, rows[0], rows[1]].T @ f[:, columns[0], columns[1]]
+        a[rows] = cosines.topk(min(NEAREST, cosines.shape[1]), dim=1).values.mean(1)
+    return found
+
+
+def _standardized(values: Tensor, inside: Tensor) -> Tensor:
+    """Values with mean 0 and standard deviation 1 inside; all 0 where they are constant."""
+    count = inside.sum((1, 2), keepdim=True)
+    centred = values - (values * inside).sum((1, 2), keepdim=True) / count
+    variance = (centred.square() * inside).sum((1, 2), keepdim=True) / count
+    return torch.where(variance > 1e-12, centred * variance.clamp(min=1e-12).rsqrt(), 0.0)

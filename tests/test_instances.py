@@ -1,0 +1,374 @@
+"""A mask for every box: the oracle in loops, laws, corners, errors."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from comparing import close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import reference_instances as reference
+from bapnal import (
+    InstanceLabelGenerator,
+    ZoomedBoxes,
+    box_log_odds,
+    instance_crf,
+    instance_labels,
+)
+from bapnal.boxes import box_cells
+
+SIDE = 64
+RNG = torch.Generator
+
+
+def colours(images):
+    """Features: mean colours of blocks of 8 pixels, in float64."""
+    return F.avg_pool2d(images.double() - 100, 8)
+
+
+def colours_in_loops(image):
+    def block(channel, i, j):
+        values = [channel[8 * i + y][8 * j + x] - 100 for y in range(8) for x in range(8)]
+        return sum(values) / 64
+
+    size = len(image[0]) // 8, len(image[0][0]) // 8
+    return [
+        reference.plane(size, lambda i, j, c=channel: block(c, i, j))  # one channel each
+        for channel in image
+    ]
+
+
+def unchanged(guidance, probabilities):
+    return probabilities
+
+
+def scene(seed=0, size=(72, 88)):
+    """Noise with bright objects in two boxes."""
+    generator = RNG().manual_seed(seed)
+    image = torch.randint(30, 90, (3, *size), generator=generator, dtype=torch.uint8)
+    image[:, 20:44, 16:40] += 120
+    image[0, 30:60, 50:80] += 150
+    boxes = torch.tensor([[14.0, 18, 42, 46], [47.5, 28.25, 83, 62], [30, 25, 60.5, 50]])
+    return image, boxes, torch.tensor([1, 2, 1])
+
+
+def label(image, boxes, labels, **options):
+    options = {"side": SIDE, **options}
+    backbone = options.pop("backbone", colours)
+    return instance_labels(image[None], [boxes], [labels], backbone, **options)
+
+
+def pixels(mask):
+    return {tuple(p) for p in mask.nonzero().tolist()}
+
+
+# ------------------------------------------------------------------------------------------- oracle
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 10**6))
+def test_agrees_with_loops(seed):
+    generator = RNG().manual_seed(seed)
+    height, width = torch.randint(20, 80, (2,), generator=generator).tolist()
+    count = 1 + seed % 3
+    image = torch.randint(0, 200, (3, height, width), generator=generator, dtype=torch.uint8)
+    image[:, height // 3 : 2 * height // 3, width // 4 : 2 * width // 3] += 55
+    a = torch.rand(count, 2, 2, generator=generator, dtype=torch.float64)
+    a = a.sort(1).values.flatten(1) * torch.tensor([width, height]).repeat(2) * 1.1 - 2
+    labels = torch.randint(1, 3, (count,), generator=generator)
+    y = label(image, a, labels, crf=unchanged)
+    masks, retrieved, odds, classes, reliable = reference.instances(
+        image.tolist(), a.tolist(), labels.tolist(), colours_in_loops, lambda q: q, SIDE
+    )
+    # A crop may differ by one grey level where the antialiased value lies between two.
+    for k in range(count):
+        found = y.log_odds[k].double()
+        expected = torch.full((height, width), -torch.inf, dtype=torch.float64)
+        for (i, j), value in odds[k].items():
+            expected[i, j] = value
+        assert torch.equal(found.isinf(), expected.isinf())
+        gap = (found - expected)[~expected.isinf()].abs()
+        assert gap.max() < 0.25
+        assert gap.median() < 0.02
+    wrong = sum(len(pixels(y.masks[k]) ^ masks[k]) for k in range(count))
+    wrong += sum(len(pixels(y.retrieval[k]) ^ retrieved[k]) for k in range(count))
+    wrong += int((y.semantic[0] != torch.tensor(classes)).sum())
+    wrong += int((y.semantic_reliable[0] != torch.tensor(reliable)).sum())
+    assert wrong <= 0.02 * height * width
+
+
+def test_agrees_with_loops_to_rounding_where_no_crop_is_resized():
+    image, boxes, labels = scene(size=(64, 64))
+    boxes = boxes.clamp(max=64).double()
+    y = label(image, boxes, labels, crf=unchanged)
+    masks, retrieved, odds, classes, reliable = reference.instances(
+        image.tolist(), boxes.tolist(), labels.tolist(), colours_in_loops, lambda q: q, SIDE
+    )
+    for k in range(3):
+        assert pixels(y.masks[k]) == masks[k]
+        assert pixels(y.retrieval[k]) == retrieved[k]
+        inside = box_cells(boxes[k], (64, 64), (64, 64))
+        close(y.log_odds[k][inside].double(), list(odds[k].values()), tolerance=1e-4)
+    assert y.semantic[0].tolist() == classes
+    assert y.semantic_reliable[0].tolist() == reliable
+
+
+def test_crf_gets_positions_relative_to_the_box_and_the_crop():
+    seen = []
+
+    def crf(guidance, probabilities):
+        seen.append((guidance, probabilities))
+        return probabilities
+
+    image, boxes, labels = scene()
+    label(image, boxes[:1], labels[:1], crf=crf, head=lambda zoomed: torch.zeros_like(zoomed.z))
+    guidance, probabilities = seen[0]
+    close(probabilities.sum(1), torch.ones(1, *probabilities.shape[2:]), tolerance=1e-6)
+    step = guidance[0, 0, 0, 1] - guidance[0, 0, 0, 0]
+    pixels_in_box = (probabilities[0, 1] == 0.5).sum()
+    close(step, float(pixels_in_box) ** -0.5, tolerance=1e-6)
+    assert guidance[0, 2:].min() >= 0
+    assert guidance[0, 2:].max() > 100
+
+
+# --------------------------------------------------------------------------------------------- laws
+
+
+def random_boxes(seed, size, count):
+    generator = RNG().manual_seed(seed)
+    corners = torch.rand(count, 2, 2, generator=generator).sort(1).values
+    scale = torch.tensor([size[1], size[0]], dtype=torch.float32)
+    return (corners * scale * 1.2 - 0.1 * scale).flatten(1)
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 10**6), st.booleans())
+def test_every_box_gets_a_mask_inside_it(seed, dull):
+    image, _, _ = scene(seed)
+    if dull:
+        image = torch.full_like(image, 7)
+    boxes = random_boxes(seed, (72, 88), 4)
+    boxes[3, 2:] = boxes[3, :2]  # no area at all
+    y = label(image, boxes, torch.tensor([1, 1, 2, 2]))
+    inside = box_cells(boxes, (72, 88), (72, 88))
+    assert y.masks.flatten(1).any(1).all()
+    assert not (y.masks & ~inside).any()
+    assert not (y.retrieval & ~inside).any()
+    assert torch.equal(y.log_odds > -torch.inf, inside)
+    assert torch.equal(y.reliable, y.masks == y.retrieval)
+    assert torch.equal(y.semantic[0] > 0, y.masks.any(0))
+    for c in (1, 2):
+        own = y.masks[torch.tensor([1, 1, 2, 2]) == c].any(0)
+        assert not ((y.semantic[0] == c) & ~own).any()
+    assert not (y.semantic_reliable[0] & ~y.reliable.all(0)).any()
+    assert bool(((y.doubt >= 0) & (y.doubt <= 1)).all())
+
+
+def test_a_head_that_sees_nothing_leaves_the_ellipse():
+    image, boxes, _ = scene()
+    y = label(
+        image, boxes, torch.tensor([1, 2, 3]), head=lambda zoomed: torch.full_like(zoomed.z, -4.0)
+    )
+    for k, (x1, y1, x2, y2) in enumerate(boxes.tolist()):
+        i, j = torch.meshgrid(torch.arange(72) + 0.5, torch.arange(88) + 0.5, indexing="ij")
+        radius = ((2 * j - x1 - x2) / (x2 - x1)) ** 2 + ((2 * i - y1 - y2) / (y2 - y1)) ** 2
+        assert torch.equal(y.masks[k], (radius < 1.3) & box_cells(boxes[k], (72, 88), (72, 88)))
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 10**6))
+def test_order_of_boxes_does_not_matter(seed):
+    image, _, _ = scene(seed)
+    boxes, labels = random_boxes(seed, (72, 88), 4), torch.tensor([1, 2, 1, 3])
+    order = torch.randperm(4, generator=RNG().manual_seed(seed))
+    # The lattice rounds sums of a batch differently in another order.
+    one = label(image, boxes, labels, crf=unchanged)
+    other = label(image, boxes[order], labels[order], crf=unchanged)
+    assert (one.masks[order] ^ other.masks).float().mean() < 1e-3
+    assert (one.semantic != other.semantic).float().mean() < 1e-3
+    close(one.doubt[order], other.doubt, tolerance=0.05)
+
+
+def test_alone_as_in_a_batch():
+    first, second = scene(0), scene(1)
+    boxes, labels = [first[1], second[1][:2]], [first[2], second[2][:2]]
+    images = torch.stack([first[0], second[0]])
+    both = instance_labels(images, boxes, labels, colours, side=SIDE)
+    for i, own in ((0, slice(0, 3)), (1, slice(3, 5))):
+        alone = instance_labels(images[i : i + 1], boxes[i : i + 1], labels[i], colours, side=SIDE)
+        assert torch.equal(alone.masks, both.masks[own])
+        assert torch.equal(alone.semantic[0], both.semantic[i])
+        assert torch.equal(alone.semantic_reliable[0], both.semantic_reliable[i])
+    rois = torch.cat([torch.tensor([[0.0], [0], [0], [1], [1]]), torch.cat(boxes)], dim=1)
+    again = instance_labels(images, rois, torch.cat(labels), colours, side=SIDE, batch_size=1)
+    assert torch.equal(again.masks, both.masks)
+
+
+def test_small_gaps_are_stretched_away_and_large_ones_are_kept():
+    image = torch.zeros(3, 288, 352, dtype=torch.uint8)
+    box, one = torch.tensor([[50.0, 60, 110, 120]]), torch.tensor([1])
+
+    def columns(gap):  # of a head that leaves this share of the box empty on either side
+        def head(zoomed):
+            return torch.where(zoomed.u.abs() < 1 - 2 * gap, 5.0, -5.0)
+
+        mask = label(image, box, one, head=head, crf=unchanged, side=128).masks[0]
+        return mask.any(0).nonzero()[[0, -1], 0].tolist()
+
+    assert columns(0.05) == [50, 109]
+    first, last = columns(0.18)
+    assert first in (60, 61)
+    assert last in (98, 99)
+
+
+def test_boxes_of_one_class_share_pixels_unless_one_would_be_empty():
+    image, boxes, _ = scene()
+    twice = boxes[[0, 0]]
+    same = label(image, twice, torch.tensor([1, 1]))
+    assert torch.equal(same.masks[0], same.masks[1]) or not (same.masks[0] & same.masks[1]).any()
+    assert same.masks.flatten(1).any(1).all()
+    overlapping = torch.tensor([[10.0, 15, 50, 50], [30, 20, 70, 60]])
+    shared = label(image, overlapping, torch.tensor([1, 1])).masks
+    apart = label(image, overlapping, torch.tensor([1, 2])).masks
+    assert (apart[0] & apart[1]).any()
+    assert not (shared[0] & shared[1]).any()
+    assert torch.equal(shared.any(0), apart.any(0))
+
+
+def test_pixels_that_two_classes_hold_are_unreliable():
+    image, _, _ = scene()
+    overlapping = torch.tensor([[10.0, 15, 50, 50], [30, 20, 70, 60]])
+    y = label(image, overlapping, torch.tensor([1, 2]))
+    both = y.masks.all(0)
+    assert both.any()
+    assert not y.semantic_reliable[0][both].any()
+
+
+def test_an_object_of_its_own_colour_is_found():
+    image = torch.full((3, 96, 96), 40, dtype=torch.uint8)
+    truth = torch.zeros(96, 96, dtype=torch.bool)
+    truth[30:60, 30:45] = truth[45:60, 30:66] = True  # an L
+    image[:, truth] = 200
+    y = label(image, torch.tensor([[30.0, 30, 66, 60]]), torch.tensor([4]), side=256)
+    union = (y.masks[0] | truth).sum()
+    assert (y.masks[0] & truth).sum() > 0.9 * union
+    assert y.semantic[0].unique().tolist() == [0, 4]
+    assert not bool(y.doubtful[0])
+
+
+# ------------------------------------------------------------------------------------------ corners
+
+
+def test_no_boxes_and_no_images():
+    image, _, _ = scene()
+    y = label(image, torch.empty(0, 4), torch.empty(0, dtype=torch.long))
+    assert y.masks.shape == y.log_odds.shape == (0, 72, 88)
+    assert not y.semantic.any()
+    assert y.semantic_reliable.all()
+    none = instance_labels(image[None][:0], [], [], colours)
+    assert none.semantic.shape == (0, 72, 88)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_features_of_any_precision(dtype):
+    image, boxes, labels = scene()
+    y = label(image, boxes, labels, backbone=lambda x: colours(x).to(dtype))
+    exact = label(image, boxes, labels)
+    assert y.log_odds.dtype == torch.float32
+    assert (y.masks ^ exact.masks).float().mean() < 0.01
+
+
+def test_module_is_the_function():
+    image, boxes, labels = scene()
+    crf = instance_crf(iterations=3)
+    generate = InstanceLabelGenerator(colours, crf, stretch=0.1, side=SIDE, batch_size=2)
+    one = generate(image[None], [boxes], [labels])
+    other = label(image, boxes, labels, crf=crf, stretch=0.1, batch_size=2)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert "side=64" in repr(generate)
+    function = inspect.signature(instance_labels).parameters
+    module = inspect.signature(InstanceLabelGenerator).parameters
+    for name in ("crf", "head", "stretch", "side", "batch_size"):
+        assert function[name].default == module[name].default, name
+
+
+def test_head_sees_zoomed_boxes_and_its_log_odds_are_used():
+    seen = []
+
+    def head(zoomed):
+        seen.append(zoomed)
+        return box_log_odds(zoomed)
+
+    image, boxes, labels = scene()
+    one, other = label(image, boxes, labels, head=head), label(image, boxes, labels)
+    assert torch.equal(one.masks, other.masks)
+    zoomed = seen[0]
+    assert isinstance(zoomed, ZoomedBoxes)
+    inside = zoomed.inside
+    assert bool((zoomed.u[inside].abs() <= 1.1).all())
+    for k in range(len(inside)):
+        close(zoomed.z[k][inside[k]].mean(), 0.0, tolerance=1e-6)
+        close(zoomed.z[k][inside[k]].std(unbiased=False), 1.0, tolerance=1e-6)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.zeros(1, 3, 9, 9)}, TypeError, "images must have dtype torch.uint8"),
+        (
+            {"images": torch.zeros(3, 9, 9).byte()},
+            ValueError,
+            "images must have shape (B, 3, H, W)",
+        ),
+        ({"boxes": [torch.zeros(1, 5)]}, ValueError, "boxes[0] must have shape (K, 4)"),
+        ({"labels": [torch.tensor([0])]}, ValueError, "labels must be in 1.."),
+        ({"labels": [torch.tensor([1.0])]}, TypeError, "labels[0] must have an integer dtype"),
+        ({"stretch": 0.7}, ValueError, "stretch must be >= 0 and <= 0.5, got 0.7"),
+        ({"side": 8}, ValueError, "side must be >= 32, got 8"),
+        ({"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
+        (
+            {"backbone": lambda x: x.float().mean(1)},
+            ValueError,
+            "features of the backbone must have shape (1, D, h, w)",
+        ),
+        (
+            {"backbone": lambda x: x[:, :, ::8, ::8]},
+            TypeError,
+            "features of the backbone must have a floating-point dtype, got torch.uint8",
+        ),
+        ({"head": lambda z: z.z[0]}, ValueError, "log-odds of the head must have shape"),
+    ],
+)
+def test_errors_name_argument_expectation_and_fact(change, error, message):
+    arguments = {
+        "images": torch.zeros(1, 3, 9, 9, dtype=torch.uint8),
+        "boxes": [torch.tensor([[1.0, 1.0, 5.0, 5.0]])],
+        "labels": [torch.tensor([1])],
+        "backbone": colours,
+        **change,
+    }
+    with pytest.raises(error, match=re.escape(message)):
+        instance_labels(**arguments)
+
+
+def test_module_refuses_what_cannot_be_called():
+    for name in ("backbone", "crf", "head"):
+        with pytest.raises(TypeError, match=f"{name} must be callable, got int"):
+            InstanceLabelGenerator(**{"backbone": colours, name: 3})
+    with pytest.raises(TypeError, match="backbone must be callable, got NoneType"):
+        InstanceLabelGenerator(None)
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_as_on_the_cpu():
+    image, boxes, labels = scene()
+    one = label(image, boxes, labels)
+    other = label(image.cuda(), boxes.cuda(), labels.cuda())
+    assert other.masks.is_cuda
+    assert (one.masks ^ other.masks.cpu()).float().mean() < 0.01
