@@ -7,6 +7,9 @@ from torch.nn import functional as F
 
 import reference_instances as reference
 from bapnal import InstanceLabelGenerator, MaskHead, box_mask_loss, fit_mask_head, instance_labels
+from bapnal._crops import plan
+from bapnal._zoom import zoom_boxes
+from bapnal.instance_refine import box_points
 
 SIDE = 64
 
@@ -78,6 +81,40 @@ def test_training_is_reproducible_and_uses_the_head():
     assert (one.masks[0] & disc).sum() > 0.8 * (one.masks[0] | disc).sum()
 
 
+def test_cells_may_be_projected_before_they_are_sampled():
+    generator = torch.Generator().manual_seed(0)
+    image, box, _ = next(samples(1, seed=2))
+
+    def backbone(crops):
+        return torch.cat([colours(crops) - 20, colours(crops.flip(3)) + 50], dim=1)
+
+    head = MaskHead(6)
+    head.mean.copy_(torch.randn(6, generator=generator))
+    head.projection.copy_(torch.randn(6, 64, generator=generator))
+    crop = plan(0, box[0].tolist(), (80, 96), SIDE)
+    ((_, zoomed),) = zoom_boxes(image[None], [crop], backbone, SIDE, 4)
+    sampled = box_points(zoomed)
+    assert sampled.features.shape == (1, 6, 28, 28)
+    projected = torch.einsum(
+        "ndhw,dc->nchw", sampled.features - head.mean[:, None, None], head.projection
+    )
+    assert projected.std() > 0.1
+    close(head.points(zoomed).features, projected)
+    close(head.project(sampled.features), projected)
+
+
+def test_the_answer_is_the_mean_of_networks_of_different_seeds():
+    one, other = (
+        fit_mask_head(boxes_of(16), colours, networks=1, epochs=1, seed=seed, side=SIDE)
+        for seed in (3, 4)
+    )
+    both = fit_mask_head(boxes_of(16), colours, networks=2, epochs=1, seed=3, side=SIDE)
+    inputs = torch.randn(2, 73, 28, 28, generator=torch.Generator().manual_seed(0))
+    expected = (one.logits(inputs) + other.logits(inputs)) / 2
+    assert (one.logits(inputs) - other.logits(inputs)).abs().max() > 1e-3
+    close(both.logits(inputs), expected)
+
+
 def test_a_mirrored_image_gets_the_mirrored_mask():
     head = fit_mask_head(boxes_of(16), colours, epochs=1, side=SIDE)
     image, _, _ = next(samples(1, seed=3))
@@ -93,6 +130,8 @@ def test_errors_name_argument_expectation_and_fact():
         fit_mask_head(boxes_of(3), colours, side=SIDE)
     with pytest.raises(ValueError, match="most_boxes must be >= 16, got 1"):
         fit_mask_head([], colours, most_boxes=1)
+    with pytest.raises(ValueError, match="networks must be >= 1, got 0"):
+        fit_mask_head([], colours, networks=0)
     with pytest.raises(ValueError, match="channels must be >= 1, got 0"):
         MaskHead(0)
     with pytest.raises(ValueError, match=r"logits must have shape \(n, 28, 28\)"):

@@ -146,7 +146,7 @@ def coordinates(corners: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]
 
 
 def sample(maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Bilinear values of maps at a grid of points, in shares of their width and height.
+    """Bilinear values of maps at a grid of points; :func:`sample_channels` of one channel.
 
     Args:
         maps: ``(n, h, w)``.
@@ -156,7 +156,11 @@ def sample(maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
     Returns:
         ``(n, H, W)``.
     """
+    return sample_channels(maps[:, None], x, y)[:, 0]
+
+
+def sample_channels(maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Bilinear values of maps ``(n, D, h, w)`` at one grid of points each; ``(n, D, H, W)``."""
     shape = (maps.shape[0], y.shape[1], x.shape[1])
     grid = torch.stack([x[:, None, :].expand(shape), y[:, :, None].expand(shape)], -1) * 2 - 1
-    found = F.grid_sample(maps[:, None], grid, padding_mode="border", align_corners=False)
-    return found[:, 0]
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bapnal import _checks
-from bapnal._crops import plan, sample
+from bapnal._crops import plan, sample, sample_channels
 from bapnal._zoom import ZoomedBoxes, zoom_boxes
 from bapnal.boxes import pad_boxes
 from bapnal.instances import box_log_odds
@@ -26,6 +26,7 @@ from bapnal.instances import box_log_odds
 POINTS = 28  # along each side
 REACH = 1.3  # of the box that the points cover
 REDUCED = 64  # channels of the features that the network sees
+WIDTH = 64  # channels of a network
 U_CHANNEL = REDUCED + 3  # changes its sign when an input is mirrored
 ALIKE = 0.3  # colours more similar than this share their label
 NEIGHBOURS = ((0, 2), (2, 0), (2, 2), (2, -2))  # a 3 x 3 window with dilation 2, each pair once
@@ -39,7 +40,7 @@ class BoxPoints(NamedTuple):
     """Boxes on the grid of points, from :func:`box_points`.
 
     Attributes:
-        features: f at the points; ``(n, D, 28, 28)``.
+        features: f at the points, or what f was projected to before; ``(n, D, 28, 28)``.
         lab: Colours in CIELAB; ``(n, 3, 28, 28)``.
         position: u, v, inside, u^2 + v^2, z and the log-odds of step 4 over 3;
             ``(n, 6, 28, 28)``.
@@ -63,13 +64,7 @@ def box_points(zoomed: ZoomedBoxes) -> BoxPoints:
     x, y = shares
 
     def at(maps: Tensor) -> Tensor:
-        n, channels = maps.shape[:2]
-        every = sample(
-            maps.to(kind).flatten(0, 1),
-            x.repeat_interleave(channels, 0),
-            y.repeat_interleave(channels, 0),
-        )
-        return every.reshape(n, channels, POINTS, POINTS)
+        return sample_channels(maps.to(kind), x, y)
 
     blurred = F.avg_pool2d(zoomed.images.to(kind), 3, stride=1, padding=1, count_include_pad=False)
     u = line.expand(len(x), POINTS, POINTS)
@@ -178,14 +173,16 @@ def _shifted(x: Tensor, offset: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 class MaskHead(nn.Module):
-    """A small network from points of a box to log-odds; the ``head`` of the generator.
+    """Small networks from points of a box to log-odds; the ``head`` of the generator.
 
-    A 1x1 convolution, three 3x3 of 64 channels with group normalisation, and a 1x1 convolution. Its
-    answer is averaged over the mirrored input and then with the log-odds of step 4.
+    A 1x1 convolution, three 3x3 of 64 channels with group normalisation, and a 1x1 convolution.
+    Their answer is averaged over networks and the mirrored input, and then with the log-odds of
+    step 4.
 
     Args:
         channels: D, channels of the features.
-        width: Channels of the network.
+        width: Channels of a network.
+        networks: How many networks.
 
     Attributes:
         mean: Mean feature, ``(D,)``.
@@ -195,15 +192,13 @@ class MaskHead(nn.Module):
     mean: Tensor
     projection: Tensor
 
-    def __init__(self, channels: int, width: int = 64) -> None:
+    def __init__(self, channels: int, width: int = WIDTH, networks: int = 1) -> None:
         super().__init__()
         _checks.integer("channels", channels, minimum=1)
+        _checks.integer("networks", networks, minimum=1)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("projection", torch.zeros(channels, REDUCED))
-        layers: list[nn.Module] = [nn.Conv2d(REDUCED + 9, width, 1), nn.ReLU()]
-        for _ in range(3):
-            layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()]
-        self.network = nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
+        self.networks = nn.ModuleList(_network(width) for _ in range(networks))
 
     def set_projection(self, features: Tensor) -> None:
         """Take the principal components of features ``(m, D)``."""
@@ -216,24 +211,44 @@ class MaskHead(nn.Module):
         self.projection.zero_()
         self.projection[:, :kept] = vectors[:, -kept:] / scale
 
+    def project(self, features: Tensor) -> Tensor:
+        """The components of features ``(n, D, h, w)``; ``(n, 64, h, w)``."""
+        mean, across = self.mean.to(features), self.projection.to(features).T
+        found = across @ features.flatten(2) - (across @ mean)[:, None]
+        return found.unflatten(2, features.shape[2:])
+
+    def points(self, zoomed: ZoomedBoxes) -> BoxPoints:
+        """Boxes on the points with projected features.
+
+        Bilinear weights sum to 1, so that it does not matter whether cells are projected and then
+        sampled or the other way round; this way 64 channels are sampled in place of D.
+        """
+        return box_points(zoomed._replace(features=self.project(zoomed.features)))
+
     def inputs(self, points: BoxPoints) -> Tensor:
-        """What the network sees; ``(n, 73, 28, 28)``."""
-        centred = points.features - self.mean[:, None, None]
-        reduced = torch.einsum("ndhw,dc->nchw", centred, self.projection.to(centred))
-        return torch.cat([reduced, points.lab / 50, points.position], dim=1).float()
+        """What the networks see of :meth:`points`; ``(n, 73, 28, 28)``."""
+        return torch.cat([points.features, points.lab / 50, points.position], dim=1).float()
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """Log-odds on the points, averaged over the mirrored input; ``(n, 28, 28)``."""
-        both: Tensor = self.network(torch.cat([inputs, mirrored(inputs)]))[:, 0]
-        one, other = both.chunk(2)
+        """Log-odds on the points, averaged over networks and mirroring; ``(n, 28, 28)``."""
+        both = torch.cat([inputs, mirrored(inputs)])
+        found = torch.stack([network(both)[:, 0] for network in self.networks]).mean(0)
+        one, other = found.chunk(2)
         return (one + other.flip(2)) / 2
 
     def forward(self, zoomed: ZoomedBoxes) -> Tensor:
         """Return log-odds on the pixels of the crops; ``(n, h, w)``."""
-        found = self.logits(self.inputs(box_points(zoomed))).to(zoomed.z.dtype)
+        found = self.logits(self.inputs(self.points(zoomed))).to(zoomed.z.dtype)
         x, y = ((along / REACH + 1) / 2 for along in (zoomed.u[:, 0, :], zoomed.v[:, :, 0]))
         own = sample(found, x, y)
         return STEP_4 * box_log_odds(zoomed) + (1 - STEP_4) * own + RAISED
+
+
+def _network(width: int) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Conv2d(REDUCED + 9, width, 1), nn.ReLU()]
+    for _ in range(3):
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
 
 
 def mirrored(inputs: Tensor) -> Tensor:
@@ -248,6 +263,7 @@ def fit_mask_head(
     samples: Iterable[tuple[Tensor, Tensor]],
     backbone: Callable[[Tensor], Tensor],
     *,
+    networks: int = 2,
     most_boxes: int = 1500,
     epochs: int = 4,
     lr: float = 2e-3,
@@ -262,10 +278,11 @@ def fit_mask_head(
         samples: Pairs of an image ``(3, H, W)`` uint8 and its boxes ``(K, 4)``; read once, until
             there are enough boxes. In an order that mixes classes.
         backbone: As in :func:`bapnal.instance_labels`.
+        networks: How many networks of different seeds are averaged.
         most_boxes: How many boxes are enough.
         epochs: Passes over the boxes.
         lr: Learning rate of AdamW, which falls to 0 along a cosine.
-        seed: Of weights, order and mirroring.
+        seed: Of weights, order and mirroring; that of a further network is one larger.
         side: As in :func:`bapnal.instance_labels`.
 
     Returns:
@@ -274,62 +291,69 @@ def fit_mask_head(
     Raises:
         ValueError: If there are fewer than 16 boxes, or a number is out of range.
     """
+    _checks.integer("networks", networks, minimum=1)
     _checks.integer("most_boxes", most_boxes, minimum=16)
     _checks.integer("epochs", epochs, minimum=1)
     _checks.number("lr", lr, above=0)
     first, count = [], 0
-    stream = _all_points(samples, backbone, side)
-    for points in stream:
-        first.append(points)
-        count += len(points.lab)
+    stream = _all_boxes(samples, backbone, side)
+    for zoomed in stream:
+        first.append(box_points(zoomed))
+        count += len(zoomed.u)
         if count >= min(PROJECTED, most_boxes):
             break
     if count < 16:
         raise ValueError(f"samples must hold at least 16 boxes, got {count}")
-    head = _new_head(first, seed)
+    head = _new_head(first, networks, seed)
+    known = (points._replace(features=head.project(points.features)) for points in first)
     inputs, labs, valids = [], [], []
-    for points in chain(first, stream):
+    for points in chain(known, map(head.points, stream)):
         inputs.append(head.inputs(points).half())
         labs.append(points.lab.float())
         valids.append(points.valid)
         if sum(map(len, labs)) >= most_boxes:
             break
     with torch.enable_grad():
-        _train(head, torch.cat(inputs), torch.cat(labs), torch.cat(valids), (epochs, lr, seed))
+        for number, network in enumerate(head.networks):
+            chosen = (epochs, lr, seed + number)
+            _train(network, torch.cat(inputs), torch.cat(labs), torch.cat(valids), chosen)
     return head.eval()
 
 
-def _all_points(
+def _all_boxes(
     samples: Iterable[tuple[Tensor, Tensor]], backbone: Callable[[Tensor], Tensor], side: int
-) -> Iterator[BoxPoints]:
+) -> Iterator[ZoomedBoxes]:
     for number, (image, boxes) in enumerate(samples):
         _checks.shape(f"image {number} of samples", image, (3, "H", "W"))
         size = (image.shape[1], image.shape[2])
         corners = pad_boxes([boxes], 1, device=image.device).corners[0]
         crops = [plan(0, box, size, side) for box in corners.tolist()]
         for _, zoomed in zoom_boxes(image[None], crops, backbone, side, 4):
-            yield box_points(zoomed)
+            yield zoomed
 
 
-def _new_head(points: Sequence[BoxPoints], seed: int) -> MaskHead:
-    """A head with the principal components of some features, and weights of its seed."""
+def _new_head(points: Sequence[BoxPoints], networks: int, seed: int) -> MaskHead:
+    """A head with the principal components of some features, and weights of its seeds."""
     features = torch.cat([known.features.float() for known in points])
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = MaskHead(features.shape[1]).to(features.device)
+        head = MaskHead(features.shape[1], networks=networks)
+        for number in range(networks):
+            torch.manual_seed(seed + number)
+            head.networks[number] = _network(WIDTH)
+    head = head.to(features.device)
     every = features.movedim(1, -1).flatten(0, 2)
     head.set_projection(every[:: max(len(every) // 100_000, 1)])
     return head
 
 
 def _train(
-    head: MaskHead, inputs: Tensor, lab: Tensor, valid: Tensor, plan: tuple[int, float, int]
+    network: nn.Module, inputs: Tensor, lab: Tensor, valid: Tensor, settings: tuple[int, float, int]
 ) -> None:
     """AdamW over batches of 16 with a cosine schedule; the pair loss is ramped over one epoch."""
-    epochs, lr, seed = plan
+    epochs, lr, seed = settings
     generator = torch.Generator().manual_seed(seed)
     steps = len(inputs) // BATCH
-    optimizer = torch.optim.AdamW(head.network.parameters(), lr=lr, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     for step in range(epochs * steps):
         if step % steps == 0:
@@ -338,7 +362,7 @@ def _train(
         x, colours, there = inputs[chosen].float(), lab[chosen], valid[chosen]
         if torch.rand((), generator=generator) < 0.5:
             x, colours, there = mirrored(x), colours.flip(3), there.flip(2)
-        logits = head.network(x)[:, 0]
+        logits = network(x)[:, 0]
         loss = box_mask_loss(logits, colours, there, min(1.0, step / steps))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
