@@ -41,8 +41,8 @@ from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine import series
+from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import baselines
-from bapnal_recipes.voc2012.train_classifier import load_classifier
 
 Method = Literal[
     "box", "ellipse", "grabcut", "wssl", "plain", "ridge", "classifier", "paper", "released"

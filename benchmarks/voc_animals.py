@@ -5,15 +5,13 @@
 EfficientNet-Lite0 stands for VGG-16, and trainings are short; everything else is what the scripts
 do. Parts can be named, ``--parts classifiers labels``, and shared out by ``--only``, which picks
 the jobs whose name holds a text. What is finished is not run again, so a broken run continues.
-Weights and label maps go to ``--work``, result files to ``--out``, which
-``bapnal_recipes.voc2012.tables`` makes a page of.
+Weights and label maps go to ``--work``, results of evaluations to ``--out``, and all numbers to
+``--series``, of which ``bapnal_recipes.voc2012.tables`` makes a page.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import torch
 import tyro
 
 from bapnal.label.backbone import load_by_position, packaged_weights
-from bapnal.label.files import whole, write_json
+from bapnal.label.files import whole
 from bapnal_recipes.data.voc import default_root
 from bapnal_recipes.engine.logs import Logging
 from bapnal_recipes.engine.machines import Machines
@@ -38,6 +36,8 @@ from bapnal_recipes.voc2012 import (
     train_segmentation,
 )
 from bapnal_recipes.voc2012.evaluate.segmentation import Mode
+from bapnal_recipes.voc2012.measurements import write_series
+from bapnal_recipes.voc2012.results import read_results
 
 ANIMALS = (0, 8, 10, 12, 13, 17)  # what the scores are averaged over
 UNSEEN = ("cow", "horse")
@@ -62,7 +62,8 @@ class Settings:
     Args:
         root: A folder in devkit layout.
         work: Where weights and label maps are kept.
-        out: Where result files go.
+        out: Where results of evaluations go.
+        series: Folder of the series that all numbers are added to.
         parts: Which parts, in their order: classifiers, searches, labels, rivals, facts, unseen,
             conditions, grids, segmentation, loose, noisy.
         only: Only jobs whose name holds one of these texts.
@@ -72,7 +73,8 @@ class Settings:
 
     root: Path = field(default_factory=default_root)
     work: Path = Path("runs/voc_animals")
-    out: Path = Path("benchmarks/results/voc_animals")
+    out: Path = Path("runs/voc_animals/evaluations")
+    series: Path = Path("benchmarks/results/voc_animals")
     parts: tuple[str, ...] = (
         *("classifiers", "searches", "labels", "rivals", "facts", "unseen", "conditions"),
         *("grids", "segmentation", "loose", "noisy"),
@@ -374,6 +376,8 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
         machines=Machines(workers=s.workers),
         logging=QUIET,
         checkpoint_interval=124,
+        bias_factor=1.0,  # as all these were measured
+        decay_biases=True,
         **options,
     )
     yield f"segmentation_{name}", lambda: train_segmentation.main(settings)
@@ -404,36 +408,31 @@ def main(settings: Settings) -> None:
     unknown = [part for part in settings.parts if part not in PARTS]
     if unknown:
         raise ValueError(f"parts must be among {', '.join(PARTS)}, got {', '.join(unknown)}")
-    for part in settings.parts:
-        for name, job in PARTS[part](settings):
-            if settings.only and not any(text in name for text in settings.only):
-                continue
-            written = settings.out / f"{name}.json"
-            if written.is_file():
-                continue
-            rich.print(f"[bold]{name}")
-            job()
-            collect(settings, [written])
-    collect(settings, settings.out.glob("*.json"))
+    try:
+        for part in settings.parts:
+            for name, job in PARTS[part](settings):
+                if settings.only and not any(text in name for text in settings.only):
+                    continue
+                if not any(path.is_file() for path in written(settings, name)):
+                    rich.print(f"[bold]{name}")
+                    job()
+    finally:
+        collect(settings)
 
 
-def collect(settings: Settings, written: Iterable[Path]) -> None:
-    """Copy result files of finished runs beside those of evaluations; name no machine in them."""
-    new = [path for path in written if path.is_file()]
+def written(settings: Settings, name: str) -> Iterator[Path]:
+    """Give the result files that a job may have left when it was done."""
+    yield settings.out / f"{name}.json"
     for folder in FOLDERS:
-        for path in sorted((settings.work / folder).glob("*/result.json")):
-            copy = settings.out / f"{folder}_{path.parent.name}.json"
-            if not copy.is_file():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
-                new.append(copy)
-    for path in new:
-        text = path.read_text(encoding="utf-8")
-        portable = text.replace(str(settings.root), str(Path(*settings.root.parts[-3:])))
-        portable = portable.replace(str(settings.work), "runs/voc_animals")
-        portable = portable.replace(str(settings.out), "benchmarks/results/voc_animals")
-        if portable != text:
-            write_json(path, json.loads(portable))
+        if name.startswith(f"{folder}_"):
+            yield settings.work / folder / name.removeprefix(f"{folder}_") / "result.json"
+
+
+def collect(settings: Settings) -> None:
+    """Add the numbers of all result files to the series, which name no path of the machine."""
+    folders = [settings.out, *(settings.work / folder for folder in FOLDERS)]
+    found = read_results([folder for folder in folders if folder.is_dir()])
+    write_series(settings.series, found.measurements)
 
 
 if __name__ == "__main__":

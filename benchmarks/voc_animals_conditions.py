@@ -13,7 +13,6 @@ as they are measured, and a rerun continues.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,12 +35,14 @@ from bapnal import (
     grid_prototypes,
 )
 from bapnal.label.backbone import TimmFeatures
-from bapnal.label.files import write_json
 from bapnal.pooling import PooledFeatures
 from bapnal_recipes.data.dataset import loosen
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import Devkit
-from bapnal_recipes.engine.runs import Meter, result
+from bapnal_recipes.engine.series import source
+from bapnal_recipes.voc2012.measurements import Measurement, read_series, write_series
+from bapnal_recipes.voc2012.measurements import key as key_of
+from bapnal_recipes.voc2012.results import data_name
 
 ANIMALS = (0, 8, 10, 12, 13, 17)
 CLASSES = 21
@@ -191,9 +192,45 @@ def measure(
     return {key: round(100 * score.compute().miou, 2) for key, score in scores.items()}
 
 
+def rows_of(condition: Condition) -> list[tuple[dict[str, object], tuple[tuple[str, int]]]]:
+    """Settings and samples of what is measured under a condition."""
+    facts = asdict(condition)
+    seeds = (("sample", facts.pop("sample")),)
+    runs = [(background, 1) for background in GENERATING]
+    if condition.pool == "bap" and condition.margin == 0 and condition.sample == 0:
+        runs += [("attention", n) for n in (2, 3)]
+    return [({**facts, "u_0": background, "generating": n}, seeds) for background, n in runs]
+
+
+def measure_all(
+    devkit: Devkit,
+    train: list[ImageFeatures],
+    val: list[ImageFeatures],
+    condition: Condition,
+    rows: list[Measurement],
+) -> list[Measurement]:
+    """Train the classifier under a condition and fill in the scores of its rows."""
+    boxes, seen = (
+        [loosen(devkit.annotation(p.name).boxes, condition.margin, p.size) for p in entries]
+        for entries in (train, val)
+    )
+    labels = [devkit.annotation(p.name).labels for p in train]
+    weight = fit(pooled(train, boxes, condition), labels, condition.sample)
+    alike = [uniformity(p, own) for p, own in zip(val, seen, strict=True)]
+    middle = float(torch.tensor(alike).median())
+    halves = [value > middle for value in alike]
+    found = []
+    for row in rows:
+        u_0, n = row.facts["u_0"], row.facts["generating"]
+        scores = measure(devkit, val, seen, weight, halves, u_0, n)
+        rich.print(condition, u_0, n, scores)
+        found.append(row._replace(scores=scores, images=len(val), more=source()))
+    return found
+
+
 def main(
     root: Path,
-    out: Path = Path("benchmarks/results/voc_animals/conditions.json"),
+    out: Path = Path("benchmarks/results/voc_animals"),
     strides: tuple[int, ...] = (16, 8),
     samples: int = 3,
     train_split: str = "train_aug",
@@ -205,7 +242,7 @@ def main(
 
     Args:
         root: A folder in devkit layout.
-        out: Where results go.
+        out: Folder of the series ``conditions``.
         strides: Of the features.
         samples: How many trainings without margin, the first on all images.
         train_split: Split of stage 1.
@@ -214,20 +251,22 @@ def main(
         weights: Of the backbone; see ``TimmFeatures``.
     """
     devkit = Devkit(root)
-    rows: dict[str, dict[str, object]] = {}
-    if out.is_file():
-        rows = json.loads(out.read_text())["scores"]
+    there = out / "conditions.jsonl"
+    done = {key_of(m) for m in read_series(there)} if there.is_file() else set()
     settings = {
+        "data": data_name(str(root)),
+        "split": val_split,
         "backbone": backbone,
         "crf": "half resolution",
-        "cam_normalization": "box",
-        "unary_softmax": 1.0,
-        "background_threshold": None,
+        "generator": "released",
     }
     cached: dict[int, tuple[list[ImageFeatures], list[ImageFeatures]]] = {}
     for condition in conditions(strides, samples):
-        key = " ".join(f"{k}={v}" for k, v in asdict(condition).items())
-        if key in rows:
+        rows = [
+            Measurement("conditions", {**settings, **facts}, seeds, {}, None, {})
+            for facts, seeds in rows_of(condition)
+        ]
+        if done.issuperset(key_of(row) for row in rows):
             continue
         if condition.stride not in cached:
             cached.clear()
@@ -237,27 +276,7 @@ def main(
                 features_of(network, devkit, devkit.names(train_split)),
                 features_of(network, devkit, devkit.names(val_split)),
             )
-        train, val = cached[condition.stride]
-        with Meter() as meter:
-            boxes, seen = (
-                [loosen(devkit.annotation(p.name).boxes, condition.margin, p.size) for p in entries]
-                for entries in (train, val)
-            )
-            labels = [devkit.annotation(p.name).labels for p in train]
-            weight = fit(pooled(train, boxes, condition), labels, condition.sample)
-            alike = [uniformity(p, own) for p, own in zip(val, seen, strict=True)]
-            middle = float(torch.tensor(alike).median())
-            halves = [value > middle for value in alike]
-            runs = [(name, name, 1) for name in GENERATING]
-            if condition.pool == "bap" and condition.margin == 0 and condition.sample == 0:
-                runs += [(f"attention N={n}", "attention", n) for n in (2, 3)]
-            found = {
-                name: measure(devkit, val, seen, weight, halves, background, n)
-                for name, background, n in runs
-            }
-        rows[key] = {**asdict(condition), "crf": found}
-        rich.print(key, found)
-        write_json(out, result("conditions", settings, rows, meter))
+        write_series(out, measure_all(devkit, *cached[condition.stride], condition, rows))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ For each segmentation network of ``train_segmentation.py``, on images that it wa
 whose true masks are known: how many pixels are not reliable (~S), how often Y_crf and Y_ret are
 right there, and whether the confidence sigma tells right labels from wrong ones: the area under the
 ROC curve, 0.5 for a coin. Also how much of the loss's gradient, with respect to the cosines, comes
-from ~S, and how much of that flows through sigma. ``tables.py`` does not read the result.
+from ~S, and how much of that flows through sigma.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal import confidence_map, noise_aware_loss
-from bapnal.label.files import write_json
 from bapnal_recipes.data.label_maps import VOID
 from bapnal_recipes.data.labelled import LabelledImages, label_folder
 from bapnal_recipes.data.voc import Devkit, default_root
-from bapnal_recipes.engine.runs import Meter, result
+from bapnal_recipes.engine.series import source
 from bapnal_recipes.models.segmenter import load_segmenter
+from bapnal_recipes.voc2012.measurements import Measurement, write_series
+from bapnal_recipes.voc2012.results import data_name
 
 BINS = 1000
 SCALE = 20.0  # of the cosine classifier
@@ -108,7 +109,7 @@ def look(folder: Path, devkit: Devkit, names: list[str]) -> dict[str, float]:
 def main(
     segmenters: tuple[Path, ...],
     root: Path | None = None,
-    out: Path = Path("benchmarks/results/voc_animals_confidence.json"),
+    out: Path = Path("benchmarks/results/voc_animals"),
     split: str = "train_aug",
     every: int = 5,
 ) -> None:
@@ -118,17 +119,19 @@ def main(
         segmenters: Folders of ``train_segmentation.py``; the labels that they were trained on are
             read from where they were.
         root: A folder in devkit layout.
-        out: Where results go.
+        out: Folder of the series ``confidence``.
         split: What they were trained on.
         every: Take every so many of its images.
     """
     devkit = Devkit(root or default_root())
     names = devkit.names(split)[::every]
-    with Meter() as meter:
-        rows = {folder.name: look(folder, devkit, names) for folder in segmenters}
-    settings = {"split": split, "pictures": len(names)}
-    write_json(out, result("confidence", settings, rows, meter))
-    rich.print(rows)
+    settings = {"data": data_name(str(devkit.root)), "split": split}
+    for folder in segmenters:
+        scores = {name: round(x, 5) for name, x in look(folder, devkit, names).items()}
+        rich.print(folder.name, scores)
+        facts = {**settings, "segmenter": folder.name}
+        found = Measurement("confidence", facts, (), scores, len(names), source())
+        write_series(out, [found])
 
 
 if __name__ == "__main__":

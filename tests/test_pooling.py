@@ -284,6 +284,8 @@ def test_min_background_counts_the_image_not_the_padding():
     assert bap.attention[0, 0, 0, 3] > 0 or gap.attention[0, 0, 0, 3] == 0
     close(pool(scene, boxes=boxes, min_background=0.7).attention, bap.attention)
     close(pool(scene, boxes=boxes, min_background=0.75).attention, gap.attention)
+    counted = pool(scene, boxes=boxes, min_background=0.7, count_padding=True)
+    close(counted.attention, gap.attention)
 
 
 @given(scene=scenes(), bins=st.integers(1, 2))
@@ -725,6 +727,7 @@ def test_compiles_without_a_graph_break(backend, form, bins):
         {"output_size": 2},
         {"min_background": 0.9},
         {"attention": False},
+        {"min_background": 0.4, "count_padding": True},
         {"sampling": "roi_align", "roi_size": 5},
         {"sampling": "roi_align", "attention": False, "output_size": 2},
     ],

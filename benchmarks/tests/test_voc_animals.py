@@ -12,7 +12,15 @@ import torch
 
 import voc_animals
 import voc_animals_confidence
+from bapnal_recipes.engine import series
+from bapnal_recipes.voc2012 import tables
 
+KINDS = {
+    "train_classifier": "classifier",
+    "search": "search",
+    "generate_labels": "labels",
+    "train_segmentation": "segmentation",
+}
 SCRIPTS = ("train_classifier", "search", "generate_labels", "train_segmentation", "evaluate")
 
 
@@ -26,7 +34,9 @@ def asked(monkeypatch):
         path = settings.out if settings.out.suffix == ".json" else settings.out / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         plain = {entry.name: str(getattr(settings, entry.name)) for entry in fields(settings)}
-        path.write_text(json.dumps({"kind": "note", "settings": plain}), encoding="utf-8")
+        kind = KINDS.get(type(settings).__module__.rpartition(".")[2], "evaluation")
+        content = {"kind": kind, "settings": plain, "scores": {"loss": 0.5, "rows": []}}
+        path.write_text(json.dumps(content | {"what": "boxes"}), encoding="utf-8")
 
     for name in SCRIPTS:
         monkeypatch.setattr(getattr(voc_animals, name), "main", note)
@@ -41,7 +51,8 @@ def settings(tmp_path):
     lists.mkdir(parents=True)
     names = [f"2007_{i:06d}" for i in range(25)]
     (lists / "train_aug.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-    return voc_animals.Settings(root=root, work=tmp_path / "work", out=tmp_path / "out")
+    folders = {name: tmp_path / name for name in ("work", "out", "series")}
+    return voc_animals.Settings(root=root, **folders)
 
 
 def test_each_job_finds_what_earlier_ones_wrote(asked, settings):
@@ -74,28 +85,70 @@ def test_what_is_finished_is_not_run_again(asked, settings):
 
 
 def test_jobs_can_be_named(asked, settings):
-    more = {"root": settings.root, "work": settings.work, "out": settings.out}
-    voc_animals.main(
-        voc_animals.Settings(parts=("rivals",), only=("wssl", "box"), **more),
-    )
+    voc_animals.main(replace(settings, parts=("rivals",), only=("wssl", "box")))
     assert [one.out.name for one in asked] == [
         *("box", "evaluate_labels_val_box.json"),
         *("wssl", "evaluate_labels_val_wssl.json"),
     ]
     with pytest.raises(ValueError, match=r"parts must be among classifiers, .*, got rival"):
-        voc_animals.main(voc_animals.Settings(parts=("rival",), **more))
+        voc_animals.main(replace(settings, parts=("rival",)))
 
 
-def test_results_name_no_machine(asked, settings):
+def test_what_is_finished_is_told_by_its_result_alone(asked, settings):
+    voc_animals.main(replace(settings, parts=("classifiers",)))
+    first = len(asked)
+    (settings.work / "classifier/gap_1/result.json").unlink()
+    voc_animals.main(replace(settings, parts=("classifiers",)))
+    assert [one.out.name for one in asked[first:]] == ["gap_1"]
+
+
+def test_numbers_go_to_series_that_name_no_machine(asked, settings):
     voc_animals.main(settings)
-    copies = {path.name for path in settings.out.glob("*.json")}
-    assert {"classifier_bap_0.json", "search_gap_0_fine.json", "labels_val_box.json"} <= copies
-    for path in settings.out.glob("*.json"):
-        text = path.read_text(encoding="utf-8")
-        assert str(settings.root.parents[3]) not in text, path
-    plain = json.loads((settings.out / "labels_val_box.json").read_text(encoding="utf-8"))
-    assert plain["settings"]["root"] == str(Path("voc-animals/VOCdevkit/VOC2012"))
-    assert plain["settings"]["out"] == str(Path("runs/voc_animals/labels_val/box"))
+    written = {path.name for path in settings.series.iterdir() if path.name[0] != "."}
+    assert {"runs.jsonl", "runs.csv", "boxes.jsonl", "shared.json"} <= written
+    for path in settings.series.iterdir():
+        assert str(settings.root.parents[3]) not in path.read_text(encoding="utf-8"), path
+    rows = series.read(settings.series / "runs.jsonl")
+    assert {row["kind"] for row in rows} == {"classifier", "labels", "segmentation"}
+
+
+def test_what_was_measured_before_an_interruption_is_kept(asked, settings, monkeypatch):
+    def stop(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(voc_animals.search, "main", stop)
+    with pytest.raises(KeyboardInterrupt):
+        voc_animals.main(settings)
+    assert (settings.series / "runs.jsonl").is_file()
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+here = pytest.mark.skipif(not RESULTS.is_dir(), reason="results are in a checkout alone")
+
+
+@here
+def test_tables_beside_the_series_are_up_to_date(tmp_path):
+    paths = sorted(RESULTS.rglob("*.jsonl"))
+    assert paths
+    for path in paths:
+        copy = tmp_path / path.name
+        copy.write_bytes(path.read_bytes())
+        series.write(copy, series.read(copy))
+        assert copy.read_bytes() == path.read_bytes(), f"{path} is not as series.write sorts it"
+        leave_out = ("rates",) if path.stem == "filling" else ()
+        assert (
+            series.write_csv(copy, leave_out).read_bytes() == path.with_suffix(".csv").read_bytes()
+        )
+
+
+@here
+def test_the_page_is_up_to_date(tmp_path, monkeypatch):
+    monkeypatch.chdir(RESULTS.parents[1])
+    folder = Path("benchmarks/results/voc_animals")
+    tables.main(tables.Settings((folder,), tmp_path / "voc_animals.md", photographs=False))
+    text = Path("docs/voc_animals.md").read_text(encoding="utf-8")
+    assert (tmp_path / "voc_animals.md").read_text(encoding="utf-8") == text
+    assert len(text.splitlines()) <= 250
 
 
 def test_area_under_roc_counts_pairs():

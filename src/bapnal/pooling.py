@@ -60,6 +60,7 @@ def background_aware_pooling(
     attention: bool = True,
     sampling: str = "cells",
     roi_size: int = 7,
+    count_padding: bool = False,
     valid: Tensor | None = None,
 ) -> PooledFeatures:
     r"""Pool what is likely object inside each box (Eq. 4).
@@ -85,6 +86,8 @@ def background_aware_pooling(
             torchvision.
         roi_size: Samples along each side of a box with ``sampling="roi_align"``, each a mean of 2 x
             2 points.
+        count_padding: Take the mean of M over the padding too, where M is 0, as the authors'
+            released code does; then ``min_background`` depends on the size of the batch.
         valid: ``(B, H, W)`` bool, which pixels show the image; padding is neither box nor
             background.
 
@@ -107,6 +110,7 @@ def background_aware_pooling(
     _checks.floating("features", _checks.shape("features", features, ("B", "D", "h", "w")))
     check_options(grid_size, output_size, min_background, sampling, roi_size)
     _checks.flag("attention", attention)
+    _checks.flag("count_padding", count_padding)
     size = _checks.size("image_size", image_size)
     check_valid(valid, features.shape[0], size, features)
     padded = pad_boxes(boxes, features.shape[0], device=features.device)
@@ -117,7 +121,7 @@ def background_aware_pooling(
         background = outside_of(cells, valid)
         if attention:
             found = attention_at_full_precision(x, background, grid_size, zero)
-            gap = _too_little(background, min_background, valid)
+            gap = _too_little(background, min_background, None if count_padding else valid)
             a = torch.where(gap[:, None, None, None] & ~background, 0.0, found.map)
         else:
             found = Attention(background.to(x.dtype), *grid_prototypes(x, background, grid_size))
@@ -213,6 +217,7 @@ class BackgroundAwarePooling(nn.Module):
         attention: False for global average pooling (GAP).
         sampling: ``"cells"`` or ``"roi_align"``.
         roi_size: Samples along each side of a box with ``sampling="roi_align"``.
+        count_padding: Take the mean of M over the padding too.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -235,6 +240,7 @@ class BackgroundAwarePooling(nn.Module):
         attention: bool = True,
         sampling: str = "cells",
         roi_size: int = 7,
+        count_padding: bool = False,
     ) -> None:
         super().__init__()
         check_options(grid_size, output_size, min_background, sampling, roi_size)
@@ -244,6 +250,7 @@ class BackgroundAwarePooling(nn.Module):
         self.attention = _checks.flag("attention", attention)
         self.sampling = sampling
         self.roi_size = roi_size
+        self.count_padding = _checks.flag("count_padding", count_padding)
 
     def forward(
         self,
@@ -263,6 +270,7 @@ class BackgroundAwarePooling(nn.Module):
             attention=self.attention,
             sampling=self.sampling,
             roi_size=self.roi_size,
+            count_padding=self.count_padding,
             valid=valid,
         )
 
@@ -271,7 +279,8 @@ class BackgroundAwarePooling(nn.Module):
         return (
             f"grid_size={self.grid_size}, output_size={self.output_size}, "
             f"min_background={self.min_background}, attention={self.attention}, "
-            f"sampling={self.sampling!r}, roi_size={self.roi_size}"
+            f"sampling={self.sampling!r}, roi_size={self.roi_size}, "
+            f"count_padding={self.count_padding}"
         )
 
 

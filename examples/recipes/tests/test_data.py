@@ -260,10 +260,10 @@ def test_augmentation_moves_image_boxes_and_maps_together():
         sample = augment(block_sample())
         assert sample.image.shape == (3, 32, 32)
         bright = sample.valid & (sample.image[0] > 127)
-        assert (sample.maps[0][~sample.valid] == VOID).all()
+        assert not sample.valid[sample.maps[0] == VOID].any()
         disagree = (sample.maps[0] == 1) ^ bright
         assert disagree[sample.valid].float().mean() < 0.05  # nearest against bilinear edges
-        padded += int(not sample.valid.all())
+        padded += int((sample.maps[0] == VOID).any())
         dropped += int(1 not in sample.labels)
         for box in sample.boxes[sample.labels == 1]:
             x1, y1, x2, y2 = box.round().long().tolist()
@@ -304,6 +304,42 @@ def test_kept_images_are_read_once(root):
     first = data[0]
     (root / "Annotations/a.xml").unlink()
     assert torch.equal(data[0].image, first.image)
+
+
+def test_what_is_left_of_a_box_too_small_to_keep_is_no_background():
+    """Neither box nor background, unless it lies in another box."""
+    image = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    boxes = torch.tensor([[2.0, 2.0, 12.0, 12.0], [10.0, 10.0, 13.0, 18.0]])
+    labels = torch.tensor([1, 2])
+    valid = torch.ones(20, 20, dtype=torch.bool)
+    sample = Sample("a", image, boxes, labels, valid, torch.zeros(0, 20, 20, dtype=torch.long))
+    found = Augmentation(20, scale=(1.0, 1.0), flip=False, jitter=0)(sample)
+    assert found.labels.tolist() == [1]
+    expected = torch.ones(20, 20, dtype=torch.bool)
+    expected[10:18, 10:13] = False
+    expected[10:12, 10:12] = True
+    assert torch.equal(found.valid, expected)
+
+
+def test_boxes_outside_the_crop_leave_nothing():
+    torch.manual_seed(0)
+    sample = block_sample()._replace(boxes=torch.tensor([[0.0, 0.0, 9.0, 9.0]] * 2))
+    crop = Augmentation(20, scale=(1.0, 1.0), flip=False, jitter=0)
+    lost = [found for found in (crop(sample) for _ in range(20)) if not len(found.labels)]
+    assert any(found.valid.all() for found in lost)
+
+
+@pytest.mark.parametrize(("jitter", "hue"), [(0, 0.5), (0.5, 0), (0, 0)])
+def test_hue_changes_with_the_other_colours_or_not_at_all(jitter, hue):
+    image = torch.full((3, 8, 8), 90, dtype=torch.uint8)  # grey, which no hue changes
+    image[0, :4] = 200
+    nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
+    maps = torch.zeros(0, 8, 8, dtype=torch.long)
+    sample = Sample("a", image, *nothing, torch.ones(8, 8, dtype=torch.bool), maps)
+    torch.manual_seed(0)
+    found = Augmentation(8, (1.0, 1.0), flip=False, jitter=jitter, hue=hue)(sample).image
+    assert torch.equal(found, image) == (jitter == 0)
+    assert torch.equal(found[1], found[2])  # red stays red where hue is kept
 
 
 def test_score_is_one_confusion_matrix_over_all_images():

@@ -265,8 +265,12 @@ def test_which_vgg_stage_1_and_deeplab_v1_take():
     with torch.device("meta"):
         first = build_features("vgg16", "random")
         third = build_segmenter("deeplab_v1", 21, weights="random").features
+        released = build_features("vgg16_pool5", "random")
     assert (first.fc6.dilation, first.fifth_pooling) == ((1, 1), False)
+    assert (released.fc6.dilation, released.fifth_pooling) == ((1, 1), True)
     assert (third.fc6.dilation, third.fifth_pooling) == ((12, 12), True)
+    for network in (first, released):
+        assert isinstance(network.dropout, nn.Dropout2d)
 
 
 def test_receptive_field_of_deeplab_v2():
@@ -595,12 +599,39 @@ def test_aspp_and_dot_products_are_the_published_scores():
     torch.testing.assert_close(network(x)[0], folded, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_of_one_half_follows_both_layers():
+@pytest.mark.parametrize("spatial", [False, True])
+def test_dropout_of_one_half_follows_both_layers(spatial):
     with torch.device("meta"):
-        network = build_segmenter("deeplab_v1", 21, weights="random")
-    assert isinstance(network.features.dropout, nn.Dropout)
-    assert isinstance(network.head, nn.Dropout)
-    assert network.features.dropout.p == network.head.p == 0.5
+        segmenter = build_segmenter("deeplab_v1", 21, weights="random", spatial_dropout=spatial)
+    assert type(segmenter.features.dropout) is (nn.Dropout2d if spatial else nn.Dropout)
+    assert segmenter.features.dropout.p == 0.5
+    torch.manual_seed(0)
+    network = Vgg16Features("random", spatial_dropout=spatial).train()
+    for layer in (network.fc6, network.fc7):  # which give what is nowhere 0
+        nn.init.constant_(layer.weight, 1e-6)
+        nn.init.ones_(layer.bias)
+    seen = []
+    network.fc7.register_forward_hook(lambda layer, inputs, _: seen.append(inputs[0]))
+    with torch.no_grad():
+        seen.append(network(torch.rand(1, 3, 32, 32)))
+    for x in seen:
+        dropped = x == 0
+        assert 0.4 < dropped.float().mean() < 0.6
+        whole = dropped.flatten(2).all(2) | ~dropped.flatten(2).any(2)
+        assert whole.all() == spatial
+
+
+def test_the_sum_of_branches_may_be_cut_at_zero():
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 9, 9)
+    signed, cut = Aspp(4, 8), Aspp(4, 8, relu=True)
+    cut.load_state_dict({k: v for k, v in signed.state_dict().items() if k.endswith("weight")})
+    with torch.no_grad():
+        assert torch.equal(cut(x), signed(x).relu())  # whose biases begin at 0
+        assert (signed(x) < 0).any()
+
+
+def test_dropout_follows_both_layers_of_other_backbones():
     head = LargeFov(4, 64).train()
     torch.manual_seed(0)
     assert 0.6 < (head(torch.rand(1, 4, 8, 8)) == 0).float().mean() < 0.9

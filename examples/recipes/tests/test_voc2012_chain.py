@@ -118,6 +118,18 @@ def test_every_script_writes_its_result(chain):
     assert len(list((folder / "labels_val/ret").glob("*.png"))) == 4
 
 
+def test_results_embed_what_they_come_from(chain):
+    _, found = chain
+    labels = found["evaluate labels"]["inputs"]["labels"]
+    classifier = labels["inputs"]["classifier"]
+    assert classifier["settings"] == found["classifier"]["settings"]
+    assert classifier["scores"]["loss"] == found["classifier"]["scores"]["loss"]
+    assert labels["inputs"]["search"]["inputs"]["classifier"] == classifier
+    trained = found["evaluate segmentation"]["inputs"]["segmentation"]
+    assert trained["inputs"]["labels"]["inputs"]["classifier"] == classifier
+    assert found["evaluate cams"]["inputs"]["classifier"] == classifier
+
+
 def test_labels_follow_the_search(chain):
     _, found = chain
     best = found["search"]["scores"]["best"]["generator"]
@@ -138,5 +150,5 @@ def test_the_page_holds_the_numbers(chain):
     folder, found = chain
     text = (folder / "page/tables.md").read_text()
     assert f"{found['evaluate labels']['scores']['crf']['miou']:.1f}" in text
-    assert "not run: needs" in text
+    assert "a run of the preset `paper`" in text
     assert (folder / "page/tables.html").is_file()

@@ -101,7 +101,7 @@ def test_the_result_says_what_was_measured(labelled):
     settings, found = labelled
     assert json.loads(settings.out.read_text()) == found
     assert (found["kind"], found["what"], found["split"]) == ("evaluation", "labels", "val")
-    assert found["subject"] == {"kind": None, "settings": None}
+    assert found["inputs"] == {}
     assert found["settings"]["folder"] == str(settings.folder)
     assert found["peak_memory_bytes"]["host"] > 0
 
@@ -117,7 +117,7 @@ def test_some_classes_can_be_averaged_and_skipped_images_are_left_out(labelled, 
     found = evaluate.main(chosen)
     assert found["scores"]["crf"]["miou"] == 62.5
     assert (found["scores"]["pictures"], found["scores"]["left_out"]) == (1, 1)
-    assert found["subject"] == {"kind": "labels", "settings": {"method": "network"}}
+    assert found["inputs"]["labels"]["settings"] == {"method": "network"}
 
 
 def test_labels_of_other_methods_are_one_map(labelled, tmp_path):
@@ -236,7 +236,7 @@ def test_all_modes_are_scored_in_one_pass(photos, monkeypatch):
     found = evaluate.main(segmentation(photos, scales=(0.5, 1.0)))
     assert sorted(calls) == [8, 8, 10, 10, 17, 17, 20, 20]
     assert found["crf"] == [4, 67, 3, 3, 1]
-    assert found["subject"]["settings"] == {"network": "deeplab_v2"}
+    assert found["inputs"]["segmentation"]["settings"] == {"network": "deeplab_v2"}
     devkit, network = Devkit(photos / "devkit", CLASSES), Colours()
     confusion = torch.zeros(3, 3)
     for name in ("a", "b"):

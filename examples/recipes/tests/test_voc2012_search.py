@@ -30,6 +30,7 @@ PLANTED = GeneratorSettings(
     background="both",
     background_threshold=0.8,
     background_minmax=True,
+    background_otsu=False,
     foreground="cam",
     cam_normalization="box",
     unary_softmax=1.0,  # without a CRF the first one serves as well as any
@@ -91,7 +92,8 @@ def test_the_search_finds_the_planted_settings(planted, tmp_path):
     rows = found["scores"]["rows"]
     count = {stage: sum(row["stage"] == stage for row in rows) for stage in ("unaries", "crf")}
     maxima = 2 + 1  # of a class or a box for the activation map, none for the complement
-    first = 2 * (2 * 2 * maxima) + 2 * maxima
+    scaled = 3  # not, and with and without Otsu
+    first = 2 * (2 * scaled * maxima) + scaled * maxima
     kinds = 2 * 2 * 2 + 2  # background with A, threshold, foreground; and the map alone
     # Of N = 2 those with the other reduction are new, and N = 1 was measured before.
     assert count == {"unaries": first + 8 * 2, "crf": kinds * 2}
@@ -277,7 +279,7 @@ def test_labels_without_class_weights_have_their_own_search(planted, tmp_path):
     few = {"method": "agnostic", "classes": shapes.CLASSES, "thresholds": (None,), "crf": NO_CRF}
     found = search.main(settings(planted, tmp_path / "out", **options, **few))["scores"]
     assert {row["generator"]["background"] for row in found["rows"]} == {"attention"}
-    assert sum(row["stage"] == "unaries" for row in found["rows"]) == 2 + 2
+    assert sum(row["stage"] == "unaries" for row in found["rows"]) == 3 + 2
     assert 0 < found["best"]["miou"] < 100
 
 

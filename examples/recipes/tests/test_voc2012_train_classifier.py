@@ -84,7 +84,11 @@ def test_the_presets_hold_the_numbers_of_the_paper_and_of_its_code():
     assert (paper.output_size, paper.min_background, paper.difficult) == (1, 0, True)
     assert schedule(paper, 10_582) == (15 * 529, 10 * 529)
     assert (released.rate, released.head_rate, released.bias_factor) == (1e-3, 1e-2, 2)
+    assert (released.decay_biases, released.jitter, released.hue) == (False, 0.5, 0)
+    assert (released.momentum, released.weight_decay, released.batch_size) == (0.9, 5e-4, 20)
+    assert released.backbone == "vgg16_pool5"
     assert (released.output_size, released.min_background) == (2, 1 / 8)
+    assert released.count_padding
     assert released.sampling == "roi_align"
     assert schedule(released, 10_582) == (8000, 5000)
     assert schedule(PRESETS["lite0"][1], 1000) == (248, 165)
@@ -212,18 +216,16 @@ def test_two_processes_train_what_one_does(pretrained, tmp_path, two_processes):
 
 
 def groups(settings):
-    features = train_classifier.build_features(
-        settings.backbone, settings.weights, settings.stride, settings.frozen
-    )
-    network = train_classifier.BoxClassifier(features, 7)
-    return network, train_classifier.parameter_groups(network, settings)
+    run = train_classifier.ClassifierStage(settings)
+    network = run.build_network()
+    return network, run.optimizer(network).param_groups
 
 
 def test_learning_rates_by_kind_of_layer(pretrained):
     network, found = groups(change(pretrained, rate=0.1, head_rate=0.3, bias_factor=2.0))
     assert {group["name"]: group["lr"] for group in found} == {
         "features": 0.1,
-        "biases": 0.2,
+        "features biases": 0.2,
         "classifier": 0.3,
     }
     assert all(group["initial_lr"] == group["lr"] for group in found)
@@ -235,9 +237,20 @@ def test_learning_rates_by_kind_of_layer(pretrained):
 def test_random_features_learn_as_fast_as_the_classifier_and_biases_faster(settings):
     network, found = groups(change(settings, head_rate=0.3, bias_factor=2.0))
     rates = {group["name"]: group["lr"] for group in found}
-    assert rates == {"features": 0.3, "biases": 0.6, "classifier": 0.3}
+    assert rates == {"features": 0.3, "features biases": 0.6, "classifier": 0.3}
     biases = {id(p) for name, p in network.named_parameters() if name.endswith("bias")}
     assert {id(p) for p in found[1]["params"]} == biases
+
+
+@pytest.mark.parametrize("decay", [True, False])
+def test_weight_decay_of_biases(settings, decay):
+    _, found = groups(change(settings, weight_decay=0.25, decay_biases=decay))
+    decays = {group["name"]: group["weight_decay"] for group in found}
+    assert decays == {
+        "features": 0.25,
+        "features biases": 0.25 if decay else 0.0,
+        "classifier": 0.25,
+    }
 
 
 def test_frozen_blocks_keep_their_weights(pretrained):

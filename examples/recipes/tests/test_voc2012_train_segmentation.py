@@ -24,6 +24,7 @@ from bapnal_recipes.engine.batches import steps_per_epoch
 from bapnal_recipes.engine.commands import cli
 from bapnal_recipes.engine.logs import Logging
 from bapnal_recipes.engine.machines import Machines
+from bapnal_recipes.models.deeplab import build_segmenter
 from bapnal_recipes.models.segmenter import load_segmenter
 from bapnal_recipes.voc2012 import train_segmentation
 from bapnal_recipes.voc2012.confidence import moments
@@ -109,14 +110,34 @@ def test_the_presets_hold_the_numbers_of_the_paper():
         assert (one.loss, one.gamma, one.balance, one.classifier) == ("nal", 7, 0.1, "cosine")
         assert (one.crop, one.scale, one.classes) == (321, (0.5, 1.5), VOC_CLASSES)
         assert (one.momentum, one.weight_decay, one.detach_confidence) == (0.9, 5e-4, False)
+        # DeepLab's own: biases learn twice as fast, without weight decay.
+        assert (one.bias_factor, one.decay_biases) == (2, False)
         assert one.iterations is None
     assert (v1.network, v1.epochs, v1.batch_size) == ("deeplab_v1", 45, 20)
     assert (v1.rate, v1.head_rate, v1.align_corners) == (1e-3, 1e-2, True)
     assert (v2.network, v2.epochs, v2.batch_size) == ("deeplab_v2", 20, 10)
     assert (v2.rate, v2.head_rate, v2.align_corners) == (2.5e-4, 2.5e-3, False)
     assert v1.epochs * steps_per_epoch(10_582, v1.batch_size) == 45 * 529
-    assert PRESETS["released"][1] == v1
-    assert PRESETS["released-v2"][1] == change(v2, align_corners=True)
+
+
+def test_the_presets_of_the_released_code_hold_its_numbers():
+    v1, v2 = PRESETS["released"][1], PRESETS["released-v2"][1]
+    for one in (v1, v2):
+        assert (one.jitter, one.momentum, one.weight_decay) == (0.5, 0.9, 5e-4)
+        assert (one.bias_factor, one.decay_biases, one.align_corners) == (2, False, True)
+        assert (one.gamma, one.balance, one.crop) == (7, 0.1, 321)
+    assert (v1.network, v1.iterations, v1.batch_size) == ("deeplab_v1", 23_805, 20)
+    assert v1.spatial_dropout
+    assert (v2.network, v2.iterations, v2.batch_size) == ("deeplab_v2", 20_000, 10)
+    assert (v2.rate, v2.head, v2.train_batch_norm) == (2.5e-4, "aspp_relu", True)
+    with torch.device("meta"):
+        third = build_segmenter("deeplab_v1", 21, weights="random", spatial_dropout=True)
+        resnet = build_segmenter("deeplab_v2", 21, weights="random", head=v2.head)
+    assert isinstance(third.features.dropout, torch.nn.Dropout2d)
+    branches = resnet.head.branches
+    assert [branch.dilation for branch in branches] == [(x, x) for x in (6, 12, 18, 24)]
+    for branch in branches:
+        assert (branch.kernel_size, branch.out_channels, branch.bias) == ((3, 3), 256, None)
 
 
 def test_the_command_line_begins_with_a_preset(monkeypatch):
@@ -390,12 +411,21 @@ def pretrained(settings, tmp_path):
 
 def test_pretrained_layers_have_a_rate_of_their_own(pretrained, settings):
     network = SegmentationStage(pretrained).build_network()
-    features, head = SegmentationStage(pretrained).optimizer(network).param_groups
-    assert (features["lr"], head["lr"]) == (0.001, 0.01)
-    assert {id(p) for p in head["params"]} == {id(p) for p in network.classifier.parameters()}
+    found = SegmentationStage(pretrained).optimizer(network).param_groups
+    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in found} == {
+        "features": (0.001, 5e-4),
+        "features biases": (0.002, 0),
+        "head": (0.01, 5e-4),
+    }
+    assert {id(p) for p in found[2]["params"]} == {id(p) for p in network.classifier.parameters()}
     small = SegmentationStage(settings).build_network()
-    rates = [g["lr"] for g in SegmentationStage(settings).optimizer(small).param_groups]
-    assert rates == [0.01, 0.01]  # nothing of it was pretrained
+    found = SegmentationStage(settings).optimizer(small).param_groups
+    # Nothing of it was pretrained; the biases are those of batch normalisation.
+    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in found} == {
+        "features": (0.01, 5e-4),
+        "features biases": (0.02, 0),
+        "head": (0.01, 5e-4),
+    }
 
 
 @pytest.mark.parametrize("train", [False, True])

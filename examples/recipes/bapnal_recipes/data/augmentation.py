@@ -10,6 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as transforms
 
+from bapnal import box_coverage
 from bapnal_recipes.data.dataset import Sample
 from bapnal_recipes.data.label_maps import VOID
 
@@ -24,14 +25,18 @@ class Augmentation:
         crop: Side of the square crop; smaller images are padded.
         scale: Range of the random zoom.
         flip: Whether to mirror half of the images.
-        jitter: Strength of the colour changes; 0 for none.
-        min_side: Boxes with less than this many pixels left along a side are dropped.
+        jitter: Strength of the changes of brightness, contrast and saturation; 0 for no changes of
+            colour at all.
+        hue: Strength of the changes of hue that go with them.
+        min_side: Boxes with less than this many pixels left along a side are dropped; what is left
+            of them, if in no other box, becomes invalid: it is no background.
     """
 
     crop: int
     scale: tuple[float, float] = (0.5, 1.5)
     flip: bool = True
     jitter: float = 0.3
+    hue: float = 0.05
     min_side: float = 4.0
 
     def __call__(self, sample: Sample) -> Sample:
@@ -53,8 +58,16 @@ class Augmentation:
         boxes, maps = boxes.as_subclass(Tensor), maps.as_subclass(Tensor).long()
         left = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= self.min_side
         image = image.as_subclass(Tensor)
-        valid = maps[0] != VOID
+        valid = (maps[0] != VOID) & ~self._lost(boxes[~left], boxes[left])
         return Sample(sample.name, image, boxes[left], sample.labels[left], valid, maps[1:])
+
+    def _lost(self, dropped: Tensor, kept: Tensor) -> Tensor:
+        """What is left of dropped boxes and lies in no other; ``(crop, crop)`` bool."""
+        size = (self.crop, self.crop)
+        lost, covered = (
+            (box_coverage(boxes.float(), size, size) > 0).any(0) for boxes in (dropped, kept)
+        )
+        return lost & ~covered
 
     def _compose(self) -> v2.Transform:
         fill = {tv_tensors.Image: GREY, tv_tensors.Mask: VOID, "others": 0}
@@ -62,5 +75,5 @@ class Augmentation:
         if self.flip:
             steps.append(v2.RandomHorizontalFlip())
         if self.jitter:
-            steps.append(v2.ColorJitter(self.jitter, self.jitter, self.jitter, self.jitter / 6))
+            steps.append(v2.ColorJitter(self.jitter, self.jitter, self.jitter, self.hue))
         return v2.Compose(steps)

@@ -23,7 +23,8 @@ class Sample(NamedTuple):
         image: ``(3, H, W)`` uint8.
         boxes: ``(K, 4)`` float.
         labels: ``(K,)`` long.
-        valid: ``(H, W)`` bool; False is padding.
+        valid: ``(H, W)`` bool; False is padding, and what augmentation left of boxes too small to
+            keep.
         maps: ``(M, H, W)`` long label maps, 255 in the padding.
     """
 

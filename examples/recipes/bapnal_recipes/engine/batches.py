@@ -66,7 +66,7 @@ class Batches(Dataset[Batch]):
         samples = []
         with torch.random.fork_rng(devices=[]), _one_thread():
             for place in range(first, last):
-                torch.random.default_generator.manual_seed(draw(self.seed, VARIATION, step, place))
+                torch.default_generator.manual_seed(draw(self.seed, VARIATION, step, place))
                 samples.append(self.dataset[indices[place]])
         return collate(samples)
 
@@ -77,7 +77,7 @@ class Batches(Dataset[Batch]):
             batch_size=None,
             sampler=steps,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             pin_memory=pin_memory,
         )
         for batch in loader:
@@ -99,8 +99,9 @@ class _Caught(Dataset[Any]):
             return error
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
+def as_it_is(found: Any) -> Any:
+    """Hand over what a data set gives: batches are made elsewhere."""
+    return found
 
 
 def length(dataset: Dataset[Any]) -> int:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from bapnal import RidgeBoxClassifier
 from bapnal_recipes.data.dataset import BoxDataset
 from bapnal_recipes.engine.images import Unreadable, each_image, report_skipped
 from bapnal_recipes.engine.machines import Together
+from bapnal_recipes.models.deeplab import Features
 
 
 @torch.inference_mode()
 def solve_classifier(
-    fabric: Fabric, features: nn.Module, dataset: BoxDataset, num_classes: int, workers: int
+    fabric: Fabric, features: Features, dataset: BoxDataset, num_classes: int, workers: int
 ) -> Tensor:
     """Fit the classifier to the boxes of a data set; images that cannot be read are left out.
 

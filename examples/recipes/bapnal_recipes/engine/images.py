@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from bapnal_recipes.data.dataset import BoxDataset, Sample
+from bapnal_recipes.engine.batches import as_it_is
 
 
 class Unreadable(NamedTuple):
@@ -55,7 +56,7 @@ def each_image(
         Subset(_Readable(dataset), indices),
         batch_size=None,
         num_workers=workers if fabric.device.type == "cuda" else 0,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
     )
     columns = (
         TextColumn("{task.description}"),
@@ -69,10 +70,6 @@ def each_image(
         for found in loader:
             yield found
             progress.advance(bar)
-
-
-def _as_it_is(found: Sample | Unreadable) -> Sample | Unreadable:
-    return found
 
 
 def report_skipped(name: str, error: str) -> None:

@@ -40,7 +40,8 @@ class Log(AbstractContextManager["Log"]):
     """Scalars and images for TensorBoard and Weights & Biases, written by rank zero."""
 
     def __init__(self, folder: Path, logging: Logging, step: int, together: Together) -> None:
-        self.board = self.run = None
+        self.board: Any = None
+        self.run: Any = None
         self.step, self.time = step, time.perf_counter()
         self.folder, self.together = folder / "logs", together
         with self._writing():

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -75,7 +75,7 @@ class Together:
 
     def __init__(self, fabric: Fabric) -> None:
         self.rank, self.ranks = fabric.global_rank, fabric.world_size
-        self.group = None
+        self.group: Any = None
         if self.ranks > 1 and fabric.device.type != "cpu":
             # Over the CPU, as a GPU would have to finish its work first.
             self.group = torch.distributed.new_group(backend="gloo")
@@ -112,4 +112,6 @@ def total(fabric: Fabric, counts: Tensor) -> Tensor:
     """Return the sum of what all ranks counted, on the CPU."""
     if fabric.world_size == 1:
         return counts.cpu()
-    return fabric.all_reduce(counts.to(fabric.device, copy=True), reduce_op="sum").cpu()
+    found: Any = fabric.all_reduce(counts.to(fabric.device, copy=True), reduce_op="sum")
+    summed: Tensor = found.cpu()
+    return summed

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,7 @@ PACKAGES = (
 )
 
 
-def about() -> dict[str, object]:
+def about() -> dict[str, Any]:
     """Machine, versions and commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -89,8 +89,12 @@ class Meter:
 
 
 def result(
-    kind: str, settings: dict[str, object], scores: dict[str, object], meter: Meter, **more: object
-) -> dict[str, object]:
+    kind: str,
+    settings: Mapping[str, object],
+    scores: Mapping[str, object],
+    meter: Meter,
+    **more: object,
+) -> dict[str, Any]:
     """Put together what a result file holds.
 
     Args:
@@ -109,7 +113,41 @@ def result(
         "about": about(),
         **more,
     }
-    return json.loads(json.dumps(found, default=str))  # as it comes back from the file
+    stored: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return stored  # as it comes back from the file
+
+
+def inputs(**paths: Path | None) -> dict[str, dict[str, Any]]:
+    """Return what made the files that a run reads, for ``result(..., inputs=inputs(...))``.
+
+    Args:
+        **paths: By what each is: a folder with a ``result.json``, or a file beside one; or None.
+
+    Returns:
+        :func:`summary` of each; nothing of what is None, or was made elsewhere.
+
+    Raises:
+        ValueError: If a result is broken.
+    """
+    found = {}
+    for name, path in paths.items():
+        if path is not None:
+            made = (path if path.is_dir() else path.parent) / "result.json"
+            if made.is_file():
+                found[name] = summary(read_json(made, dict))
+    return found
+
+
+def summary(made: dict[str, Any]) -> dict[str, Any]:
+    """Return what others need to know of a result: settings, source, and its own inputs.
+
+    Args:
+        made: What its file holds.
+    """
+    scores = made.get("scores", {})
+    numbers = {name: x for name, x in scores.items() if isinstance(x, (int, float))}
+    told = ("kind", "settings", "seconds", "about", "inputs")
+    return {**{name: made[name] for name in told if name in made}, "scores": numbers}
 
 
 def read_result(path: Path, kind: str) -> dict[str, Any]:
@@ -156,4 +194,5 @@ def digest(path: Path) -> str:
 
 def plain(settings: Any) -> dict[str, Any]:
     """Return the settings in a dataclass as they come back from a JSON file."""
-    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    return found

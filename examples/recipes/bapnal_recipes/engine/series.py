@@ -25,14 +25,19 @@ from bapnal_recipes.engine.runs import about
 Row = dict[str, Any]
 
 
-def source() -> Row:
-    """Return where a measurement comes from: ``commit``, ``machine`` and ``versions``."""
-    found: dict[str, Any] = about()
-    versions = {name: found[name] for name in ("python", "torch", "bapnal")} | found["packages"]
-    threads = found["threads"]
+def source(where: Mapping[str, Any] | None = None) -> Row:
+    """Return where a measurement comes from: ``commit``, ``machine`` and ``versions``.
+
+    Args:
+        where: The entry ``about`` of a result file; None for this process.
+    """
+    found = about() if where is None else dict(where)
+    versions = {name: found.get(name) for name in ("python", "torch", "bapnal")}
+    versions |= found.get("packages") or {}
+    threads = found.get("threads")
     return {
-        "commit": found["commit"],
-        "machine": f"{found['machine']}, {threads} thread{'s' if threads > 1 else ''}",
+        "commit": found.get("commit"),
+        "machine": f"{found.get('machine')}, {threads} thread{'s' * (threads != 1)}",
         "versions": {name: version for name, version in versions.items() if version},
     }
 
@@ -70,7 +75,7 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     found = [dict(row) for row in rows]
     for row in found:
         _check(row, "row")
-    columns = _columns(found)
+    columns = _by_place(found)
     found.sort(key=lambda row: [_rank(row.get(name)) for name in columns])
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
     with whole(path) as unfinished:
@@ -100,11 +105,12 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def write_csv(path: Path) -> Path:
+def write_csv(path: Path, leave_out: Sequence[str] = ()) -> Path:
     """Write a series as a table beside it, a line per measurement.
 
     Args:
         path: The series, a ``.jsonl`` file.
+        leave_out: Fields that no table can show, such as long lists.
 
     Returns:
         The table, ``path`` with the suffix ``.csv``. Entries of a dictionary are columns of dotted
@@ -114,8 +120,14 @@ def write_csv(path: Path) -> Path:
         FileNotFoundError: If there is no series.
         ValueError: If it is none.
     """
-    rows = [flat(row) for row in read(path)]
-    columns = _columns(rows)
+    rows = [flat({x: v for x, v in row.items() if x not in leave_out}) for row in read(path)]
+    columns: list[str] = []
+    for row in rows:
+        place = 0
+        for name in row:  # a new one goes behind the one that it follows here
+            if name not in columns:
+                columns.insert(place, name)
+            place = columns.index(name) + 1
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
@@ -141,7 +153,7 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> Row:
     return found
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
+def _by_place(rows: Sequence[Row]) -> list[str]:
     """All fields, in an order that does not depend on that of the rows: as far right as in any."""
     place: dict[str, int] = {}
     for row in rows:

@@ -16,7 +16,7 @@ from bapnal_recipes.data.dataset import Batch
 from bapnal_recipes.engine.batches import length
 from bapnal_recipes.engine.logs import Logging
 from bapnal_recipes.engine.machines import Machines, Together, launch
-from bapnal_recipes.engine.runs import Meter, plain, read_result, result
+from bapnal_recipes.engine.runs import Meter, inputs, plain, read_result, result
 from bapnal_recipes.engine.trainer import (
     CHECKPOINT,
     Trained,
@@ -149,6 +149,10 @@ class Stage(ABC, Generic[S, Data, Network]):
         """Return fingerprints of files that the settings only name."""
         return {}
 
+    def made_from(self) -> dict[str, Path | None]:
+        """Return the folders or files that other runs made, whose results the result embeds."""
+        return {}
+
     @abstractmethod
     def read_data(self) -> Data:
         """Look for all that is missing or does not fit; return what to train on."""
@@ -229,7 +233,9 @@ class Stage(ABC, Generic[S, Data, Network]):
         write_whole(together, settings.out / self.file, content)
         count = length(data)
         scores = {"loss": trained.loss, "pictures": count, "steps": self.steps(count)}
-        found = result(self.kind, plain(settings), {**scores, **self.facts(data)}, meter)
+        scores |= self.facts(data)
+        made = inputs(**self.made_from())
+        found = result(self.kind, plain(settings), scores, meter, inputs=made)
         if fabric.is_global_zero:
             write_json(folder.result_path, found)
             (settings.out / CHECKPOINT).unlink()  # half of it is the optimiser's, for going on

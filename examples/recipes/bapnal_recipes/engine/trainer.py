@@ -293,9 +293,10 @@ def _synchronised(network: nn.Module, fabric: Fabric) -> nn.Module:
     trained = any(norm.training for norm in norms)
     if fabric.world_size == 1 or fabric.device.type != "cuda" or not trained:
         return network
-    from timm.layers import convert_sync_batchnorm  # keeps the activations of timm's own layers
+    from timm.layers import norm_act
 
-    converted: nn.Module = convert_sync_batchnorm(network)
+    convert: Any = norm_act.convert_sync_batchnorm  # keeps the activations of timm's own layers
+    converted: nn.Module = convert(network)
     return converted
 
 

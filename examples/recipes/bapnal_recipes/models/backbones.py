@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ from bapnal.label.backbone import freeze_batch_norm, read_state, unit_range
 # Mean and scale of images in [0, 1], channels in RGB.
 TORCHVISION = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CAFFE = ((122.675 / 255, 116.669 / 255, 104.008 / 255), (1 / 255, 1 / 255, 1 / 255))
+RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 # Backbones whose maps are upsampled with their corners aligned, as the released code does.
-ALIGNED = frozenset(("vgg16",))
+ALIGNED = frozenset(("vgg16", "vgg16_pool5"))
 
 
 class Vgg16Features(nn.Module):
@@ -41,8 +43,9 @@ class Vgg16Features(nn.Module):
             DeepLab-V1 (LargeFOV).
         fifth_pooling: Pool twice more after the fifth convolutions, at stride 1, as DeepLab-V1
             does and AffinityNet does not.
-        dropout: Share of the channels (in DeepLab-V1: of the numbers) of ``fc6`` set to 0 in
-            training.
+        dropout: Share of what ``fc6`` and ``fc7`` give that is set to 0 in training.
+        spatial_dropout: Whether whole channels are, as in AffinityNet, or single numbers, as in
+            DeepLab-V1.
         frozen: How many of the five stages of convolutions keep their weights.
 
     Attributes:
@@ -61,6 +64,7 @@ class Vgg16Features(nn.Module):
         fc6_dilation: int = 1,
         fifth_pooling: bool = False,
         dropout: float = 0.5,
+        spatial_dropout: bool = True,
         frozen: int = 0,
     ) -> None:
         super().__init__()
@@ -78,14 +82,14 @@ class Vgg16Features(nn.Module):
                 inputs = outputs
         self.fc6 = nn.Conv2d(512, 1024, 3, padding=fc6_dilation, dilation=fc6_dilation)
         self.fc7 = nn.Conv2d(1024, 1024, 1)
-        self.dropout = nn.Dropout(dropout) if fifth_pooling else nn.Dropout2d(dropout)
+        self.dropout = nn.Dropout2d(dropout) if spatial_dropout else nn.Dropout(dropout)
         self.fifth_pooling = fifth_pooling
         add_normalization(self, *TORCHVISION)
-        for layer in self.children():
-            if isinstance(layer, nn.Conv2d):
+        for child in self.children():
+            if isinstance(child, nn.Conv2d):
                 # PyTorch's own start fades over 15 layers without normalisation.
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
+                nn.init.kaiming_normal_(child.weight, nonlinearity="relu")
+                zero_bias(child)
         if found is not None:
             self.load_state_dict(found)
         for i, stage in enumerate(VGG_STAGES[:frozen], start=1):
@@ -102,8 +106,9 @@ class Vgg16Features(nn.Module):
                 x = F.max_pool2d(x, 3, stride=2 if i < 4 else 1, padding=1)
         if self.fifth_pooling:
             x = F.avg_pool2d(F.max_pool2d(x, 3, stride=1, padding=1), 3, stride=1, padding=1)
-        x = self.dropout(F.relu(self.fc6(x), inplace=True))
-        return F.relu(self.fc7(x), inplace=True)
+        for layer in (self.fc6, self.fc7):
+            x = self.dropout(F.relu(layer(x), inplace=True))
+        return x
 
 
 def read_vgg16(weights: str | Path | None) -> dict[str, Tensor]:
@@ -200,11 +205,11 @@ class Resnet101Features(nn.Module):
         self.pretrained = found is not None
         self.freeze_batch_norm = self.pretrained
         whole = resnet101(replace_stride_with_dilation=[False, True, True])
-        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+        for name in RESNET_PARTS:
             self.add_module(name, whole.get_submodule(name))
         add_normalization(self, *TORCHVISION)
         self.register_buffer("caffe", torch.tensor(False))
-        self.register_load_state_dict_post_hook(_reduce_as_trained)
+        self.register_load_state_dict_post_hook(_reduce_as_trained)  # type: ignore[no-untyped-call]
         if found is not None:
             self.load_state_dict(found)
         if frozen:
@@ -221,20 +226,23 @@ class Resnet101Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features ``(B, 2048, h, w)``, nowhere negative."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(normalized(self, images)))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = normalized(self, images)
+        for name in RESNET_PARTS:
+            x = self.get_submodule(name)(x)
+        return x
 
 
 def _reduce_as_trained(network: Resnet101Features, _: object) -> None:
     """Set where the resolution is or would be halved, after weights were loaded."""
     caffe = bool(network.caffe)
-    block = network.layer2[0]
-    block.conv1.stride, block.conv2.stride = ((2, 2), (1, 1)) if caffe else ((1, 1), (2, 2))
+    part: Any = network.get_submodule
+    first, second = part("layer2.0.conv1"), part("layer2.0.conv2")
+    first.stride, second.stride = ((2, 2), (1, 1)) if caffe else ((1, 1), (2, 2))
     # Dilation begins where the step that it replaces has been taken.
-    for layer, dilation in ((network.layer3, 2), (network.layer4, 4)):
-        conv = layer[0].conv2
+    for layer, dilation in (("layer3", 2), ("layer4", 4)):
+        conv = part(f"{layer}.0.conv2")
         conv.dilation = conv.padding = (dilation,) * 2 if caffe else (dilation // 2,) * 2
-    network.maxpool.ceil_mode = caffe
+    part("maxpool").ceil_mode = caffe
 
 
 def read_resnet101(weights: str | Path | None) -> dict[str, Tensor]:
@@ -334,4 +342,11 @@ def normalization(mean: tuple[float, ...], scale: tuple[float, ...]) -> dict[str
 
 def normalized(network: nn.Module, images: Tensor) -> Tensor:
     """Return images as the weights of a network expect them."""
-    return (unit_range(images) - network.mean) / network.scale
+    mean, scale = network.get_buffer("mean"), network.get_buffer("scale")
+    return (unit_range(images) - mean) / scale
+
+
+def zero_bias(layer: nn.Conv2d) -> None:
+    """Let a convolution start without bias, where it has one."""
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.engine.runs import expecting
-from bapnal_recipes.models.deeplab import build_features
+from bapnal_recipes.models.deeplab import Features, build_features
 
 
 class Classifier(NamedTuple):
@@ -24,7 +24,7 @@ class Classifier(NamedTuple):
         settings: All that it was made with, as plain values.
     """
 
-    features: nn.Module
+    features: Features
     weight: Tensor
     classes: tuple[str, ...]
     settings: dict[str, Any]
@@ -32,11 +32,9 @@ class Classifier(NamedTuple):
     def scores(self, vectors: Tensor) -> Tensor:
         """Score every class; ``(*, D)`` to ``(*, L + 1)``."""
         weight = self.weight.to(vectors.device)
-        return nn.functional.linear(
-            vectors,
-            weight[:, : vectors.shape[-1]],
-            weight[:, -1] if weight.shape[1] > vectors.shape[-1] else None,
-        )
+        channels = vectors.shape[-1]
+        bias = weight[:, -1] if weight.shape[1] > channels else None
+        return nn.functional.linear(vectors, weight[:, :channels], bias)
 
     def row_of(self, name: str) -> int | None:
         """Return where the weights of a class are; None if it was not seen."""
@@ -54,9 +52,9 @@ class Classifier(NamedTuple):
         return weight
 
 
-def untrained_features(backbone: str, weights: str | Path | None, stride: int) -> nn.Module:
+def untrained_features(backbone: str, weights: str | Path | None, stride: int) -> Features:
     """Build features that need no training on boxes: stages of timm's networks at one magnitude."""
-    if backbone in ("small", "vgg16"):
+    if backbone in ("small", "vgg16", "vgg16_pool5"):
         return build_features(backbone, weights, stride)
     # No training has weighted the stages, whose magnitudes differ.
     return TimmFeatures(backbone, weights, stride, normalize=True)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bapnal import CosineClassifier, cosine_similarity
 from bapnal.label.backbone import TimmFeatures
-from bapnal_recipes.models.backbones import Resnet101Features, Vgg16Features
+from bapnal_recipes.models.backbones import Resnet101Features, Vgg16Features, zero_bias
 from bapnal_recipes.models.small import SmallFeatures
 
-HEADS = ("largefov", "aspp", "linear")
+Features = Vgg16Features | Resnet101Features | SmallFeatures | TimmFeatures
+"""Modules with ``channels`` and ``pretrained`` that give features of images."""
+
+HEADS = ("largefov", "aspp", "aspp_relu", "linear")
 CLASSIFIERS = ("cosine", "dot")
 SMALL_STRIDE = 4
 
@@ -24,13 +28,15 @@ def build_features(
     frozen: int = 0,
     *,
     dilated: bool = False,
-) -> nn.Module:
+) -> Features:
     """Build the network whose features stages 1 and 2 stand on.
 
     Args:
-        name: ``"vgg16"`` as in AffinityNet, ``"small"`` (a few convolutions at stride 4, whatever
-            ``stride`` says, untrained), or a name of timm's, of a network that takes images of
-            any size: its last three stages, brought to one stride and joined.
+        name: ``"vgg16"`` as in AffinityNet, ``"vgg16_pool5"``, the same with two more poolings
+            after the fifth convolutions as in the authors' released code, ``"small"`` (a few
+            convolutions at stride 4, whatever ``stride`` says, untrained), or a name of timm's, of
+            a network that takes images of any size: its last three stages, brought to one stride
+            and joined.
         weights: Path of a state dict; None for the network's ImageNet weights, which torchvision
             or timm fetch; ``"random"`` for none.
         stride: Pixels from one feature to the next; VGG-16 is made for 8.
@@ -47,9 +53,9 @@ def build_features(
         ValueError: If an argument does not fit the network, or the file another network.
         FileNotFoundError: If there is no such file.
     """
-    if name == "vgg16":
+    if name in ("vgg16", "vgg16_pool5"):
         _require_stride_8(name, stride)
-        return Vgg16Features(weights, frozen=frozen)
+        return Vgg16Features(weights, fifth_pooling=name == "vgg16_pool5", frozen=frozen)
     if name == "small":
         return _small(weights, frozen)
     return _timm(name, weights, stride, frozen, stride if dilated else None)
@@ -64,6 +70,7 @@ def build_segmenter(
     stride: int = 8,
     head: str = "largefov",
     frozen: int = 0,
+    spatial_dropout: bool = False,
 ) -> Segmenter:
     """Build the segmentation network of stage 3.
 
@@ -80,9 +87,10 @@ def build_segmenter(
         weights: As in :func:`build_features`; for ``"deeplab_v2"`` also a DeepLab-V2 trained on
             COCO, of which the ResNet is taken.
         stride: Pixels from one feature to the next.
-        head: ``"largefov"``, ``"aspp"`` or ``"linear"``, which is none; of no meaning to
-            ``"deeplab_v1"`` and ``"deeplab_v2"``.
+        head: ``"largefov"``, ``"aspp"``, ``"aspp_relu"`` or ``"linear"``, which is none; of no
+            meaning to ``"deeplab_v1"``, and ``"deeplab_v2"`` has one of the two ``aspp``.
         frozen: How many of the first stages or blocks, stem included, keep their weights.
+        spatial_dropout: Whether the dropout of ``"deeplab_v1"`` sets whole channels to 0.
 
     Raises:
         ValueError: If an argument is not among these or does not fit the network, or the file
@@ -96,33 +104,51 @@ def build_segmenter(
         raise ValueError(f"classifier must be {known}, got {classifier!r}")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
+    features: Features
     top: nn.Module
+    if name in ("deeplab_v1", "deeplab_v2"):
+        _require_stride_8(name, stride)
     if name == "deeplab_v1":
-        _require_stride_8(name, stride)
-        features = Vgg16Features(weights, fc6_dilation=12, fifth_pooling=True, frozen=frozen)
-        channels, top = features.channels, nn.Dropout(0.5)
+        features = Vgg16Features(
+            weights,
+            fc6_dilation=12,
+            fifth_pooling=True,
+            spatial_dropout=spatial_dropout,
+            frozen=frozen,
+        )
+        top, channels = nn.Identity(), features.channels
     elif name == "deeplab_v2":
-        _require_stride_8(name, stride)
         features = Resnet101Features(weights, frozen=frozen)
-        top = Aspp(features.channels)
-        channels = top.channels
+        chosen = head if head.startswith("aspp") else "aspp"
+        top, channels = _head(chosen, features.channels, stride)
+    elif name == "small":
+        features = _small(weights, frozen)
+        top, channels = _head(head, features.channels, SMALL_STRIDE)
     else:
-        if name == "small":
-            features, stride = _small(weights, frozen), SMALL_STRIDE
-        else:
-            coarsest = max(TimmFeatures(name, "random").network.feature_info.reduction())
-            dilated = stride if stride < coarsest else None
-            features = _timm(name, weights, stride, frozen, dilated)
-        if head == "linear":
-            channels, top = features.channels, nn.Identity()
-        else:
-            top = (LargeFov if head == "largefov" else Aspp)(features.channels, stride=stride)
-            channels = top.channels
-    if classifier == "cosine":
-        return Segmenter(features, top, CosineClassifier(channels, num_classes, scale=20))
+        info: Any = TimmFeatures(name, "random").network.feature_info
+        dilated = stride if stride < max(info.reduction()) else None
+        features = _timm(name, weights, stride, frozen, dilated)
+        top, channels = _head(head, features.channels, stride)
+    return Segmenter(features, top, _classifier(classifier, channels, num_classes))
+
+
+def _head(name: str, inputs: int, stride: int) -> tuple[nn.Module, int]:
+    """The head by its name, and the channels that it gives."""
+    if name == "linear":
+        return nn.Identity(), inputs
+    if name == "largefov":
+        fov = LargeFov(inputs, stride=stride)
+        return fov, fov.channels
+    pyramid = Aspp(inputs, stride=stride, relu=name == "aspp_relu")
+    return pyramid, pyramid.channels
+
+
+def _classifier(name: str, channels: int, num_classes: int) -> CosineClassifier | nn.Conv2d:
+    if name == "cosine":
+        return CosineClassifier(channels, num_classes, scale=20)
     dot = nn.Conv2d(channels, num_classes, 1, bias=False)
     nn.init.normal_(dot.weight, std=0.01)
-    return Segmenter(features, top, dot)
+    return dot
 
 
 class Segmenter(nn.Module):
@@ -135,7 +161,7 @@ class Segmenter(nn.Module):
     """
 
     def __init__(
-        self, features: nn.Module, head: nn.Module, classifier: CosineClassifier | nn.Conv2d
+        self, features: Features, head: nn.Module, classifier: CosineClassifier | nn.Conv2d
     ) -> None:
         super().__init__()
         self.features = features
@@ -188,12 +214,14 @@ class LargeFov(nn.Module):
         self.dropout = nn.Dropout(0.5)
         for layer in (self.fc6, self.fc7):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+            zero_bias(layer)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return vectors ``(B, D, h, w)``, nowhere negative."""
-        x = self.dropout(F.relu(self.fc6(features), inplace=True))
-        return self.dropout(F.relu(self.fc7(x), inplace=True))
+        x = features
+        for layer in (self.fc6, self.fc7):
+            x = self.dropout(F.relu(layer(x), inplace=True))
+        return x
 
 
 class Aspp(nn.Module):
@@ -212,26 +240,34 @@ class Aspp(nn.Module):
         channels: D.
         stride: Of the features; at 8 the dilations are 6, 12, 18 and 24, at others they reach as
             many pixels.
+        relu: Branches without bias, and a ReLU after their sum, as in the authors' released code.
 
     Attributes:
         channels: D.
     """
 
-    def __init__(self, in_channels: int, channels: int = 256, stride: int = 8) -> None:
+    def __init__(
+        self, in_channels: int, channels: int = 256, stride: int = 8, *, relu: bool = False
+    ) -> None:
         super().__init__()
         self.channels = channels
+        self.relu = relu
         rates = [_rate(rate, stride) for rate in (6, 12, 18, 24)]
-        self.branches = nn.ModuleList(
-            nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate) for rate in rates
-        )
-        for branch in self.branches:
+        branches = [
+            nn.Conv2d(in_channels, channels, 3, padding=rate, dilation=rate, bias=not relu)
+            for rate in rates
+        ]
+        for branch in branches:
             nn.init.normal_(branch.weight, std=0.01)
-            nn.init.zeros_(branch.bias)
+            zero_bias(branch)
+        self.branches = nn.ModuleList(branches)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return vectors ``(B, D, h, w)`` of either sign."""
-        first, *others = (branch(features) for branch in self.branches)
-        return sum(others, start=first)
+        """Return vectors ``(B, D, h, w)``, of either sign without the ReLU."""
+        x: Tensor = self.branches[0](features)
+        for branch in self.branches[1:]:
+            x = x + branch(features)
+        return F.relu(x) if self.relu else x
 
 
 def _rate(at_8: int, stride: int) -> int:

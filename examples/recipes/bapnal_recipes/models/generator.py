@@ -25,6 +25,8 @@ class GeneratorSettings:
             without class weights "both" is the attention alone.
         background_threshold: A below this share of its maximum becomes 0; None keeps A.
         background_minmax: Scale the parts of u_0 to [0, 1] in the boxes of an image.
+        background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to
+            lie at 1/2.
         foreground: What u_c is: "cam" (Eq. 5), or "complement": 1 - u_0, shared by the classes
             whose boxes cover a pixel in proportion to their activations.
         cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box alone.
@@ -37,6 +39,7 @@ class GeneratorSettings:
     background: Background = "both"
     background_threshold: float | None = None
     background_minmax: bool = True
+    background_otsu: bool = True
     foreground: Foreground = "complement"
     cam_normalization: Normalization = "class"
     unary_softmax: float = 3.0

@@ -39,7 +39,8 @@ class SmallFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features at a quarter of the resolution."""
-        return self.layers(unit_range(images) * 4 - 2)
+        found: Tensor = self.layers(unit_range(images) * 4 - 2)
+        return found
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Module:

@@ -42,9 +42,11 @@ def grab_cut(image: Tensor, box: Tensor, *, iterations: int = 5, seed: int = 0) 
         return filled
     mask = np.where(filled.numpy(), cv2.GC_PR_FGD, cv2.GC_BGD).astype(np.uint8)
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    models = np.zeros((1, 65)), np.zeros((1, 65))
+    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.setRNGSeed(seed)
-    cv2.grabCut(pixels, mask, None, *models, iterations, cv2.GC_INIT_WITH_MASK)
+    whole = (0, 0, size[1], size[0])  # is not looked at where there is a mask
+    mode = cv2.GC_INIT_WITH_MASK
+    cv2.grabCut(pixels, mask, whole, background, foreground, iterations, mode)
     found = torch.from_numpy((mask == cv2.GC_PR_FGD) | (mask == cv2.GC_FGD)) & filled
     return found if found.any() else filled
 
@@ -73,7 +75,7 @@ def box_crf(
         ``(H, W)`` long.
     """
     size = (image.shape[1], image.shape[2])
-    classes = labels.unique()  # ascending
+    classes = torch.unique(labels)  # ascending
     allowed = torch.zeros(len(classes) + 1, *size, dtype=torch.bool)
     allowed[0] = True
     for box, label in zip(boxes, labels, strict=True):
@@ -92,7 +94,7 @@ def box_crf(
 
 def shrink(boxes: Tensor, share: float) -> Tensor:
     """Return boxes ``(*, 4)`` about the same centres, with ``share`` of the area."""
-    low, high = boxes.split(2, dim=-1)
+    low, high = boxes[..., :2], boxes[..., 2:]
     middle, half = (low + high) / 2, (high - low) / 2 * share**0.5
     return torch.cat([middle - half, middle + half], dim=-1)
 
@@ -271,9 +273,10 @@ def best_proposals(
 def _overlap(box: Array, others: Array) -> Array:
     """Intersection over union of a box with others, ``(N, 4)``."""
     sides = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
-    common = sides.clip(0).prod(1)
-    union = (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(1) - common
-    return common / union
+    common: Array = sides.clip(0).prod(1)
+    union: Array = (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(1) - common
+    ratio: Array = common / union
+    return ratio
 
 
 def mask_files(folder: Path, name: str, numbers: Sequence[int]) -> list[Path]:

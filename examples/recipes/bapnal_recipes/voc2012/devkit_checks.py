@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from bapnal import paint_boxes
-from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.data.voc import Annotation, Devkit
 
 SIZES = {"VOC train": 1_464, "VOC val": 1_449, "SBD train": 8_498, "SBD val": 2_857}
 TRAIN_AUG = 10_582
@@ -50,9 +50,12 @@ def check_image(
         needed: Whether it must have boxes.
         difficult: Whether boxes marked as difficult count.
     """
-    wrong, size, annotation = [], None, None
+    wrong: list[str] = []
+    size: tuple[int, int] | None = None
+    annotation: Annotation | None = None
     try:
-        size = tuple(devkit.image(name).shape[1:])
+        _, height, width = devkit.image(name).shape
+        size = (height, width)
     except (OSError, ValueError) as error:
         wrong.append(str(error))
     path = devkit.annotation_path(name)
@@ -135,7 +138,7 @@ def check_images(
     return dict(zip(order, found, strict=True))
 
 
-def summary(checks: Sequence[ImageCheck], classes: Sequence[str]) -> dict[str, object]:
+def summary(checks: Sequence[ImageCheck], classes: Sequence[str]) -> dict[str, Any]:
     """Count what some images hold; shares are None where there is nothing to measure."""
     labels = [label for check in checks for label in check.labels]
     difficult = [label for check in checks for label in check.difficult]

@@ -1,46 +1,95 @@
-"""Draw the paper's figures from our results.
-
-Plots are SVG. Figures that show images of the data set are PNG of at most 400 kB; they need the
-devkit, and the folders that the results name, on this machine.
-"""
+"""Draw the paper's figures from our results: plots as SVG, photographs as PNG."""
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
-from torch import Tensor
-from torch.nn import functional as F
 
-from bapnal import PseudoLabelGenerator, confidence_map
+from bapnal import confidence_map
 from bapnal.label.files import whole
-from bapnal_recipes.data.label_maps import VOID, class_colours, grey_map, label_map, read_label_map
-from bapnal_recipes.data.voc import VOC_CLASSES, Annotation, Devkit
-from bapnal_recipes.voc2012.paper import FIGURES, PaperFigure
-from bapnal_recipes.voc2012.results import (
-    METHODS,
-    Archive,
-    Facts,
-    Measurement,
-    Run,
-    group,
-    label_name,
-)
+from bapnal_recipes.voc2012.measurements import Measurement, group
+from bapnal_recipes.voc2012.photographs import PHOTOGRAPHS, as_mathematics
+from bapnal_recipes.voc2012.results import Archive
+from bapnal_recipes.voc2012.wording import label_name
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)), "-")
-LARGEST = 400_000  # bytes of a figure with photographs
+
+
+class PaperFigure(NamedTuple):
+    """One figure of the paper.
+
+    Attributes:
+        number: As in the paper.
+        name: Of the file.
+        title: What it shows.
+        needs: What it is drawn from.
+    """
+
+    number: str
+    name: str
+    title: str
+    needs: str
+
+
+FIGURES = (
+    PaperFigure(
+        "Figure 1",
+        "figure_1_labels",
+        "pseudo labels beside the baselines' and the ground truth",
+        "label folders of generate_labels and the devkit, on this machine",
+    ),
+    PaperFigure(
+        "Figure 4a",
+        "figure_4a_cams",
+        "activation maps after training with either pooling",
+        "a classifier.pt of each pooling and the devkit, on this machine",
+    ),
+    PaperFigure(
+        "Figure 4b",
+        "figure_4b_filling",
+        "share of each box that its class fills, by the labels and in truth",
+        "evaluate filling",
+    ),
+    PaperFigure(
+        "Figure 5",
+        "figure_5_confidence",
+        "confidence where Y_crf and Y_ret differ, as training goes on",
+        "the confidence maps that train_segmentation keeps with the loss nal",
+    ),
+    PaperFigure(
+        "Supplement, Figure 1a",
+        "supplement_1a_damping",
+        "confidence against the quotient of the cosines, by γ",
+        "nothing",
+    ),
+    PaperFigure(
+        "Supplement, Figure 1b",
+        "supplement_1b_gamma_lambda",
+        "mIoU of segmentation with NAL by γ and λ",
+        "evaluate segmentation for several γ and λ",
+    ),
+    PaperFigure(
+        "Supplement, Figure 2",
+        "supplement_2_unaries",
+        "u_c, u_0 and the labels that come of them",
+        "labels made with --unaries and the devkit, on this machine",
+    ),
+    PaperFigure(
+        "Supplement, Figures 3 and 4",
+        "supplement_3_predictions",
+        "predictions of segmentation networks",
+        "a segmenter.pt and the devkit, on this machine",
+    ),
+)
 
 
 class Drawn(NamedTuple):
@@ -57,18 +106,6 @@ class Drawn(NamedTuple):
     path: Path | None
     caption: str = ""
     reason: str = ""
-
-
-class Panel(NamedTuple):
-    """One image in a figure.
-
-    Attributes:
-        title: Below it.
-        pixels: ``(3, H, W)`` uint8.
-    """
-
-    title: str
-    pixels: Tensor
 
 
 def draw_all(
@@ -138,27 +175,30 @@ def gamma_and_lambda(archive: Archive, path: Path) -> str | None:
     nal = [
         m
         for m in archive.measurements
-        if m.facts["what"] == "segmentation"
+        if m.what == "segmentation"
         and m.facts.get("stage3.loss") == "nal"
         and m.facts["stage3.supervision"] == "boxes"
         and m.facts["test"] in ("single", "single+crf")
     ]
     varied = ("stage3.gamma", "stage3.balance")
-    sets = [(len(_pairs(ms, varied)), facts, ms) for facts, ms in group(nal, varied)]
+    sets = [
+        (len({tuple(m.facts.get(x) for x in varied) for m in ms}), facts, ms)
+        for facts, ms in group(nal, varied)
+    ]
     sets = [one for one in sets if one[0] > 2]
     if not sets:
         return None
     _, facts, ms = max(sets, key=lambda one: one[0])
+    points: dict[float, dict[float, list[float]]] = {}
+    for m in ms:
+        of_balance = points.setdefault(m.facts["stage3.balance"], {})
+        of_balance.setdefault(m.facts["stage3.gamma"], []).append(m.scores["miou"])
     with _plot(path, 4.2, 3.0) as figure:
         axes = figure.subplots()
-        for i, balance in enumerate(sorted({m.facts["stage3.balance"] for m in ms})):
-            points: dict[float, list[float]] = {}
-            for m in ms:
-                if m.facts["stage3.balance"] == balance:
-                    points.setdefault(m.facts["stage3.gamma"], []).append(m.scores["miou"])
-            gammas = sorted(points)
-            means = [sum(points[x]) / len(points[x]) for x in gammas]
-            spread = [(max(points[x]) - min(points[x])) / 2 for x in gammas]
+        for i, (balance, values) in enumerate(sorted(points.items())):
+            gammas = sorted(values)
+            means = [sum(values[x]) / len(values[x]) for x in gammas]
+            spread = [(max(values[x]) - min(values[x])) / 2 for x in gammas]
             k = i % len(COLOURS)
             axes.errorbar(
                 *(gammas, means, spread),
@@ -172,22 +212,18 @@ def gamma_and_lambda(archive: Archive, path: Path) -> str | None:
     return f"{where}; mean over seeds, bars are half the range."
 
 
-def _pairs(several: Sequence[Measurement], names: Sequence[str]) -> set[tuple]:
-    return {tuple(m.facts.get(name) for name in names) for m in several}
-
-
 def filling_rates(archive: Archive, path: Path) -> str | None:
     """Plot the distribution of filling rates of the most frequent classes, by labels and truth."""
-    several = [m for m in archive.measurements if m.facts["what"] == "filling"]
+    several = [m for m in archive.measurements if m.what == "filling" and m.more.get("rates")]
     if not several:
         return None
     # One data set and split, the one with the most labels; of each kind of labels the first.
-    places: dict[tuple, dict[str, Run]] = {}
+    places: dict[tuple[str, str], dict[str, Measurement]] = {}
     for m in several:
         place = (m.facts["data"], m.facts["split"])
-        places.setdefault(place, {}).setdefault(label_name(m.facts), m.run)
-    (data, split), runs = max(places.items(), key=lambda item: len(item[1]))
-    rates = {name: run.content["scores"]["per_class"] for name, run in runs.items()}
+        places.setdefault(place, {}).setdefault(label_name(m.facts), m)
+    (data, split), first = max(places.items(), key=lambda item: len(item[1]))
+    rates = {name: m.more["rates"] for name, m in first.items()}
     some = next(iter(rates.values()))
     classes = sorted(some, key=lambda name: -len(some[name]["truth"]))
     classes = [name for name in classes if len(some[name]["truth"]) > 1][:4]
@@ -207,7 +243,7 @@ def filling_rates(archive: Archive, path: Path) -> str | None:
                 f"{of_class} ({len(some[of_class]['truth'])} boxes)", fontsize=9, loc="left"
             )
             axes.set(yticks=range(len(names), 0, -1), xlim=(0, 101))
-            axes.set_yticklabels([_plain(name) for name in names])
+            axes.set_yticklabels([as_mathematics(name) for name in names])
         rows[-1].set_xlabel("filled share of the box, %")
     return f"{data} {split}; the dot is the median. Where there are several seeds, the first."
 
@@ -224,373 +260,8 @@ def _violin(axes: matplotlib.axes.Axes, values: np.ndarray, place: int, colour: 
     )
 
 
-def _plain(name: str) -> str:
-    """Set Y_crf as mathematics."""
-    for index in ("crf", "ret"):
-        name = name.replace(f"Y_{index}", rf"$Y_\mathrm{{{index}}}$")
-    return name.replace("u_0", "$u_0$").replace("u_c", "$u_c$")
-
-
 PLOTS: dict[str, Callable[[Archive, Path], str | None]] = {
     "figure_4b_filling": filling_rates,
     "supplement_1a_damping": confidence_by_gamma,
     "supplement_1b_gamma_lambda": gamma_and_lambda,
-}
-
-
-# Photographs
-
-
-def grid(path: Path, examples: Sequence[Sequence[Panel]], legend: Mapping[int, str]) -> None:
-    """Write images with their titles, a few lines for each example; a PNG of limited size.
-
-    Args:
-        path: Where to.
-        examples: The panels of each example.
-        legend: Names of the classes whose colours are shown.
-    """
-    for width in (240, 200, 170, 145, 120, 100, 75):
-        data = _render(examples, width, legend)
-        if len(data) <= LARGEST:
-            break
-    with whole(path) as unfinished:
-        unfinished.write_bytes(data)
-
-
-def _render(examples: Sequence[Sequence[Panel]], width: int, legend: Mapping[int, str]) -> bytes:
-    """Lay panels out at a width in pixels each."""
-    # More side by side would be too small on a phone.
-    columns = 4 if max(map(len, examples)) in (4, 7, 8) else 3
-    lines = [panels[i : i + columns] for panels in examples for i in range(0, len(panels), columns)]
-    text, gap, dots = round(0.075 * width), 4, 100
-    heights = [max(map(_shape(width), line)) + 2 * text for line in lines]
-    entries = [(class_colours()[label], name) for label, name in legend.items()]
-    key = 2 * text * math.ceil(len(entries) / columns)
-    across, down = columns * (width + gap), sum(heights) + key
-    figure = Figure(figsize=(across / dots, down / dots), dpi=dots, facecolor="white")
-
-    def write(x: float, y: float, words: str, align: str) -> None:
-        where = {"ha": align, "va": "center", "fontsize": text * 72 / dots}
-        figure.text(x / across, 1 - y / down, _plain(words), **where)
-
-    def place(x: int, y: int, pixels: np.ndarray) -> None:
-        figure.figimage(pixels, x, down - y - pixels.shape[0], origin="upper")
-
-    top = 0
-    for line, height in zip(lines, heights, strict=True):
-        for k, panel in enumerate(line):
-            image = Image.fromarray(panel.pixels.permute(1, 2, 0).contiguous().numpy())
-            tall = _shape(width)(panel)
-            small = image.resize((width, tall), Image.Resampling.LANCZOS)
-            place(k * (width + gap), top, np.asarray(small))
-            write(k * (width + gap) + width / 2, top + tall + text, panel.title, "center")
-        top += height
-    for i, (colour, name) in enumerate(entries):
-        x, y = i % columns * (width + gap), top + 2 * text * (i // columns)
-        place(x + 2, y + text // 2, np.full((text, text, 3), colour, dtype=np.uint8))
-        write(x + 2 * text, y + text, name, "left")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots)
-    buffer.seek(0)
-    with Image.open(buffer) as image:
-        flat = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
-    flat.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _shape(width: int) -> Callable[[Panel], int]:
-    """Height of a panel at some width."""
-    return lambda panel: round(width * panel.pixels.shape[1] / panel.pixels.shape[2])
-
-
-def with_boxes(image: Tensor, annotation: Annotation) -> Tensor:
-    """Return an image with its boxes drawn on it."""
-    canvas = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    draw = ImageDraw.Draw(canvas)
-    thick = max(1, round(max(canvas.size) / 150))
-    for (x1, y1, x2, y2), label in zip(
-        annotation.boxes.tolist(), annotation.labels.tolist(), strict=True
-    ):
-        corners = [
-            round(x1),
-            round(y1),
-            max(round(x1), round(x2) - 1),
-            max(round(y1), round(y2) - 1),
-        ]
-        draw.rectangle(corners, outline="white", width=2 * thick)
-        draw.rectangle(corners, outline=tuple(class_colours()[label].tolist()), width=thick)
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
-
-
-class Source(NamedTuple):
-    """A devkit and some of its images.
-
-    Attributes:
-        devkit: Where the images are.
-        names: Which.
-    """
-
-    devkit: Devkit
-    names: list[str]
-
-    def legend(self) -> dict[int, str]:
-        """Names of the classes that the boxes of the images name."""
-        labels = {x for name in self.names for x in self.devkit.annotation(name).labels.tolist()}
-        return {label: self.devkit.classes[label - 1] for label in sorted(labels)}
-
-    def annotated(self, name: str) -> tuple[Tensor, Panel]:
-        """Return an image as it is, and a panel with its boxes."""
-        image, annotation = self.devkit.annotated(name)
-        return image, Panel("boxes", with_boxes(image, annotation))
-
-    def truth(self, name: str, image: Tensor) -> list[Panel]:
-        """Return a panel with the true mask, where there is one."""
-        try:
-            return [Panel("truth", label_map(image, self.devkit.mask(name)))]
-        except FileNotFoundError:
-            return []
-
-
-def _source(
-    settings: Mapping[str, Any], split: str, wanted: int, folders: Sequence[Path]
-) -> Source:
-    """Choose images of a split, evenly spread, that all folders have files of."""
-    devkit = Devkit(settings["root"], tuple(settings.get("classes") or VOC_CLASSES))
-    names = devkit.names(split)
-    for folder in folders:
-        there = {path.stem for path in folder.iterdir()}
-        names = [name for name in names if name in there]
-    if not names:
-        raise FileNotFoundError(f"no image of {split} has all of these labels")
-    wanted = min(wanted, len(names))
-    return Source(devkit, [names[(2 * i + 1) * len(names) // (2 * wanted)] for i in range(wanted)])
-
-
-def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
-    """Show labels beside the baselines' and the truth."""
-    found: dict[tuple[str, str], list[Run]] = {}
-    for run in archive.runs:
-        maps = [archive.folder(run) / kind for kind in ("crf", "labels")]
-        if run.content["kind"] == "labels" and any(path.is_dir() for path in maps):
-            place = (run.settings["root"], run.settings["split"])
-            found.setdefault(place, []).append(run)
-    if not found:
-        return None
-    (_, split), several = max(found.items(), key=lambda item: len(_one_of_each(item[1], archive)))
-    runs = _one_of_each(several, archive)
-    runs = {title: run for title, run in runs.items() if title != "Box" or len(runs) == 1}
-    folders = {}
-    for title, run in runs.items():
-        kinds = [archive.folder(run) / kind for kind in ("crf", "labels")]
-        folders[title] = kinds[0] if kinds[0].is_dir() else kinds[1]
-    some = next(iter(runs.values()))
-    source = _source(some.settings, split, examples, list(folders.values()))
-    last = next(reversed(folders))
-    shown = []
-    for name in source.names:
-        image, first = source.annotated(name)
-        panels = [first]
-        for title, folder in folders.items():
-            labels = read_label_map(folder / f"{name}.png")
-            panels.append(Panel(title, label_map(image, labels)))
-            second = folder.parent / "ret" / f"{name}.png"
-            if title == last and second.is_file():
-                both = labels.masked_fill(labels != read_label_map(second), VOID)
-                panels.append(Panel("where Y_ret agrees", label_map(image, both)))
-        shown.append(panels + source.truth(name, image))
-    grid(path, shown, source.legend())
-    return f"{split}; white: Y_crf and Y_ret differ."
-
-
-def _one_of_each(runs: Sequence[Run], archive: Archive) -> dict[str, Run]:
-    """Labels of each method, BAP's last; of GAP's and BAP's the two that differ in least."""
-    found: dict[str, list[tuple[Facts, Run]]] = {}
-    for run in runs:
-        facts = archive.facts_of(run)
-        method = facts["labels.method"]
-        pool = str(facts.pop("stage1.pool", "network")).upper()
-        title = pool if method == "network" else METHODS[method]
-        found.setdefault(title, []).append((facts, run))
-    chosen = {title: entries[0][1] for title, entries in found.items()}
-    pairs = product(found.get("GAP", ()), found.get("BAP", ()))
-    alike = min(pairs, key=lambda pair: _differing(pair[0][0], pair[1][0]), default=None)
-    if alike is not None:
-        chosen |= {"GAP": alike[0][1], "BAP": alike[1][1]}
-    order = [*METHODS.values(), "NETWORK", "GAP", "BAP"]
-    return dict(sorted(chosen.items(), key=lambda item: order.index(item[0])))
-
-
-def _differing(one: Facts, other: Facts) -> int:
-    return sum(one.get(name) != other.get(name) for name in {*one, *other})
-
-
-def _strongest(u_c: Tensor) -> Tensor:
-    """Draw the largest of several maps ``(K, H, W)``; of none, black."""
-    return grey_map(u_c.amax(0) if len(u_c) else u_c.new_zeros(u_c.shape[1:]))
-
-
-def unaries(archive: Archive, path: Path, examples: int) -> str | None:
-    """Show u_c, u_0 and the labels that come of them."""
-    for run in archive.runs:
-        folder = archive.folder(run)
-        if run.content["kind"] == "labels" and (folder / "unaries").is_dir():
-            break
-    else:
-        return None
-    folders = [folder / kind for kind in ("crf", "ret", "unaries")]
-    source = _source(run.settings, run.settings["split"], examples, folders)
-    shown = []
-    for name in source.names:
-        image, first = source.annotated(name)
-        with np.load(folder / "unaries" / f"{name}.npz") as arrays:
-            u_0 = torch.from_numpy(arrays["background"]).float()
-            u_c = torch.from_numpy(arrays["foreground"]).float()
-        crf, ret = (read_label_map(folder / kind / f"{name}.png") for kind in ("crf", "ret"))
-        shown.append(
-            [
-                first,
-                Panel("u_c, largest", _strongest(u_c)),
-                Panel("u_0", grey_map(u_0)),
-                Panel("Y_crf", label_map(image, crf)),
-                Panel("where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, VOID))),
-                *source.truth(name, image),
-            ]
-        )
-    grid(path, shown, source.legend())
-    name = label_name(archive.facts_of(run))
-    return f"{name} of {run.settings['split']}. Maps from 0, dark blue, to 1, yellow."
-
-
-@torch.inference_mode()
-def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
-    """Show the activation maps of a classifier of each pooling, trained alike otherwise."""
-    from bapnal_recipes.models.backbones import ALIGNED
-    from bapnal_recipes.models.classifier import load_classifier
-
-    alike: dict[str, dict[str, Run]] = {}
-    for run in archive.runs:
-        if (
-            run.content["kind"] == "classifier"
-            and (archive.folder(run) / "classifier.pt").is_file()
-        ):
-            facts = {**archive.facts_of(run), "seed": run.settings.get("seed")}
-            facts.pop("stage1.min_background", None)
-            pool = facts.pop("stage1.pool")
-            alike.setdefault(repr(sorted(facts.items())), {})[pool] = run
-    both = next((runs for runs in alike.values() if len(runs) == 2), None)
-    if both is None:
-        return None
-    classifiers = {
-        x: load_classifier(archive.folder(both[x]) / "classifier.pt") for x in ("gap", "bap")
-    }
-    aligned = both["bap"].settings["backbone"] in ALIGNED
-    generate = PseudoLabelGenerator(crf=None, align_corners=aligned)
-    source = _source(both["bap"].settings, both["bap"].settings["split"], examples, [])
-    shown = []
-    for name in source.names:
-        image, first = source.annotated(name)
-        annotation = source.devkit.annotation(name)
-        panels = [first]
-        for pool, one in classifiers.items():
-            y = generate(
-                *(image[None], one.features(image[None]), one.weight),
-                *([annotation.boxes], [annotation.labels]),
-            )
-            panels.append(Panel(f"{pool.upper()}: u_c", _strongest(y.foreground_unary[0])))
-        shown.append(panels + source.truth(name, image))
-    grid(path, shown, source.legend())
-    split, backbone = (both["bap"].settings[x] for x in ("split", "backbone"))
-    return f"{backbone}, {split}: the largest u_c of the classes present, from 0 to 1."
-
-
-def confidence(archive: Archive, path: Path, examples: int) -> str | None:
-    """Show how the confidence in labels changes during training."""
-    from bapnal_recipes.data.labelled import label_folder
-
-    for run in archive.runs:
-        kept = archive.folder(run) / "confidence"
-        if run.content["kind"] == "segmentation" and kept.is_dir() and any(kept.iterdir()):
-            break
-    else:
-        return None
-    moments: dict[str, dict[int, Path]] = {}
-    for file in kept.glob("*.png"):
-        name, _, steps = file.stem.rpartition("_")
-        if steps.isdigit():
-            moments.setdefault(name, {})[int(steps)] = file
-    labels = archive.made("labels", run.settings["labels"])
-    folder = archive.folder(labels) if labels else Path(run.settings["labels"])
-    maps = [label_folder(folder, run.settings[x]) for x in ("first", "second")]
-    classes = tuple(run.settings.get("classes") or VOC_CLASSES)
-    source = Source(Devkit(run.settings["root"], classes), sorted(moments)[:examples])
-    shown = []
-    for name in source.names:
-        image, first = source.annotated(name)
-        crf, ret = (read_label_map(one / f"{name}.png") for one in maps)
-        panels = [
-            first,
-            Panel("Y_crf", label_map(image, crf)),
-            Panel("where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, VOID))),
-            *source.truth(name, image),
-        ]
-        for steps in sorted(moments[name])[:5]:
-            sigma = read_label_map(moments[name][steps]).float() / 255
-            panels.append(Panel(f"σ, step {steps}", grey_map(sigma)))
-        shown.append(panels)
-    grid(path, shown, source.legend())
-    settings = run.settings
-    return f"{settings['network']}, gamma {settings['gamma']:g}; σ from 0, dark blue, to 1, yellow."
-
-
-@torch.inference_mode()
-def predictions(archive: Archive, path: Path, examples: int) -> str | None:
-    """Show what segmentation networks make of images that they have not seen."""
-    from bapnal_recipes.models.segmenter import load_segmenter
-
-    found: dict[tuple[str, str], dict[str, Run]] = {}
-    names = {"boxes": "boxes, NAL", "some masks": "some masks, NAL", "masks": "all masks"}
-    for run in archive.runs:
-        if (
-            run.content["kind"] == "segmentation"
-            and (archive.folder(run) / "segmenter.pt").is_file()
-        ):
-            kind = archive.facts_of(run)["stage3.supervision"]
-            if kind == "masks" or run.settings["loss"] == "nal":
-                place = (run.settings["root"], run.settings["network"])
-                found.setdefault(place, {}).setdefault(names[kind], run)
-    if not found:
-        return None
-    (_, network), runs = max(found.items(), key=lambda item: len(item[1]))
-    some = next(iter(runs.values())).settings
-    devkit = Devkit(some["root"], tuple(some.get("classes") or VOC_CLASSES))
-    splits = devkit.root / "ImageSets/Segmentation"
-    split = "val" if (splits / "val.txt").is_file() else some["split"]
-    source = _source(some, split, examples, [])
-    networks = {
-        title: load_segmenter(archive.folder(runs[title]) / "segmenter.pt")
-        for title in names.values()
-        if title in runs
-    }
-    shown = []
-    for name in source.names:
-        image = source.devkit.image(name)
-        panels = [Panel("image", image)]
-        for title, (one, _, trained) in networks.items():
-            aligned = bool(trained.get("align_corners", False))
-            logits = F.interpolate(
-                one(image[None])[0], image.shape[1:], mode="bilinear", align_corners=aligned
-            )
-            panels.append(Panel(title, label_map(image, logits[0].argmax(0))))
-        shown.append(panels + source.truth(name, image))
-    grid(path, shown, source.legend())
-    return f"{network}, {split}, one scale, without CRF."
-
-
-PHOTOGRAPHS: dict[str, Callable[[Archive, Path, int], str | None]] = {
-    "figure_1_labels": pseudo_labels,
-    "figure_4a_cams": activation_maps,
-    "figure_5_confidence": confidence,
-    "supplement_2_unaries": unaries,
-    "supplement_3_predictions": predictions,
 }

@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -186,7 +186,7 @@ def read_search(path: Path, settings: Settings) -> Settings:
     return replace(settings, generator=replace(settings.generator, **options), crf=crf)
 
 
-def main(settings: Settings) -> dict:
+def main(settings: Settings) -> dict[str, Any]:
     """Label all images of a split; the result also goes to ``OUT/result.json``.
 
     Raises:
@@ -208,7 +208,8 @@ def main(settings: Settings) -> dict:
     every = [one for some, _ in parts for one in some]
     errors = {one.name: one.error for one in sorted(every, key=lambda one: one.name) if one.error}
     scores = {"pictures": len(names) - len(errors), "skipped": list(errors), "errors": errors}
-    found = runs.result("labels", asdict(settings), scores, meter)
+    inputs = runs.inputs(classifier=settings.classifier, search=settings.search)
+    found = runs.result("labels", asdict(settings), scores, meter, inputs=inputs)
     if stored and len(every) == len(errors):  # nothing new but what was skipped before
         found = {**stored, "scores": {**stored["scores"], **scores}}
     else:
@@ -335,8 +336,11 @@ def _label(settings: Settings, label: Labeller, sample: Sample) -> Done:
     except (ValueError, OSError) as error:
         return Done(sample.name, str(error), {})
     for folder, path in _files(settings, sample.name).items():
-        write = _write_arrays if folder == "unaries" else write_label_map
-        write(path, found[folder])
+        content = found[folder]
+        if isinstance(content, dict):
+            _write_arrays(path, content)
+        else:
+            write_label_map(path, content)
     clock("writing")
     return Done(sample.name, None, seconds)
 
@@ -350,7 +354,7 @@ def _files(settings: Settings, name: str) -> dict[str, Path]:
     return {x: settings.out / x / f"{name}{ends.get(x, '.png')}" for x in folders}
 
 
-def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Write a file of arrays, whole or not at all."""
     with files.whole(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(file, **arrays)
@@ -385,7 +389,7 @@ def _gather(fabric: Fabric, mine: tuple[list[Done], float]) -> list[tuple[list[D
     """What every process found, in their order."""
     if fabric.world_size == 1:
         return [mine]
-    parts: list = [None] * fabric.world_size
+    parts: list[Any] = [None] * fabric.world_size
     torch.distributed.all_gather_object(parts, mine)
     return parts
 

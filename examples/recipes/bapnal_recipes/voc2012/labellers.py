@@ -88,14 +88,15 @@ def make_labeller(settings: Settings, fabric: Fabric) -> Labeller:
     """Return what turns one image into its label maps, by the folders they go to."""
     if settings.method in TWO_MAPS:
         return _NetworkLabeller(settings, fabric)
-    maker = {
+    makers: dict[str, Callable[..., Tensor]] = {
         "box": _box,
         "grabcut": _grab_cut,
         "wssl": functools.partial(_wssl, crf=make_crf(settings.crf), device=fabric.device),
         "mcg": _mcg,
         "sdi": _sdi,
         "masks": functools.partial(_masks, devkit=Devkit(settings.root, settings.classes)),
-    }[settings.method]
+    }
+    maker = makers[settings.method]
 
     def label(sample: Sample, clock: Clock) -> LabelMaps:
         found = maker(settings, sample)
@@ -131,6 +132,7 @@ def _sdi(settings: Settings, sample: Sample) -> Tensor:
 
 def _masks(settings: Settings, sample: Sample, devkit: Devkit) -> Tensor:
     numbers = _numbers(settings, devkit, sample.name)
+    assert settings.masks is not None  # was checked
     files = baselines.mask_files(settings.masks, sample.name, numbers)
     return baselines.read_masks(
         files, sample.name, sample.boxes, sample.labels, _shape(sample), len(devkit.classes)
@@ -151,6 +153,7 @@ def _cuts(settings: Settings, sample: Sample) -> list[Tensor]:
 
 
 def _chosen(settings: Settings, sample: Sample) -> list[Tensor]:
+    assert settings.proposals is not None  # was checked
     found = baselines.read_proposals(settings.proposals / f"{sample.name}.mat")
     return baselines.best_proposals(found, sample.boxes, _shape(sample))
 

@@ -1,489 +1,279 @@
-"""Tables of our own form, of all that was measured: labels, losses, classifiers, conditions."""
+"""Plain tables of all that was measured, with the settings that differ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bapnal_recipes.data.voc import VOC_CLASSES
+from bapnal_recipes.voc2012.measurements import Facts, Measurement, fits, group, varying
 from bapnal_recipes.voc2012.page import table
-from bapnal_recipes.voc2012.results import (
-    METHODS,
-    Archive,
-    Facts,
-    Measurement,
-    Run,
-    fits,
-    group,
-    label_name,
-    varying,
-)
 from bapnal_recipes.voc2012.wording import (
+    LOSSES,
+    METHODS,
     NOTHING,
-    U_0,
-    alternatives,
-    number,
+    background_name,
+    label_name,
+    loss_name,
+    pool_name,
     score_text,
     setting_name,
     settings_text,
     value_text,
 )
 
-LOSSES = {
-    "crf": "cross-entropy on Y_crf",
-    "ret": "cross-entropy on Y_ret",
-    "ignore": "where they differ: left out",
-    "entropy": "where they differ: entropy",
-    "bootstrap": "where they differ: bootstrapping",
-    "nal": "where they differ: by confidence (NAL)",
+# Settings of evaluate that some modes of a segmentation network have and others have not.
+OF_TEST = ("evaluation.scales", "evaluation.crf", "evaluation.iterations")
+OF_TEST += ("evaluation.half_resolution",)
+# Facts that the names of rows tell already.
+TOLD: dict[Callable[[Facts], str], frozenset[str]] = {
+    pool_name: frozenset(("stage1.pool", "pool", "stage1.min_background")),
+    loss_name: frozenset(
+        f"stage3.{x}" for x in ("loss", "supervision", "true_masks", "classifier")
+    ),
 }
-TESTS = {
-    "single": "one scale",
-    "single+crf": "one scale + CRF",
-    "multi": "scales and flips",
-    "multi+crf": "scales and flips + CRF",
-}
+TOLD[label_name] = TOLD[pool_name] | {"labels.method", "method", "made elsewhere", "map"}
+TOLD[background_name] = frozenset(("u_0",))
+TOLD[label_name] |= {"labels.generator", "labels.generator.background"}
+USUAL_N = {"stage1.grid_size": (4, None), "labels.generator.grid_size": (1, None)}
 
 
-def loss_name(facts: Facts) -> str:
-    """Name what a segmentation network was trained on."""
-    if facts["stage3.supervision"] == "masks":
-        return "true masks (ceiling)"
-    name = LOSSES.get(facts.get("stage3.loss", ""), "unknown loss")
-    if facts["stage3.supervision"] == "some masks":
-        name += f", {facts['stage3.true_masks']} true masks"
-    return name + (", dot product" if facts["stage3.classifier"] == "dot" else "")
-
-
-class Heading(NamedTuple):
-    """A column of one of our own tables.
+class Column(NamedTuple):
+    """A column of numbers.
 
     Attributes:
-        name: Heading.
-        rule: Which measurements it is about.
         score: Name of the number.
+        rule: Which measurements it is about.
         decimals: To show.
     """
 
-    name: str
-    rule: Mapping[str, Any]
     score: str
+    rule: Mapping[str, Any] = {}
     decimals: int = 1
 
 
-def _unlike_most(several: Sequence[Facts], names: Sequence[str]) -> tuple[list[str], str]:
-    """For each set of facts what is unlike in most of them; and what most have, for below."""
-    usual: Facts = {}
-    for name in names:
-        values = [facts[name] for facts in several if name in facts]
-        usual[name] = max(values, key=values.count)
-    unlike = [
-        settings_text(facts, [x for x in names if x in facts and facts[x] != usual[x]])
-        for facts in several
-    ]
-    below = f"Where a line says nothing else: {settings_text(usual, names)}." if usual else ""
-    return unlike, below
-
-
-def _splits(several: Sequence[Measurement]) -> list[tuple[str, str]]:
-    """Each split that occurs, and how a heading calls it."""
-    sizes = {m.facts["split"]: m.images for m in several}
-    order = ("train_aug", "train", "val")
-    ordered = sorted(sizes, key=lambda x: (order.index(x) if x in order else 9, x))
-    return [(x, f"{x} ({sizes[x]})" if sizes[x] else x) for x in ordered]
-
-
-def rows_table(
+def plain_table(
     title: str,
     several: Sequence[Measurement],
-    headings: Sequence[Heading],
+    columns: Mapping[str, Column],
     name: Callable[[Facts], str],
-    order: Sequence[str] = (),
     note: str = "",
-) -> str | None:
-    """Return a table with a line for all that differs in nothing but the seed, or None if empty.
+) -> Iterator[str]:
+    """Give a table with a row for all that differs in nothing but the seed, if there is any.
 
     Args:
         title: Above it.
         several: What it is made of.
-        headings: Its columns; those without any number are left out.
-        name: Of a line.
-        order: Beginnings of names, in the order of the lines.
+        columns: Of numbers, by heading; those without any number are left out.
+        name: Of a row.
         note: Below it.
     """
-    headings = [
-        h for h in headings if any(fits(m.facts, h.rule) and h.score in m.scores for m in several)
-    ]
-    groups = group(several, {x for h in headings for x in h.rule} | OF_TEST)
-    if not groups or not headings:
-        return None
-    names = [name(facts) for facts, _ in groups]
-    told = [x for x in varying([facts for facts, _ in groups]) if x not in TOLD]
-    settings, usual = _unlike_most([facts for facts, _ in groups], told)
+    columns = {
+        heading: c
+        for heading, c in columns.items()
+        if any(fits(m.facts, c.rule) and c.score in m.scores for m in several)
+    }
+    groups = group(several, {*OF_TEST, *(x for c in columns.values() for x in c.rule)})
+    if not groups or not columns:
+        return
+    told = [x for x in varying([facts for facts, _ in groups]) if x not in TOLD[name]]
+    usual = _usual([facts for facts, _ in groups], told)
     lines = []
-    for called, unlike, (_, ms) in zip(names, settings, groups, strict=True):
+    for facts, ms in groups:
+        unlike = settings_text(
+            facts, [x for x in told if x in facts and facts[x] != usual.get(x, UNSAID)]
+        )
         cells = [
-            alternatives([m for m in ms if fits(m.facts, h.rule)], h.score, h.decimals)
-            for h in headings
+            score_text([m for m in ms if fits(m.facts, c.rule)], c.score, c.decimals)
+            for c in columns.values()
         ]
-        place = next((i for i, x in enumerate(order) if called.startswith(x)), len(order))
-        runs = ", ".join(str(x) for x in sorted({m.run.number for m in ms}))
-        lines.append((place, called, unlike, [*cells, *([unlike] if told else []), runs]))
-    lines.sort(key=lambda x: (x[0], x[1], x[2] != NOTHING, x[2]))
-    head = ["", *(h.name for h in headings), *(["settings"] if told else []), "runs"]
-    rows = [[called, *rest] for _, called, _, rest in lines]
-    return "\n\n".join(x for x in (f"### {title}", table(head, rows), usual, note) if x)
+        if set(cells) != {NOTHING}:
+            lines.append([name(facts), unlike, *cells])
+    lines.sort(key=lambda line: (line[1] != NOTHING, line[1], _order(line[0]), line[0]))
+    if all(line[1] == NOTHING for line in lines):
+        lines, head = [[line[0], *line[2:]] for line in lines], ["", *columns]
+    else:
+        head = ["", "different settings", *columns]
+        note = f"Where nothing else is said: {settings_text(usual, told)}. {note}".strip()
+    yield "\n\n".join(x for x in (f"### {title}", table(head, lines), note) if x)
 
 
-# Settings of evaluate.py that some modes of a segmentation network have and others have not.
-OF_TEST = frozenset(f"evaluation.{x}" for x in ("scales", "crf", "iterations", "half_resolution"))
-# Facts that the name of a line tells already.
-TOLD = frozenset(
-    (
-        *("labels.method", "labels.map", "u_0", U_0, "stage1.pool"),
-        *("stage1.leave_out", "stage1.min_background", "machine"),
-        *("stage3.loss", "stage3.supervision", "stage3.true_masks", "stage3.classifier"),
-        *("what", "whole VOC 2012"),
-    )
-)
+UNSAID = object()
 
 
-def pivot(
-    title: str,
-    several: Sequence[Measurement],
-    down: str,
-    across: str,
-    score: str,
-    decimals: int = 1,
-) -> list[str]:
-    """Return a table of two settings for each set of all others, where both vary."""
-    found = []
-    for facts, ms in group(several, {down, across}):
+def _usual(several: Sequence[Facts], names: Sequence[str]) -> Facts:
+    """Return the most frequent value of each setting that at least half of the rows have."""
+    values = {x: [facts[x] for facts in several if x in facts] for x in names}
+    return {x: max(v, key=v.count) for x, v in values.items() if 2 * len(v) >= len(several)}
+
+
+def _order(name: str) -> int:
+    """Baselines first."""
+    order = [*METHODS.values(), "GAP", "BAP", *LOSSES.values()]
+    return next((i for i, x in enumerate(order) if name.startswith(x)), len(order))
+
+
+def square_table(
+    title: str, several: Sequence[Measurement], down: str, across: str, score: str = "miou"
+) -> Iterator[str]:
+    """Give a table of two settings for each set of all others in which both vary."""
+    for _, ms in group(several, {down, across}):
         rows, columns = (_values(ms, x) for x in (down, across))
-        if len(rows) < 2 and len(columns) < 2:
-            continue
-        lines = [
-            [f"**{setting_name(down)} {value_text(row)}**"]
-            + [
-                score_text(
-                    [m for m in ms if fits(m.facts, {down: row, across: column})], score, decimals
-                )
-                for column in columns
+        if len(rows) > 1 and len(columns) > 1:
+            lines = [
+                [f"{setting_name(down)} {value_text(row)}"]
+                + [
+                    score_text([m for m in ms if fits(m.facts, {down: row, across: x})], score)
+                    for x in columns
+                ]
+                for row in rows
             ]
-            for row in rows
-        ]
-        head = ["", *(f"{setting_name(across)} {value_text(x)}" for x in columns)]
-        others = [x for x, _ in group(several, {down, across})]
-        told = settings_text(facts, [x for x in varying(others) if x != "whole VOC 2012"])
-        runs = ", ".join(str(x) for x in sorted({m.run.number for m in ms}))
-        note = f"Runs {runs}." + (f" Here: {told}." if len(others) > 1 else "")
-        found.append("\n\n".join([f"### {title}", table(head, lines), note]))
-    return found
+            head = ["", *(f"{setting_name(across)} {value_text(x)}" for x in columns)]
+            yield f"### {title}\n\n{table(head, lines)}"
 
 
 def _values(several: Sequence[Measurement], name: str) -> list[Any]:
-    values = {repr(m.facts.get(name)): m.facts.get(name) for m in several}.values()
-    return sorted(values, key=lambda x: (isinstance(x, str), x if x is not None else -1))
+    return sorted({m.facts[name] for m in several if m.facts.get(name) is not None})
 
 
-def pairs(title: str, several: Sequence[Measurement], score: str, note: str) -> str | None:
-    """Return GAP beside BAP for each set of settings that has both, or None."""
-    found = []
-    either = group(several, {"stage1.pool", "stage1.min_background"})
-    both = []
-    for facts, ms in either:
-        sides = [
-            [m for m in ms if m.facts.get("stage1.pool") == x and score in m.scores]
-            for x in ("gap", "bap")
-        ]
-        if all(sides):
-            both.append((facts, sides))
-    if not both:
-        return None
-    told = [x for x in varying([facts for facts, _ in both]) if x not in TOLD - {"u_0"}]
-    unlike, usual = _unlike_most([facts for facts, _ in both], told)
-    for settings, (_, (gap, bap)) in zip(unlike, both, strict=True):
-        by_seed = {m.seeds: m.scores[score] for m in gap}
-        gains = [m.scores[score] - by_seed[m.seeds] for m in bap if m.seeds in by_seed]
-        runs = ", ".join(str(x) for x in sorted({m.run.number for m in gap + bap}))
-        sides = [alternatives(x, score, 1) for x in (gap, bap)]
-        found.append([settings, *sides, number(gains), runs])
-    found.sort(key=lambda x: (x[0] != NOTHING, x[0]))
-    head = ["settings", "GAP", "BAP", "BAP - GAP, seed by seed", "runs"]
-    return "\n\n".join(x for x in (f"### {title}", table(head, found), usual, note) if x)
-
-
-def own_tables(archive: Archive) -> list[str]:
-    """Return all tables that are not in the paper's form, in Markdown."""
-    found: list[str | None] = []
-    for data in sorted({m.facts["data"] for m in archive.measurements}):
-        here = [m for m in archive.measurements if m.facts["data"] == data]
-        by_kind = {x: [m for m in here if m.facts["what"] == x] for x in EVALUATIONS}
-        found += _label_tables(data, by_kind["labels"])
-        found += _segmentation_tables(data, by_kind["segmentation"])
-        found += _classifier_tables(data, by_kind)
-    found += [_conditions(x) for x in archive.runs if x.content["kind"] == "conditions"]
-    return [x for x in found if x] or ["No evaluation has been run."]
-
-
-EVALUATIONS = ("labels", "segmentation", "cams", "boxes", "filling", "runtime")
-
-
-USUAL_N = {
-    "stage1.grid_size": (4, None),
-    "labels.generator.grid_size": (1, "searched", None),
-}
-
-
-def _label_tables(data: str, labels: Sequence[Measurement]) -> list[str | None]:
-    """Labels, N x N, GAP against BAP, and classes that the classifier has not seen."""
-    seen = [m for m in labels if not m.facts.get("stage1.leave_out")]
-    usual = [m for m in seen if fits(m.facts, USUAL_N)] or seen  # the others are in a square table
-    headings = [
-        Heading(f"{name}, {text}", {"split": split}, score)
-        for split, name in _splits(usual)
-        for score, text in (
-            ("miou", "mIoU"),
-            ("coverage", "labelled"),
-            ("miou_strict", "mIoU, unlabelled is wrong"),
-        )
-    ]
-    crf = [m for m in seen if m.facts.get("labels.map") == "crf"]
-    bap = [m for m in crf if m.facts.get("stage1.pool") == "bap"]
-    order = (*METHODS.values(), "GAP: Y_crf", "GAP", "BAP: Y_crf", "BAP: Y_ret", "BAP")
-    found: list[str | None] = [
-        rows_table(
-            f"Labels ({data})",
-            usual,
-            headings,
-            label_name,
-            order,
-            "mIoU leaves pixels without a label out; where there are some, the last column counts "
-            "them as wrong.",
-        )
-    ]
-    for split, name in _splits(crf):
-        found += pivot(
-            f"Grid size N: Y_crf of BAP, mIoU ({data}, {name})",
-            [m for m in bap if m.facts["split"] == split],
-            "stage1.grid_size",
-            "labels.generator.grid_size",
-            "miou",
-            2,
-        )
-        found.append(
-            pairs(
-                f"GAP against BAP: Y_crf, mIoU ({data}, {name})",
-                [m for m in crf if m.facts["split"] == split],
-                "miou",
-                "Each line is one set of settings under which both were run.",
-            )
-        )
-    left_out = {m.facts["stage1.leave_out"] for m in labels if m.facts.get("stage1.leave_out")}
-    return found + [_unseen(data, labels, x) for x in sorted(left_out)]
-
-
-def _unseen(data: str, labels: Sequence[Measurement], left_out: str) -> str | None:
-    """Labels of classes that the classifier was trained without."""
-    names = left_out.split(", ")
-    wanted = []
-    for m in labels:
-        one_of_them = m.facts.get("stage1.leave_out", "") in ("", left_out)
-        first_map = m.facts.get("labels.map") in ("crf", "labels")
-        if not (one_of_them and first_map and fits(m.facts, USUAL_N)):
-            continue
-        of_each = [m.scores.get(f"per_class/{x}") for x in names]
-        if None not in of_each:
-            mean = sum(x for x in of_each if x is not None) / len(names)
-            wanted.append(m._replace(scores={**m.scores, "unseen": mean}))
-    headings = [
-        Heading(f"{name}, {text}", {"split": split}, score)
-        for split, name in _splits(wanted)
-        for text, score in (
-            ("mean of these", "unseen"),
-            *((x, f"per_class/{x}") for x in names),
-            ("mIoU of all", "miou"),
-        )
-    ]
-
-    def name(facts: Facts) -> str:
-        known = facts.get("stage1.leave_out")
-        if known is None:
-            return label_name(facts)
-        if facts.get("labels.method") == "agnostic":
-            return f"{label_name(facts)}, features trained {'without' if known else 'with'} them"
-        return f"{label_name(facts)}, classifier trained {'without' if known else 'with'} them"
-
-    return rows_table(
-        f"Classes that the classifier has not seen: {left_out} ({data}), IoU",
-        wanted,
-        headings,
-        name,
-        (*METHODS.values(), "GAP: ", "BAP: "),
-        note="Without class weights, what is no background (1 - u_0) is the object; a classifier "
-        "trained without these classes labels them the same way, and the others by its weights.",
-    )
-
-
-def _segmentation_tables(data: str, several: Sequence[Measurement]) -> list[str | None]:
-    """Losses, gamma and lambda, and what true masks add."""
-    found: list[str | None] = []
-    for split, name in _splits(several):
-        here = [m for m in several if m.facts["split"] == split]
-        headings = [Heading(text, {"test": x}, "miou") for x, text in TESTS.items()]
-        boxes = [m for m in here if m.facts["stage3.supervision"] == "boxes"]
-        usual = [m for m in boxes if m.facts.get("stage3.gamma", 7.0) == 7.0]
-        usual = [m for m in usual if m.facts.get("stage3.balance", 0.1) == 0.1]
-        found.append(
-            rows_table(
-                f"Segmentation by loss, mIoU ({data}, {name})",
-                usual,
-                headings,
-                loss_name,
-                tuple(LOSSES.values()),
-                "Gamma 7 and lambda 0.1, where the loss has them.",
-            )
-        )
-        for test, text in TESTS.items():
-            found += pivot(
-                f"NAL by gamma and lambda, mIoU ({data}, {name}, {text})",
-                [m for m in boxes if m.facts["stage3.loss"] == "nal" and m.facts["test"] == test],
-                "stage3.gamma",
-                "stage3.balance",
-                "miou",
-            )
-        masks = [m for m in here if m.facts["stage3.supervision"] != "boxes"]
-        beside = [m for m in usual if m.facts.get("stage3.loss") == "nal"]
-        found.append(
-            rows_table(
-                f"Segmentation with true masks, mIoU ({data}, {name})",
-                masks + beside if masks else [],
-                headings,
-                loss_name,
-                tuple(LOSSES.values()),
-            )
-        )
-        found.append(
-            pairs(
-                f"GAP against BAP: segmentation, one scale, mIoU ({data}, {name})",
-                [m for m in here if m.facts["test"] == "single"],
-                "miou",
-                "Each line is one set of settings under which both were run.",
-            )
-        )
+def own_tables(several: Sequence[Measurement]) -> list[str]:
+    """Return all plain tables, in Markdown."""
+    found: list[str] = []
+    whats = dict.fromkeys((*SERIES, *sorted({m.what for m in several})))
+    for what in (x for x in whats if x not in NOT_SHOWN):
+        series = [m for m in several if m.what == what]
+        for place in sorted({_place(m) for m in series}, key=repr):
+            here = [m for m in series if _place(m) == place]
+            data, split, scored = place
+            images = {m.images for m in here if m.images}
+            where = f"{data} {split}" + (f", {max(images)} images" if images else "")
+            if scored and len(scored) < FEW:
+                where += f"; {_classes(scored)}"
+            found += SERIES[what](where, here) if what in SERIES else _any(what, where, here)
     return found
 
 
-def _classifier_tables(data: str, by_kind: Mapping[str, Sequence[Measurement]]) -> list[str | None]:
-    """Activation maps, accuracy, filling rates and time."""
+FEW = 5  # classes; of so few each has a column
+NOT_SHOWN = ("runs",)  # time and loss of each run; the series has them
 
-    def pool(facts: Facts) -> str:
-        left_out = facts.get("stage1.leave_out")
-        without = f", trained without {left_out}" if left_out else ""
-        return f"{str(facts.get('stage1.pool', 'classifier')).upper()}{without}"
 
-    found: list[str | None] = []
-    for split, name in _splits(by_kind["cams"]):
-        cams = [m for m in by_kind["cams"] if m.facts["split"] == split]
-        classes = dict.fromkeys(
-            x for m in cams for x in m.scores if x.startswith("precision/per_class/")
-        )
-        scored = {i for m in cams for i in m.facts["scored"]}
-        if scored:
-            classes = dict.fromkeys(x for i, x in enumerate(classes, start=1) if i in scored)
-        title = f"Precision of activation maps ({data}, {name})"
-        headings = [
-            Heading("precision", {}, "precision/mean"),
-            Heading("recall", {}, "recall/mean"),
-            *(Heading(x.rpartition("/")[2], {}, x) for x in classes),
-        ]
-        found.append(rows_table(title, cams, headings, pool))
-        found.append(
-            pairs(
-                f"GAP against BAP: precision of activation maps ({data}, {name})",
-                cams,
-                "precision/mean",
-                "",
-            )
-        )
-    boxes = by_kind["boxes"]
-    found.append(
-        rows_table(
-            f"True boxes classified right ({data})",
-            boxes,
-            [
-                Heading(
-                    f"{name}, {text}",
-                    {"split": split, "evaluation.background": by_eq_4},
-                    "accuracy",
-                )
-                for split, name in _splits(boxes)
-                for text, by_eq_4 in (("whole boxes", False), ("pooled by Eq. 4", True))
-            ],
-            pool,
-        )
-    )
-    filling = by_kind["filling"]
-    found.append(
-        rows_table(
-            f"Share of each box that its class fills ({data})",
-            filling,
-            [
-                Heading(f"{name}, {text}", {"split": split}, score)
-                for split, name in _splits(filling)
-                for text, score in (
-                    ("labels", "labels"),
-                    ("truth", "truth"),
-                    ("mean difference of a box", "difference"),
-                )
-            ],
-            label_name,
-            tuple(METHODS.values()),
-        )
-    )
+def _place(m: Measurement) -> tuple[Any, Any, Any]:
+    return m.facts.get("data"), m.facts.get("split"), m.facts.get("scored")
+
+
+def _classes(scored: Sequence[int]) -> str:
+    return " and ".join(("background", *VOC_CLASSES)[x] for x in scored)
+
+
+def _labels(where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    yield from _any("Labels", where, [m for m in several if "map" not in m.facts])
+    several = [m for m in several if "map" in m.facts]
+    usual = [m for m in several if fits(m.facts, USUAL_N)] or list(several)
+    scored = usual[0].facts.get("scored", ()) if usual else ()
+    columns = {
+        "Y_crf": Column("miou", {"map": ("crf", "labels")}),
+        "Y_ret": Column("miou", {"map": "ret"}),
+        "where both agree": Column("miou", {"map": "both"}),
+        "which is, of the pixels": Column("coverage", {"map": "both"}),
+        "the others counted as wrong": Column("miou_strict", {"map": "both"}),
+    }
+    if 0 < len(scored) < FEW:
+        names = [_classes([x]) for x in scored]
+        columns |= {f"Y_crf, {x}": Column(f"per_class.{x}", {"map": "crf"}) for x in names}
+    yield from plain_table(f"Labels, mIoU ({where})", usual, columns, label_name)
+    crf = [m for m in several if m.facts.get("map") == "crf"]
+    down, across = USUAL_N
+    yield from square_table(f"Labels by N of the grid, Y_crf, mIoU ({where})", crf, down, across)
+
+
+def _segmentation(where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    tests = ("single", "single+crf", "multi", "multi+crf")
+    names = ("one scale", "one scale + CRF", "scales and flips", "scales and flips + CRF")
+    columns = {n: Column("miou", {"test": x}) for n, x in zip(names, tests, strict=True)}
+    columns["background alone"] = Column("per_class.background", {"test": "single"}, 2)
+    usual = [m for m in several if fits(m.facts, {"stage3.gamma": (7.0, None)})]
+    usual = [m for m in usual if fits(m.facts, {"stage3.balance": (0.1, None)})]
+    title = f"Segmentation, mIoU ({where})"
+    yield from plain_table(title, usual or several, columns, loss_name)
+    nal = [m for m in several if m.facts.get("stage3.loss") == "nal"]
+    nal = [m for m in nal if m.facts.get("test") == "single"]
+    title = f"NAL by γ and λ, one scale, mIoU ({where})"
+    yield from square_table(title, nal, "stage3.gamma", "stage3.balance")
+
+
+def _cams(where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    columns = {"precision": Column("precision.mean"), "recall": Column("recall.mean")}
+    yield from plain_table(f"Activation maps ({where})", several, columns, pool_name)
+
+
+def _boxes(where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    columns = {
+        "whole boxes": Column("accuracy", {"evaluation.background": False}),
+        "pooled by Eq. 4": Column("accuracy", {"evaluation.background": True}),
+    }
+    yield from plain_table(f"Boxes classified right ({where})", several, columns, pool_name)
+
+
+def _filling(where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    columns = {x: Column(x) for x in ("labels", "truth")}
+    columns["mean difference per box"] = Column("difference")
+    title = f"Share of each box that its class fills, in percent ({where})"
+    yield from plain_table(title, several, columns, label_name)
+
+
+def _runtime(where: str, several: Sequence[Measurement]) -> Iterator[str]:
     parts = ("features", "unaries", "crf", "retrieval", "total", "grabcut", "wssl")
-    found.append(
-        rows_table(
-            f"Seconds to label one image ({data})",
-            by_kind["runtime"],
-            [Heading(METHODS.get(x, x), {}, x, 3) for x in parts],
-            lambda facts: f"{pool(facts)}, {facts['machine']}",
-        )
-    )
-    return found
+    columns = {METHODS.get(x, x): Column(x, {}, 3) for x in parts}
+    machines = ", ".join(sorted({str(m.more.get("machine")) for m in several}))
+    title = f"Seconds per image ({where})"
+    yield from plain_table(title, several, columns, pool_name, f"Measured on {machines}.")
 
 
-def _conditions(one: Run) -> str | None:
-    """GAP beside BAP as benchmarks/voc_animals_conditions.py writes them, or None if empty."""
-    values: dict[tuple, dict[tuple[str, int], dict[str, float]]] = {}
-    for row in one.content["scores"].values():
-        for name, found in row["crf"].items():
-            u_0, _, generating = name.partition(" N=")
-            place = (row["stride"], row["margin"], u_0, int(generating or 1), row["grid_size"])
-            values.setdefault(place, {})[row["pool"], row["sample"]] = found
-    lines = []
-    for (stride, margin, u_0, generating, training), here in sorted(values.items()):
-        # GAP knows no N but that of the background's vectors, which stays at 4.
-        gap = values.get((stride, margin, u_0, generating, 4), {})
-        bap = {sample: x for (pool, sample), x in here.items() if pool == "bap"}
-        gap = {sample: x for (pool, sample), x in gap.items() if pool == "gap" and sample in bap}
-        if not bap:
-            continue
-        gains = [
-            [bap[x][half] - gap[x][half] for x in gap] for half in ("all", "uniform", "cluttered")
-        ]
-        columns = [[x["all"] for x in gap.values()], [x["all"] for x in bap.values()], *gains]
-        told = f"stride {stride}, margin {margin:g}, u_0 {u_0}, N in training {training}"
-        told += f", N in generating {generating}" if generating > 1 else ""
-        lines.append(
-            [told, *(number(x, what="sample") if x else "–" for x in columns), str(one.number)]
-        )
-    if not lines:
-        return None
-    head = ["settings", "GAP", "BAP", "BAP - GAP", "uniform backgrounds", "cluttered ones", "runs"]
-    title = f"GAP against BAP on fixed features of {one.settings.get('backbone')}: Y_crf, mIoU"
+def _conditions(where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    columns = {
+        f"{pool}, {half}": Column(half, {"pool": pool.lower()})
+        for half in ("all", "uniform", "cluttered")
+        for pool in ("GAP", "BAP")
+    }
+    title = f"GAP against BAP on the features of a frozen network, Y_crf, mIoU ({where})"
     note = (
-        "The classifier alone is trained, to the end; samples are of the training images. The "
-        "last two columns are BAP - GAP on the halves of val with the more uniform and the more "
-        "cluttered backgrounds."
+        "Uniform and cluttered are the halves of the images by their backgrounds. Stage 1 is the "
+        "classifier alone, trained to the end, on several samples of the training images."
     )
-    return "\n\n".join([f"### {title}", table(head, lines), note])
+    several = [m for m in several if m.facts.get("generating") == 1]
+    yield from plain_table(title, several, columns, background_name, note)
+
+
+def _searches(where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    chosen = [m for m in several if m.facts.get("chosen") and m.facts.get("stage") != "unaries"]
+    title = f"What searches chose, Y_crf, mIoU on the images searched ({where})"
+    yield from plain_table(title, chosen, {"mIoU": Column("miou")}, pool_name)
+
+
+def _confidence(where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    if several:
+        head = ["", *(str(m.facts.get("segmenter")) for m in several)]
+        lines = [[x, *(f"{m.scores[x]:.2f}" for m in several)] for x in several[0].scores]
+        title = f"What NAL sees at the end of training, images trained on ({where})"
+        yield f"### {title}\n\n{table(head, lines)}"
+
+
+def _any(what: str, where: str, several: Sequence[Measurement]) -> Iterator[str]:
+    """Any other series: all its numbers."""
+    columns = {
+        setting_name(x): Column(x) for x in dict.fromkeys(x for m in several for x in m.scores)
+    }
+    yield from plain_table(f"{what} ({where})", several, columns, label_name)
+
+
+SERIES: dict[str, Callable[[str, Sequence[Measurement]], Iterator[str]]] = {
+    "labels": _labels,
+    "segmentation": _segmentation,
+    "cams": _cams,
+    "boxes": _boxes,
+    "filling": _filling,
+    "runtime": _runtime,
+    "conditions": _conditions,
+    "searches": _searches,
+    "confidence": _confidence,
+}

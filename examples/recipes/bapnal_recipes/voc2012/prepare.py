@@ -19,12 +19,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -82,7 +84,7 @@ class Settings:
     workers: int = 4
 
 
-def main(settings: Settings) -> dict[str, object]:
+def main(settings: Settings) -> dict[str, Any]:
     """Prepare and check a devkit, and print what it holds.
 
     Args:
@@ -345,7 +347,7 @@ def write_masks(
             mask = read_sbd_mask(folder / f"{name}.mat", len(devkit.classes))
             with Image.open(devkit.image_path(name)) as image:
                 size = (image.height, image.width)
-        except (FileNotFoundError, ValueError, Image.UnidentifiedImageError) as error:
+        except (FileNotFoundError, ValueError, UnidentifiedImageError) as error:
             return str(error)
         if tuple(mask.shape) != size:
             return f"{folder / name}.mat must have the size of its image, {_of(size, mask)}"
@@ -360,7 +362,7 @@ def _of(size: tuple[int, int], mask: Tensor) -> str:
     return f"{size[1]} x {size[0]}, got {mask.shape[1]} x {mask.shape[0]}"
 
 
-def _table(settings: Settings, summaries: dict[str, dict]) -> Table:
+def _table(settings: Settings, summaries: dict[str, dict[str, Any]]) -> Table:
     """One column a split, one row a fact or a class."""
     counted = "how many of them are" if settings.difficult else "those left out as"
     caption = f"In brackets: {counted} difficult." if summaries["all"]["difficult"] else None
@@ -373,10 +375,10 @@ def _table(settings: Settings, summaries: dict[str, dict]) -> Table:
     for split in shown:
         table.add_column(split, justify="right")
 
-    def add(title: str, tell: Callable[[dict], str], last: bool = False) -> None:
+    def add(title: str, tell: Callable[[dict[str, Any]], str], last: bool = False) -> None:
         table.add_row(title, *(tell(facts) for facts in shown.values()), end_section=last)
 
-    def boxes(facts: dict) -> str:
+    def boxes(facts: dict[str, Any]) -> str:
         bracket = f" ({facts['difficult']:,})" if facts["difficult"] else ""
         return f"{facts['boxes']:,}{bracket}"
 
@@ -390,8 +392,12 @@ def _table(settings: Settings, summaries: dict[str, dict]) -> Table:
     add("  median, of its image", lambda facts: share(facts["median_box_share"]))
     add("  together, of an image", lambda facts: share(facts["covered_share"]), last=True)
     for name in settings.classes:
-        add(name, lambda facts, name=name: boxes(facts["per_class"][name]))
+        add(name, partial(_of_class, name, boxes))
     return table
+
+
+def _of_class(name: str, tell: Callable[[dict[str, Any]], str], facts: dict[str, Any]) -> str:
+    return tell(facts["per_class"][name])
 
 
 def command(settings: Settings) -> int:

@@ -27,12 +27,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import rich
 
 from bapnal.label.files import read_json, write_json
 from bapnal_recipes.data.voc import VOC_CLASSES, default_root
+from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
 from bapnal_recipes.engine.runs import Meter, digest, plain, result
@@ -52,7 +53,7 @@ from bapnal_recipes.voc2012 import held_out
 from bapnal_recipes.voc2012.held_out import Bench, bar
 
 SEARCHED = (
-    *("backgrounds", "minmax", "thresholds", "grid_sizes", "reductions", "foregrounds"),
+    *("backgrounds", "minmax", "otsu", "thresholds", "grid_sizes", "reductions", "foregrounds"),
     *("cam_normalizations", "softmax"),
 )
 ROW = {"stage", "generator", "crf", "miou"}  # what each row has
@@ -85,6 +86,7 @@ class Settings:
         score_classes: Which classes to average over, 0 for the background; none for all.
         backgrounds: What u_0 may be; "agnostic" has the attention only.
         minmax: Whether the parts of u_0 are scaled to [0, 1] inside the boxes.
+        otsu: Whether u_0, once scaled, is shifted so that the threshold of Otsu lies at 1/2.
         thresholds: A below this share of its maximum becomes 0; None keeps A.
         grid_sizes: N of the attention's grid.
         reductions: Whether A is the mean over the prototypes of the grid or their maximum.
@@ -114,6 +116,7 @@ class Settings:
     score_classes: tuple[int, ...] = ()
     backgrounds: tuple[Background, ...] = ("attention", "cam", "both")
     minmax: tuple[bool, ...] = (False, True)
+    otsu: tuple[bool, ...] = (False, True)
     thresholds: tuple[float | None, ...] = (None, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
     grid_sizes: tuple[int, ...] = (1, 2, 3, 4)
     reductions: tuple[Reduction, ...] = ("mean", "max")
@@ -134,6 +137,7 @@ def around(generator: GeneratorSettings) -> Settings:
     return Settings(
         backgrounds=(generator.background,),
         minmax=(generator.background_minmax,),
+        otsu=(generator.background_otsu,),
         grid_sizes=(1, 2, 3),
         reductions=(generator.attention_reduction,),
         foregrounds=(generator.foreground,),
@@ -151,7 +155,7 @@ PRESETS = {
 }
 
 
-def main(settings: Settings) -> dict:
+def main(settings: Settings) -> dict[str, Any]:
     """Search; the result also goes to ``OUT/result.json``.
 
     Raises:
@@ -174,7 +178,8 @@ def main(settings: Settings) -> dict:
         rows = Rows(settings.out / "rows.json", bench, together)
         best = search(settings, bench, rows)
     scores = {"best": best, "rows": rows.rows, "pictures": bench.names}
-    found = result("search", plain(settings), scores, meter)
+    made = runs.inputs(classifier=settings.classifier)
+    found = result("search", plain(settings), scores, meter, inputs=made)
     if fabric.is_global_zero:
         write_json(folder.result_path, found)
         rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")
@@ -223,7 +228,7 @@ class Rows:
         self.path = path
         self.bench = bench
         self.together = together
-        self.rows: list[dict] = []
+        self.rows: list[dict[str, Any]] = []
         with together.alike():  # all have read before the first of them writes
             if path.is_file():
                 self.rows = read_json(path, list)
@@ -233,25 +238,25 @@ class Rows:
                     )
 
     def measure(
-        self, stage: str, generator: GeneratorSettings, crf: CrfSettings, **options: object
+        self, stage: str, generator: GeneratorSettings, crf: CrfSettings, **options: Any
     ) -> float:
         """Measure a row unless it is there; return its mIoU."""
         key = {"stage": stage, "generator": asdict(generator), "crf": asdict(crf)}
         for row in self.rows:
             if all(row[name] == value for name, value in key.items()):
-                return row["miou"]
+                return float(row["miou"])
         self.rows.append({**key, **held_out.measure(self.bench, generator, crf, **options)})
         with self.together.alike():
             if self.together.rank == 0:
                 write_json(self.path, self.rows)
-        return self.rows[-1]["miou"]
+        return float(self.rows[-1]["miou"])
 
 
-def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
+def search(settings: Settings, bench: Bench, rows: Rows) -> dict[str, Any]:
     """Go through all stages; return the best settings with their mIoU."""
 
     def ranked(
-        stage: str, tried: Sequence[tuple[GeneratorSettings, CrfSettings]], **options: object
+        stage: str, tried: Sequence[tuple[GeneratorSettings, CrfSettings]], **options: Any
     ) -> list[Ranked]:
         shown = bar(tried, stage, bench.fabric)
         found = [(rows.measure(stage, *one, **options), *one) for one in shown]
@@ -287,22 +292,31 @@ def search(settings: Settings, bench: Bench, rows: Rows) -> dict:
 def unaries(settings: Settings) -> list[GeneratorSettings]:
     """List all that the unaries may be on the first grid; what has no effect is not varied."""
     agnostic = settings.method == "agnostic"
-    first = {"grid_size": settings.grid_sizes[0], "attention_reduction": settings.reductions[0]}
+    common = replace(
+        settings.generator,
+        grid_size=settings.grid_sizes[0],
+        attention_reduction=settings.reductions[0],
+    )
     found = []
-    for background, minmax, threshold in product(
-        ("attention",) if agnostic else settings.backgrounds, settings.minmax, settings.thresholds
+    for background, minmax, otsu, threshold in product(
+        ("attention",) if agnostic else settings.backgrounds,
+        settings.minmax,
+        settings.otsu,
+        settings.thresholds,
     ):
         if background == "cam" and threshold != settings.thresholds[0]:
             continue  # only A has a threshold
+        if not minmax and otsu != settings.otsu[0]:
+            continue  # which is for what has been scaled
         for foreground in settings.foregrounds[: 1 if agnostic else None]:
             maxima = settings.cam_normalizations
             only = agnostic or foreground == "complement"
             for maximum in maxima[: 1 if only else None]:
                 one = replace(
-                    settings.generator,
-                    **first,
+                    common,
                     background=background,
                     background_minmax=minmax,
+                    background_otsu=otsu,
                     background_threshold=threshold,
                     foreground=foreground,
                     cam_normalization=maximum,
@@ -322,6 +336,12 @@ def grids(one: GeneratorSettings, settings: Settings) -> list[GeneratorSettings]
     ]
 
 
+def with_parameter(crf: CrfSettings, name: str, value: float) -> CrfSettings:
+    """Return a CRF with another value of one parameter."""
+    changed: dict[str, Any] = {name: float(value)}
+    return replace(crf, **changed)
+
+
 def _descend(
     best: Ranked, ranked: Callable[[list[tuple[GeneratorSettings, CrfSettings]]], list[Ranked]]
 ) -> list[Ranked]:
@@ -330,7 +350,7 @@ def _descend(
     while True:
         start = best
         for name, values in CRF_VALUES.items():
-            several = [(best[1], replace(best[2], **{name: float(value)})) for value in values]
+            several = [(best[1], with_parameter(best[2], name, value)) for value in values]
             tried += (found := ranked(several))
             best = max(best, found[0], key=lambda one: one[0])
         if best is start:

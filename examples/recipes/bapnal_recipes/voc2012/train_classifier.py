@@ -26,8 +26,9 @@ from bapnal_recipes.engine.batches import steps_per_epoch
 from bapnal_recipes.engine.commands import above, at_least, cli, run
 from bapnal_recipes.engine.logs import Logging, LoggingOption
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
+from bapnal_recipes.engine.optimizers import parameter_groups
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
-from bapnal_recipes.models.deeplab import build_features
+from bapnal_recipes.models.deeplab import Features, build_features
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Settings:
         out: Where to write.
         split: Which images: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
-        backbone: "vgg16", "small", or the name of a network of timm.
+        backbone: "vgg16", "vgg16_pool5", "small", or the name of a network of timm.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
         stride: Pixels from one feature to the next.
         frozen: How many of the backbone's first blocks keep their weights.
@@ -48,21 +49,24 @@ class Settings:
         grid_size: N of the grid whose cells give the background's vectors.
         output_size: Bins along each side of a box, each classified on its own.
         min_background: Share of definite background up to which an image is pooled as by "gap".
+        count_padding: Whether that share is of the whole crop, padding included.
         sampling: "cells": a box is the cells of the feature map in it. "roi_align": bilinear
             samples.
         crop: Side of the training crops.
         scale: Range of the random zoom.
-        jitter: Strength of the colour changes.
+        jitter: Strength of the changes of brightness, contrast and saturation.
+        hue: Strength of the changes of hue; none where ``jitter`` is 0.
         batch_size: Images in a batch, of all devices together.
         rate: Learning rate of the pretrained layers.
         head_rate: Learning rate of the classifier, and of a backbone that was not pretrained.
         bias_factor: Learning rate of biases, as a multiple of their layer's.
+        decay_biases: Whether weight decay is for biases too.
         epochs: How often to go through all images.
         drop_after: Epochs after which the rates fall to a tenth; two thirds of all by default.
         iterations: Batches, all together, in place of ``epochs``.
         drop_at: Batches after which the rates fall to a tenth, in place of ``drop_after``.
         momentum: Of SGD.
-        weight_decay: Of all that is trained.
+        weight_decay: Of all that is trained, biases apart where ``decay_biases`` is off.
         difficult: Whether to use objects marked as difficult; else they are taken as background.
         margin: Loosen boxes by this share of their sides on each side.
         leave_out: Names of classes to leave out, together with all images that hold them.
@@ -85,14 +89,17 @@ class Settings:
     grid_size: int = 4
     output_size: int = 1
     min_background: float = 0.0
+    count_padding: bool = False
     sampling: Literal["cells", "roi_align"] = "cells"
     crop: int = 321
     scale: tuple[float, float] = (0.5, 1.5)
     jitter: float = 0.3
+    hue: float = 0.05
     batch_size: int = 20
     rate: float = 1e-4
     head_rate: float = 1e-3
     bias_factor: float = 1.0
+    decay_biases: bool = True
     epochs: int = 15
     drop_after: float | None = None
     iterations: int | None = None
@@ -116,13 +123,18 @@ PRESETS = {
         "as in the authors' released code where it differs",
         replace(
             PAPER,
+            backbone="vgg16_pool5",
             rate=1e-3,
             head_rate=1e-2,
             bias_factor=2.0,
+            decay_biases=False,
+            jitter=0.5,
+            hue=0.0,
             iterations=8000,
             drop_at=5000,
             output_size=2,
             min_background=1 / 8,
+            count_padding=True,
             sampling="roi_align",
         ),
     ),
@@ -150,7 +162,7 @@ class BoxClassifier(nn.Module):
         num_classes: L + 1.
     """
 
-    def __init__(self, features: nn.Module, num_classes: int) -> None:
+    def __init__(self, features: Features, num_classes: int) -> None:
         super().__init__()
         self.features = features
         self.weight = nn.Parameter(0.01 * torch.randn(num_classes, features.channels))
@@ -180,28 +192,6 @@ def schedule(settings: Settings, count: int) -> Steps:
     if settings.drop_after is not None:
         return Steps(total, round(settings.drop_after * epoch))
     return Steps(total, round(total * 2 / 3))
-
-
-def parameter_groups(network: BoxClassifier, settings: Settings) -> list[dict[str, Any]]:
-    """Sort what is trained by its learning rate.
-
-    Args:
-        network: What is trained.
-        settings: ``rate``, ``head_rate`` and ``bias_factor`` count.
-
-    Returns:
-        Groups for an optimiser, without empty ones.
-    """
-    rate = settings.rate if network.features.pretrained else settings.head_rate
-    learned = [(n, p) for n, p in network.features.named_parameters() if p.requires_grad]
-    weights = [p for name, p in learned if not name.endswith("bias")]
-    biases = [p for name, p in learned if name.endswith("bias")]
-    groups = [
-        {"name": "features", "params": weights, "lr": rate},
-        {"name": "biases", "params": biases, "lr": rate * settings.bias_factor},
-        {"name": "classifier", "params": [network.weight], "lr": settings.head_rate},
-    ]
-    return [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
 
 
 def training_names(settings: Settings, devkit: Devkit) -> list[str]:
@@ -234,7 +224,7 @@ def check(settings: Settings) -> None:
     """Raise ValueError if a setting is out of range, before anything is read or written."""
     for name, least in {
         **dict.fromkeys(("stride", "crop", "batch_size", "epochs", "checkpoint_interval"), 1),
-        **dict.fromkeys(("frozen", "jitter", "bias_factor", "momentum", "weight_decay"), 0),
+        **dict.fromkeys(("frozen", "jitter", "hue", "bias_factor", "momentum", "weight_decay"), 0),
         **dict.fromkeys(("margin", "seed"), 0),
     }.items():
         at_least(name, getattr(settings, name), least)
@@ -260,6 +250,7 @@ def pooling(settings: Settings) -> BackgroundAwarePooling:
         settings.grid_size,
         settings.output_size,
         settings.min_background,
+        count_padding=settings.count_padding,
         attention=settings.pool == "bap",
         sampling=settings.sampling,
     )
@@ -276,7 +267,7 @@ class ClassifierStage(Stage[Settings, BoxDataset, BoxClassifier]):
         s = self.settings
         devkit = Devkit(s.root, s.classes)
         names = training_names(s, devkit)
-        augment = Augmentation(s.crop, s.scale, jitter=s.jitter)
+        augment = Augmentation(s.crop, s.scale, jitter=s.jitter, hue=s.hue)
         return BoxDataset(devkit, names, augment, difficult=s.difficult, margin=s.margin)
 
     def build_network(self) -> BoxClassifier:
@@ -287,11 +278,16 @@ class ClassifierStage(Stage[Settings, BoxDataset, BoxClassifier]):
 
     def optimizer(self, network: BoxClassifier) -> torch.optim.Optimizer:
         """Return SGD."""
-        return torch.optim.SGD(
-            parameter_groups(network, self.settings),
-            momentum=self.settings.momentum,
-            weight_decay=self.settings.weight_decay,
+        s, features = self.settings, network.features
+        groups = parameter_groups(
+            "features",
+            features.named_parameters(),
+            s.rate if features.pretrained else s.head_rate,
+            bias_factor=s.bias_factor,
+            decay_biases=s.decay_biases,
         )
+        groups += parameter_groups("classifier", [("weight", network.weight)], s.head_rate)
+        return torch.optim.SGD(groups, momentum=s.momentum, weight_decay=s.weight_decay)
 
     def steps(self, count: int) -> int:
         """Return the number of batches."""

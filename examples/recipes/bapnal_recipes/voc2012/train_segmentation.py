@@ -40,6 +40,7 @@ from bapnal_recipes.engine.batches import steps_per_epoch
 from bapnal_recipes.engine.commands import above, at_least, cli, run
 from bapnal_recipes.engine.logs import Logging, LoggingOption
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
+from bapnal_recipes.engine.optimizers import parameter_groups
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
 from bapnal_recipes.models.deeplab import Segmenter, build_segmenter
 from bapnal_recipes.voc2012.confidence import ConfidenceKeeper, moments, sigma_of, upsample
@@ -66,10 +67,12 @@ class Settings:
         network: "deeplab_v1" (VGG-16), "deeplab_v2" (ResNet-101), "small", or a name of timm's.
         weights: What the network starts from: a file, "random", or none for its ImageNet weights.
         stride: Pixels from one position of the result to the next.
-        head: On a backbone of timm's: "largefov", "aspp" or "linear".
+        head: On a backbone of timm's: "largefov", "aspp", "aspp_relu" (branches without bias, and a
+            ReLU after their sum) or "linear"; of "deeplab_v2" one of the two "aspp".
         frozen: How many of the first blocks keep their weights.
         train_batch_norm: Train batch normalisation, over all devices together; otherwise it keeps
             the statistics and scales that it came with.
+        spatial_dropout: Let the dropout of "deeplab_v1" set whole channels to 0.
         classifier: "cosine", scaled by 20, or "dot".
         loss: "crf" or "ret": cross-entropy on the first or the second map. The others: on what both
             maps agree on (S), and elsewhere nothing ("ignore"), entropy ("entropy"), bootstrapping
@@ -80,13 +83,16 @@ class Settings:
         align_corners: How scores are upsampled; see torch.nn.functional.interpolate.
         crop: Side of the training crops.
         scale: Range of the random zoom.
+        jitter: Strength of the changes of brightness, contrast and saturation.
         batch_size: Images in a batch, of all devices together.
         epochs: How often to go through the images.
         iterations: Number of batches, in place of ``epochs``.
         rate: Learning rate of the pretrained layers at the start; it falls to 0 with the power 0.9.
         head_rate: That of head and classifier, and of a backbone that was not pretrained.
         momentum: Of SGD.
-        weight_decay: Of all weights.
+        weight_decay: Of all weights, biases apart unless ``decay_biases`` is on.
+        bias_factor: Learning rate of biases, as a multiple of their layer's.
+        decay_biases: Whether weight decay is for biases too.
         confidence_of: Names of images whose confidence maps are kept.
         confidence_every: At every how many epochs, from 0 on.
         channels_last: Faster for most networks, on CPUs too.
@@ -110,6 +116,7 @@ class Settings:
     head: str = "largefov"
     frozen: int = 0
     train_batch_norm: bool = False
+    spatial_dropout: bool = False
     classifier: Literal["cosine", "dot"] = "cosine"
     loss: LossName = "nal"
     gamma: float = 7.0
@@ -118,6 +125,7 @@ class Settings:
     align_corners: bool = False
     crop: int = 321
     scale: tuple[float, float] = (0.5, 1.5)
+    jitter: float = 0.0
     batch_size: int = 20
     epochs: int = 45
     iterations: int | None = None
@@ -125,6 +133,8 @@ class Settings:
     head_rate: float = 1e-2
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    bias_factor: float = 2.0
+    decay_biases: bool = False
     confidence_of: tuple[str, ...] = ()
     confidence_every: int = 11
     channels_last: bool = False
@@ -148,10 +158,20 @@ _V2 = Settings(
 PRESETS = {
     "paper": ("DeepLab-V1 (VGG-16, LargeFOV) as in the paper", _V1),
     "paper-v2": ("DeepLab-V2 (ResNet-101, ASPP) as in the paper", _V2),
-    "released": ("as in the authors' released code, which trains as paper does", _V1),
+    "released": (
+        "DeepLab-V1 as in the authors' released code",
+        replace(_V1, iterations=23_805, jitter=0.5, spatial_dropout=True),
+    ),
     "released-v2": (
-        "paper-v2 with what the released code does with V1: align_corners",
-        replace(_V2, align_corners=True),
+        "DeepLab-V2 as in the authors' released code",
+        replace(
+            _V2,
+            head="aspp_relu",
+            iterations=20_000,
+            jitter=0.5,
+            train_batch_norm=True,
+            align_corners=True,
+        ),
     ),
 }
 
@@ -226,7 +246,9 @@ def check(settings: Settings) -> None:
     for name, least in {
         **dict.fromkeys(("gamma", "crop", "batch_size", "epochs", "confidence_every"), 1),
         **dict.fromkeys(("stride", "checkpoint_interval"), 1),
-        **dict.fromkeys(("balance", "frozen", "momentum", "weight_decay", "seed"), 0),
+        **dict.fromkeys(
+            ("balance", "frozen", "jitter", "bias_factor", "momentum", "weight_decay", "seed"), 0
+        ),
     }.items():
         at_least(name, getattr(s, name), least)
     if s.iterations is not None:
@@ -250,6 +272,10 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
         """Return fingerprints of label maps and of the list of true masks."""
         return fingerprints(self.settings)
 
+    def made_from(self) -> dict[str, Path | None]:
+        """Return the folder of label maps."""
+        return {"labels": self.settings.labels}
+
     def read_data(self) -> LabelledImages:
         """Return the images with their label maps."""
         return training_images(self.settings)
@@ -265,6 +291,7 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
             stride=s.stride,
             head=s.head,
             frozen=s.frozen,
+            spatial_dropout=s.spatial_dropout,
         )
         if s.train_batch_norm:
             train_batch_norm(network.features)
@@ -272,11 +299,13 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
 
     def optimizer(self, network: Segmenter) -> torch.optim.Optimizer:
         """Return SGD."""
-        return torch.optim.SGD(
-            parameter_groups(network, self.settings),
-            momentum=self.settings.momentum,
-            weight_decay=self.settings.weight_decay,
-        )
+        s = self.settings
+        options: dict[str, Any] = {"bias_factor": s.bias_factor, "decay_biases": s.decay_biases}
+        rate = s.rate if network.features.pretrained else s.head_rate
+        new = [*network.head.named_parameters(), *network.classifier.named_parameters()]
+        groups = parameter_groups("features", network.features.named_parameters(), rate, **options)
+        groups += parameter_groups("head", new, s.head_rate, **options)
+        return torch.optim.SGD(groups, momentum=s.momentum, weight_decay=s.weight_decay)
 
     def steps(self, count: int) -> int:
         """Return the number of batches."""
@@ -355,22 +384,12 @@ def main(settings: Settings) -> dict[str, Any]:
     return SegmentationStage(settings).run()
 
 
-def train_batch_norm(features: nn.Module) -> None:
+def train_batch_norm(features: Any) -> None:
     """Take back that pretrained networks leave batch normalisation as it was."""
     features.freeze_batch_norm = False
     for module in features.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.requires_grad_(True)
-
-
-def parameter_groups(network: Segmenter, settings: Settings) -> list[dict[str, Any]]:
-    """Sort what is trained by its learning rate."""
-    rate = settings.rate if network.features.pretrained else settings.head_rate
-    groups = [
-        {"name": "features", "params": network.pretrained_parameters(), "lr": rate},
-        {"name": "head", "params": network.new_parameters(), "lr": settings.head_rate},
-    ]
-    return [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
 
 
 if __name__ == "__main__":

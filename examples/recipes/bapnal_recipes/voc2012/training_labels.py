@@ -49,7 +49,9 @@ def training_images(settings: Settings) -> LabelledImages:
                 f"{folder} must hold a label map for each image, has none for {len(missing)} of "
                 f"{len(labelled)}, the first of them {missing[0]}"
             )
-    dataset = LabelledImages(devkit, names, folders, true, Augmentation(s.crop, s.scale, jitter=0))
+    dataset = LabelledImages(
+        devkit, names, folders, true, Augmentation(s.crop, s.scale, jitter=s.jitter, hue=0)
+    )
     dataset.check_files()
     return dataset
 

@@ -4,67 +4,108 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bapnal_recipes.voc2012.results import Facts, Measurement, group, varying
+from bapnal_recipes.voc2012.measurements import Facts, Measurement, group, varying
 
 NOTHING = "–"  # where there is nothing to say
-U_0 = "labels.generator.background"
+METHODS = {
+    "box": "Box",
+    "grabcut": "GrabCut",
+    "mcg": "MCG",
+    "wssl": "WSSL",
+    "sdi": "SDI",
+    "masks": "masks made elsewhere",
+    "agnostic": "without class weights",
+    "ridge": "closed form",
+}
+BACKGROUND = {
+    "cam": ", without u_0",
+    "both": ", u_0 and CAM",
+    "searched": ", settings searched",
+}
+LOSSES = {
+    "crf": "cross-entropy on Y_crf",
+    "ret": "cross-entropy on Y_ret",
+    "ignore": "disagreement left out",
+    "entropy": "entropy regularisation",
+    "bootstrap": "bootstrapping",
+    "nal": "NAL",
+}
+NAMES = {
+    "stage1.grid_size": "N in training",
+    "labels.generator.grid_size": "N in generating",
+    "stage1.margin": "boxes loosened in training by",
+    "labels.margin": "boxes loosened in labelling by",
+    "stage1.leave_out": "classes left out of training",
+    "stage3.gamma": "γ",
+    "stage3.balance": "λ",
+    "scored": "classes scored",
+    "labels.generator": "settings of labelling",
+    "labels.generator.background": "u_0",
+    "labels.crf": "CRF",
+    "labels.crf.half_resolution": "CRF at half resolution",
+    "search": "searched",
+    "search.grid_sizes": "N searched",
+    "search.crf_search": "CRF searched",
+}
 
 
-def number(
-    values: Sequence[float], seeds: bool = True, decimals: int = 1, what: str = "seed"
-) -> str:
-    """``84.8 ± 0.7 (3 seeds)``: mean and half the range.
+def label_name(facts: Facts) -> str:
+    """Name the labels that facts are about, ``BAP, without u_0``."""
+    method = facts.get("labels.method", facts.get("method"))
+    if method == "agnostic":
+        features = "features of stage 1" if "stage1.backbone" in facts else "ImageNet features"
+        return f"{METHODS[method]}, {features}"
+    if method != "network":
+        return METHODS.get(str(method), str(method or facts.get("made elsewhere", "labels")))
+    background = facts.get("labels.generator.background", facts.get("labels.generator"))
+    return pool_name(facts) + BACKGROUND.get(str(background), "")
+
+
+def pool_name(facts: Facts) -> str:
+    """``BAP``."""
+    return str(facts.get("stage1.pool", facts.get("pool", "unknown classifier"))).upper()
+
+
+def background_name(facts: Facts) -> str:
+    """``u_0 attention``."""
+    return f"u_0 {facts.get('u_0')}"
+
+
+def loss_name(facts: Facts) -> str:
+    """Name what a segmentation network was trained on."""
+    if facts.get("stage3.supervision") == "masks":
+        return "fully supervised"
+    name = LOSSES.get(str(facts.get("stage3.loss")), "unknown loss")
+    if facts.get("stage3.supervision") == "some masks":
+        name += f", {facts.get('stage3.true_masks')} images with ground truth"
+    return name + (", dot product" if facts.get("stage3.classifier") == "dot" else "")
+
+
+def number(values: Sequence[float], seeds: bool, decimals: int = 1) -> str:
+    """``84.8 ± 0.7 (3)``: mean, half the range and how many seeds.
 
     Args:
-        values: One a seed.
+        values: One per seed.
         seeds: Whether the number depends on a seed at all.
         decimals: To show.
-        what: What there is one of for each value.
     """
     if not values:
         return NOTHING
     text = f"{sum(values) / len(values):.{decimals}f}"
     if len(values) > 1:
         text += f" ± {(max(values) - min(values)) / 2:.{decimals}f}"
-    return text + (f" ({len(values)} {what}{'s' * (len(values) > 1)})" if seeds else "")
+    return text + (f" ({len(values)})" if seeds else "")
 
 
 def score_text(several: Sequence[Measurement], score: str, decimals: int = 1) -> str:
-    """Mean of a score, and half the range, of runs that differ in the seed."""
-    values = [m.scores[score] for m in several if score in m.scores]
-    return number(values, any(m.seeds for m in several), decimals)
-
-
-def alternatives(several: Sequence[Measurement], score: str, decimals: int) -> str:
-    """One number, or each with what is particular to it."""
-    groups = [(f, ms) for f, ms in group(several) if any(score in m.scores for m in ms)]
-    if not groups:
-        return NOTHING
-    names = [x for x in varying([f for f, _ in groups]) if x != U_0]
+    """One number of runs that differ in the seed; or each, with what is particular to it."""
+    groups = group(m for m in several if score in m.scores)
+    names = varying([facts for facts, _ in groups])
     texts = []
     for facts, ms in groups:
-        text = score_text(ms, score, decimals)
+        text = number([m.scores[score] for m in ms], any(m.seeds for m in ms), decimals)
         texts.append(f"{text} [{settings_text(facts, names)}]" if len(groups) > 1 else text)
-    return "; ".join(texts)
-
-
-NAMES = {
-    "stage1.grid_size": "N in training",
-    "labels.generator.grid_size": "N in generating",
-    U_0: "u_0",
-    "u_0": "u_0",
-    "stage1.initial": "first weights",
-    "stage3.initial": "first weights of stage 3",
-    "stage1.frozen": "frozen blocks",
-    "stage3.gamma": "gamma",
-    "stage3.frozen": "frozen blocks of stage 3",
-    "stage1.margin": "boxes loosened in training by",
-    "labels.margin": "boxes loosened in labelling by",
-    "stage1.leave_out": "trained without",
-    "stage3.balance": "lambda",
-    "stage3.true_masks": "true masks",
-    "scored": "classes scored",
-}
+    return "; ".join(texts) or NOTHING
 
 
 def setting_name(name: str) -> str:
@@ -73,7 +114,7 @@ def setting_name(name: str) -> str:
         return NAMES[name]
     stage, _, rest = name.partition(".")
     rest = (rest or stage).replace("generator.", "").replace(".", " ").replace("_", " ")
-    return rest + {"stage3": " of stage 3", "wssl": " of WSSL"}.get(stage, "")
+    return rest + {"stage3": " of stage 3", "search": " in search"}.get(stage, "")
 
 
 def value_text(value: object) -> str:
@@ -81,7 +122,7 @@ def value_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (tuple, list)):
-        return " ".join(map(value_text, value)) if value else "all"
+        return " ".join(map(value_text, value)) if value else "none"
     if value in (None, ""):
         return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -89,14 +130,5 @@ def value_text(value: object) -> str:
 
 def settings_text(facts: Facts, names: Iterable[str]) -> str:
     """``epochs 4, crop 321``; what does not apply is left out."""
-    told = [x for x in names if x in facts]
-    if "u_0" in told:  # says the same
-        told = [x for x in told if x != U_0]
-    searched = dict.fromkeys(
-        "CRF" if x.startswith("labels.crf.") else setting_name(x)
-        for x in told
-        if facts[x] == "searched"
-    )
-    said = [f"searched: {', '.join(searched)}"] if searched else []
-    said += [f"{setting_name(x)} {value_text(facts[x])}" for x in told if facts[x] != "searched"]
-    return "; ".join(said) or NOTHING
+    told = [f"{setting_name(x)} {value_text(facts[x])}" for x in names if x in facts]
+    return "; ".join(told) or NOTHING

@@ -68,7 +68,7 @@ def evaluate_boxes(settings: EvaluateBoxes) -> dict[str, Any]:
             pooled = background_aware_pooling(
                 features(image[None].to(fabric.device)),
                 boxes,
-                tuple(image.shape[1:]),
+                (image.shape[1], image.shape[2]),
                 grid_size=settings.grid_size,
                 attention=settings.background,
                 sampling=classifier.settings.get("sampling", "cells"),

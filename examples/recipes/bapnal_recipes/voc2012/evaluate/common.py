@@ -20,7 +20,7 @@ from bapnal.label.files import write_json
 from bapnal_recipes.data.label_maps import VOID, read_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.engine.machines import Together, total
-from bapnal_recipes.engine.runs import Meter, plain, result
+from bapnal_recipes.engine.runs import Meter, plain, result, summary
 
 
 class EvaluationSettings(Protocol):
@@ -63,7 +63,7 @@ class Tally:
         return scores
 
 
-def subject(folder: Path) -> dict:
+def subject(folder: Path) -> dict[str, Any]:
     """Return what the result file in a folder says of what was made there.
 
     Returns:
@@ -73,7 +73,8 @@ def subject(folder: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
     except ValueError as error:
         raise ValueError(f"{path} must be a result file: {error}") from error
 
@@ -95,7 +96,7 @@ def write(
         meter,
         what=what,
         split=settings.split,
-        subject={key: made.get(key) for key in ("kind", "settings")},
+        inputs={made["kind"]: summary(made)} if "kind" in made else {},
         **more,
     )
     first = together is None or together.rank == 0

@@ -57,7 +57,7 @@ def evaluate_filling(settings: EvaluateFilling) -> dict[str, Any]:
     kind = settings.kind or ("crf" if (settings.folder / "crf").is_dir() else "labels")
     if not (settings.folder / kind).is_dir():
         raise FileNotFoundError(f"{settings.folder} must hold a folder {kind}, has none")
-    rates = {i: ([], []) for i in chosen}
+    rates: dict[int, tuple[list[float], list[float]]] = {i: ([], []) for i in chosen}
     with Meter() as meter:
         for name in bar([x for x in names if x not in left_out], "filling"):
             size = devkit.size(name)
@@ -69,8 +69,10 @@ def evaluate_filling(settings: EvaluateFilling) -> dict[str, Any]:
                     filling_rate(labels, box, label, truth),
                     filling_rate(truth, box, label, truth),
                 )
-                if label in rates and None not in own:
-                    for known, rate in zip(rates[label], own, strict=True):
+                if label not in rates:
+                    continue
+                for known, rate in zip(rates[label], own, strict=True):
+                    if rate is not None:  # both are, or neither
                         known.append(rate)
     pairs = [pair for lists in rates.values() for pair in zip(*lists, strict=True)]
     if not pairs:

@@ -99,7 +99,9 @@ def evaluate_runtime(settings: EvaluateRuntime) -> dict[str, Any]:
         row["total"] = row["features"] + row["labels"]
     columns = {part: torch.tensor([row[part] for row in timed]) for part in timed[0]}
     quarters = torch.tensor([0.25, 0.75])
-    scores = {part: round(float(column.mean()), 5) for part, column in columns.items()}
+    scores: dict[str, Any] = {
+        part: round(float(column.mean()), 5) for part, column in columns.items()
+    }
     scores["quartiles"] = {
         part: [round(x, 5) for x in column.quantile(quarters).tolist()]
         for part, column in columns.items()
@@ -159,7 +161,7 @@ def _with_boxes(devkit: Devkit, names: Sequence[str], settings: EvaluateRuntime)
 def _grab_cut(image: Tensor, boxes: Tensor, labels: Tensor, _: DenseCRF | None) -> Tensor:
     image = image.cpu()
     masks = [grab_cut(image, box) for box in boxes]
-    return stack_masks(masks, boxes, labels, tuple(image.shape[1:]))
+    return stack_masks(masks, boxes, labels, (image.shape[1], image.shape[2]))
 
 
-RIVALS = {"grabcut": _grab_cut, "wssl": box_crf}
+RIVALS: dict[str, Callable[..., Tensor]] = {"grabcut": _grab_cut, "wssl": box_crf}

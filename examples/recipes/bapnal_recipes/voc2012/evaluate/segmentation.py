@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
@@ -21,14 +22,16 @@ from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
 from bapnal_recipes.engine.runs import Meter
+from bapnal_recipes.models.deeplab import Segmenter
 from bapnal_recipes.models.segmenter import load_segmenter
 from bapnal_recipes.voc2012.evaluate.common import Tally, score_classes, shared_out, subject, write
 
 Mode = Literal["single", "single+crf", "multi", "multi+crf"]
-MODES = ("single", "single+crf", "multi", "multi+crf")
+MODES: tuple[Mode, ...] = ("single", "single+crf", "multi", "multi+crf")
 # The CRFs that the papers of the two networks put on top: bilateral weight, its width over
 # positions and over colours, Gaussian weight and width.
-CRFS = {"deeplab_v1": (4, 121, 5, 3, 3), "deeplab_v2": (4, 67, 3, 3, 1)}
+CrfWeights = tuple[float, float, float, float, float]
+CRFS: dict[str, CrfWeights] = {"deeplab_v1": (4, 121, 5, 3, 3), "deeplab_v2": (4, 67, 3, 3, 1)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class EvaluateSegmentation:
     split: str = "val"
     modes: tuple[Mode, ...] = MODES
     scales: tuple[float, ...] = (0.5, 0.75, 1.0, 1.5)
-    crf: tuple[float, float, float, float, float] | None = None
+    crf: CrfWeights | None = None
     iterations: int = 10
     half_resolution: bool = False
     score_classes: tuple[int, ...] = ()
@@ -76,12 +79,7 @@ def evaluate_segmentation(settings: EvaluateSegmentation) -> dict[str, Any]:
     The scores have ``miou`` and ``per_class`` for each mode; they are empty for a split without
     masks.
     """
-    if not settings.modes:
-        raise ValueError(f"modes must name at least one of {', '.join(MODES)}, got none")
-    if not settings.scales or min(settings.scales) <= 0:
-        raise ValueError(f"scales must be positive numbers, got {settings.scales}")
-    if settings.archive is not None and settings.predictions is None:
-        raise ValueError("archive needs predictions, the folder that it is made from, got none")
+    _check(settings)
     network, classes, trained = load_segmenter(settings.segmenter)
     devkit = Devkit(settings.root, classes)
     names = devkit.names(settings.split)
@@ -92,49 +90,69 @@ def evaluate_segmentation(settings: EvaluateSegmentation) -> dict[str, Any]:
             f"predictions must be given for the split {settings.split}, which has no masks to "
             "measure with, got none"
         )
-    weights = settings.crf or CRFS.get(str(trained.get("network")), CRFS["deeplab_v1"])
-    crf = DenseCRF(
-        *weights, iterations=settings.iterations, half_resolution=settings.half_resolution
-    )
     fabric = launch(settings.machines)
+    predict = _predictor(settings, network, trained, fabric)
+    tallies = {mode: Tally(classes, chosen) for mode in settings.modes}
+    together = Together(fabric)
+    with Meter() as meter, together.alike():
+        for name in shared_out(names, fabric, "segmentation"):
+            image = devkit.image(name)
+            found = predict(image[None].to(fabric.device))
+            if scored:
+                truth = devkit.mask(name, (image.shape[1], image.shape[2]))
+                for mode, tally in tallies.items():
+                    tally.score.update(found[mode], truth)
+            if settings.predictions is not None:
+                for folder, labels in found.items():
+                    write_label_map(settings.predictions / folder / f"{name}.png", labels)
+    scores = {str(mode): tally.compute(fabric) for mode, tally in tallies.items() if scored}
+    with together.alike():
+        if settings.archive and settings.predictions and together.rank == 0:
+            last = settings.predictions / settings.modes[-1]
+            results = f"{settings.competition}_{settings.split}"
+            write_archive(settings.archive, last, names, results)
+    made, crf = subject(settings.segmenter.parent), list(_crf_weights(settings, trained))
+    more = {"pictures": len(names), "crf": crf}
+    return write("segmentation", settings, made, scores, meter, together, **more)
+
+
+def _check(settings: EvaluateSegmentation) -> None:
+    if not settings.modes:
+        raise ValueError(f"modes must name at least one of {', '.join(MODES)}, got none")
+    if not settings.scales or min(settings.scales) <= 0:
+        raise ValueError(f"scales must be positive numbers, got {settings.scales}")
+    if settings.archive is not None and settings.predictions is None:
+        raise ValueError("archive needs predictions, the folder that it is made from, got none")
+
+
+def _crf_weights(settings: EvaluateSegmentation, trained: dict[str, Any]) -> CrfWeights:
+    """Those asked for, or those of the network's paper."""
+    return settings.crf or CRFS.get(str(trained.get("network")), CRFS["deeplab_v1"])
+
+
+def _predictor(
+    settings: EvaluateSegmentation, network: Segmenter, trained: dict[str, Any], fabric: Fabric
+) -> Predictor:
+    weight, xy, rgb, gaussian_weight, gaussian_xy = _crf_weights(settings, trained)
+    crf = DenseCRF(
+        weight,
+        xy,
+        rgb,
+        gaussian_weight,
+        gaussian_xy,
+        iterations=settings.iterations,
+        half_resolution=settings.half_resolution,
+    )
     network = network.to(fabric.device).eval()
     if trained.get("channels_last"):
         network = network.to(memory_format=torch.channels_last)
-    predict = Predictor(
+    return Predictor(
         network,
         settings.modes,
         settings.scales,
         crf,
         align_corners=bool(trained.get("align_corners", False)),
         fabric=fabric,
-    )
-    tallies = {mode: Tally(classes, chosen) for mode in settings.modes}
-    together = Together(fabric)
-    with Meter() as meter, together.alike():
-        for name in shared_out(names, fabric, "segmentation"):
-            image = devkit.image(name)
-            truth = devkit.mask(name, (image.shape[1], image.shape[2])) if scored else None
-            found = predict(image[None].to(fabric.device))
-            for mode, labels in found.items():
-                if scored:
-                    tallies[mode].score.update(labels, truth)
-                if settings.predictions is not None:
-                    write_label_map(settings.predictions / mode / f"{name}.png", labels)
-    scores = {mode: tally.compute(fabric) for mode, tally in tallies.items() if scored}
-    results = f"{settings.competition}_{settings.split}"
-    with together.alike():
-        if settings.archive is not None and together.rank == 0:
-            folder = settings.predictions / settings.modes[-1]
-            write_archive(settings.archive, folder, names, results)
-    more = {"pictures": len(names), "crf": list(weights)}
-    return write(
-        "segmentation",
-        settings,
-        subject(settings.segmenter.parent),
-        scores,
-        meter,
-        together,
-        **more,
     )
 
 
@@ -155,7 +173,7 @@ class Predictor:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Segmenter,
         modes: Sequence[str],
         scales: Sequence[float],
         crf: DenseCRF,
@@ -169,7 +187,8 @@ class Predictor:
         self.crf = crf
         self.align_corners = align_corners
         self.fabric = fabric
-        self.cosine = isinstance(network.classifier, CosineClassifier)
+        classifier = network.classifier
+        self.scale = classifier.scale if isinstance(classifier, CosineClassifier) else None
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -184,10 +203,10 @@ class Predictor:
                 means["single"] if view == (1.0, False) else self.scores(images, *view)
                 for view in views
             )
-            means["multi"] = sum(parts) / len(views)
+            means["multi"] = functools.reduce(torch.add, parts) / len(views)
         found = {}
         for mode, base in zip(self.modes, bases, strict=True):
-            logits = means[base] * self.network.classifier.scale if self.cosine else means[base]
+            logits = means[base] if self.scale is None else means[base] * self.scale
             if mode != base:
                 logits = self.crf(images, logits.softmax(1))
             found[mode] = logits.argmax(1)[0]
@@ -202,7 +221,7 @@ class Predictor:
         context = torch.no_grad() if self.fabric is None else self.fabric.autocast()
         with context:
             logits, similarity = self.network(resized.flip(3) if mirrored else resized)
-        maps = (similarity if self.cosine else logits).float()
+        maps = (logits if self.scale is None else similarity).float()
         maps = maps.flip(3) if mirrored else maps
         return F.interpolate(maps, size=size, mode="bilinear", align_corners=self.align_corners)
 
