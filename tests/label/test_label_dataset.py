@@ -211,16 +211,16 @@ def test_broken_images_are_skipped_and_told(copy, quick, tmp_path):
 def test_an_image_that_memory_cannot_hold_is_skipped(copy, quick, tmp_path, monkeypatch):
     from bapnal.label.labeler import Labeler
 
-    features = Labeler.features
+    cut = Labeler.cut
     seen = []
 
-    def short(self, image):
+    def short(self, image, boxes, classes):
         seen.append(image)
         if len(seen) == 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
-        return features(self, image)
+        return cut(self, image, boxes, classes)
 
-    monkeypatch.setattr(Labeler, "features", short)
+    monkeypatch.setattr(Labeler, "cut", short)
     summary = label(copy, "coco", tmp_path / "out", quick)
     assert list(summary["broken"]) == ["image1.jpg"]
     assert "needs more memory than there is" in summary["broken"]["image1.jpg"]
