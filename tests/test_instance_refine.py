@@ -86,11 +86,11 @@ def test_cells_may_be_projected_before_they_are_sampled():
     image, box, _ = next(samples(1, seed=2))
 
     def backbone(crops):
-        return torch.cat([colours(crops) - 20, colours(crops.flip(3)) + 50], dim=1)
+        return torch.cat([colours(crops) - 20, colours(crops.flip(3)) + 50], dim=1).double()
 
-    head = MaskHead(6)
-    head.mean.copy_(torch.randn(6, generator=generator))
-    head.projection.copy_(torch.randn(6, 64, generator=generator))
+    head = MaskHead(6).double()
+    head.mean.copy_(torch.randn(6, generator=generator, dtype=torch.float64))
+    head.projection.copy_(torch.randn(6, 64, generator=generator, dtype=torch.float64))
     crop = plan(0, box[0].tolist(), (80, 96), SIDE)
     ((_, zoomed),) = zoom_boxes(image[None], [crop], backbone, SIDE, 4)
     sampled = box_points(zoomed)
@@ -112,7 +112,7 @@ def test_the_answer_is_the_mean_of_networks_of_different_seeds():
     inputs = torch.randn(2, 73, 28, 28, generator=torch.Generator().manual_seed(0))
     expected = (one.logits(inputs) + other.logits(inputs)) / 2
     assert (one.logits(inputs) - other.logits(inputs)).abs().max() > 1e-3
-    close(both.logits(inputs), expected)
+    close(both.logits(inputs), expected, tolerance=1e-5)
 
 
 def test_a_mirrored_image_gets_the_mirrored_mask():
