@@ -5,14 +5,13 @@
 Boxes are the ground truth's and scores are 1, so AP is that of the masks alone. ``--coco`` is a
 folder in COCO's layout (``train2017``, ``val2017``, ``annotations``), ``--voc`` a devkit; each can
 be left out, but the refined row trains a head on COCO-mini's training boxes. Settings were chosen
-with ``--split train``; the published rows are of val. Rows are appended to
-``benchmarks/results/coco_mini_instances.jsonl``, and the CSV beside it is rewritten.
+with ``--split train``; the published rows are of val. A row takes the place of the earlier one of
+its kind in the series ``benchmarks/results/coco_mini_instances.jsonl``, with its CSV beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -37,7 +36,7 @@ from bapnal import InstanceLabelGenerator, MaskHead, ZoomedBoxes, fit_mask_head
 from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.data.voc import Devkit
-from bapnal_recipes.engine.runs import about
+from bapnal_recipes.engine import series
 
 VOC_CLASSES = 21
 ANIMALS = (0, 8, 10, 12, 13, 17)  # what the semantic score is averaged over
@@ -319,29 +318,24 @@ def miou(counts: Tensor) -> float:
     return 100 * float((shared / union)[list(ANIMALS)].mean())
 
 
-def write(path: Path, row: dict[str, Any]) -> None:
-    """Append a row, and rewrite the CSV of all rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(row) + "\n")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    flat = [{**{k: r[k] for k in ("data", "split", "row", "note")}, **r["scores"]} for r in rows]
-    with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as csv_file:
-        writer = csv.DictWriter(csv_file, list(dict.fromkeys(key for r in flat for key in r)))
-        writer.writeheader()
-        writer.writerows({key: short(value) for key, value in r.items()} for r in flat)
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """Put a row in place of the earlier one of its kind, and rewrite the CSV."""
+    scores = {name: short(value) for name, value in row["scores"].items()}
+    replaced = ("data", "row", "split", "note", "seed")
+    series.append(path, {**row, "scores": scores}, replace=replaced)
+    series.write_csv(path)
 
 
 def short(value: Any) -> Any:
-    """A number, or several, with four digits."""
+    """A number, or several, with six digits."""
     if isinstance(value, list):
-        return " ".join(f"{x:.4f}" for x in value)
-    return round(value, 4) if isinstance(value, float) else value
+        return [short(x) for x in value]
+    return round(float(value), 6) if isinstance(value, float) else value
 
 
 def markdown(path: Path) -> str:
-    """The guide's table in Markdown, from the latest row of each kind on val."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The guide's table in Markdown, from the rows on val."""
+    rows = series.read(path)
     latest = {(r["data"], r["row"]): r["scores"] for r in rows if r["split"] == "val"}
     lines = [
         "| | mean IoU | S / M / L | AP | AP50 | worse than box | empty | s per box | voc-animals |",
@@ -381,13 +375,13 @@ def main(options: Options) -> None:
         head = {"row": name, "split": options.split, "note": options.note, "seed": 0}
         if coco is not None:
             scores, table = coco_row(options, coco, method)
-            write(options.out, {"data": "coco-mini", **head, "scores": scores, "about": about()})
+            keep(options.out, {"data": "coco-mini", **head, "scores": scores, **series.source()})
             print(name, json.dumps(scores))
             if "INSTANCES_TABLE" in os.environ:
                 np.save(os.environ["INSTANCES_TABLE"] + f"_{name}.npy", table)
         if kit is not None:
             scores = voc_row(options, kit, method)
-            write(options.out, {"data": "voc-animals", **head, "scores": scores, "about": about()})
+            keep(options.out, {"data": "voc-animals", **head, "scores": scores, **series.source()})
             print(name, json.dumps(scores))
 
 
