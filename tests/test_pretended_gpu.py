@@ -23,11 +23,13 @@ from bapnal import (
     CosineClassifier,
     DenseCRF,
     EntropyRegularizationLoss,
+    MaskHead,
     NoiseAwareLoss,
     PairwiseTerm,
     PermutohedralLattice,
     PseudoLabelGenerator,
     RidgeBoxClassifier,
+    ZoomedBoxes,
     background_attention,
     background_aware_pooling,
     bootstrapping_loss,
@@ -35,6 +37,8 @@ from bapnal import (
     box_cells,
     box_classification_loss,
     box_coverage,
+    box_log_odds,
+    box_mask_loss,
     box_targets,
     confidence_map,
     cosine_similarity,
@@ -42,6 +46,7 @@ from bapnal import (
     dense_crf,
     entropy_regularization_loss,
     grid_prototypes,
+    instance_crf,
     noise_aware_loss,
     paint_boxes,
     poly_schedule,
@@ -333,10 +338,32 @@ def test_a_closed_form_classifier():
                 check(reads, ridge.solve(), allowed=ALLOWED["ridge"], at_most=1)
 
 
+def zoomed(n=2, h=12, w=10):
+    inside = torch.ones(n, h, w, dtype=torch.bool, device="cuda")
+    z, images = real(n, h, w), real(n, 3, h, w, dtype=torch.uint8)
+    return ZoomedBoxes(images, real(n, 6, 4, 5), z, z, inside, real(n), z)
+
+
+def test_zoomed_boxes_and_a_mask_head():
+    """Nothing waits from zoomed boxes to marginals and losses, apart from the CRF."""
+    with gpu() as reads:
+        check(reads, box_log_odds(zoomed()))
+        head = on_gpu(MaskHead, 6, 64, 2)
+        found = head(zoomed())
+        assert set(reads.copies) <= {"to_lab"}  # nine numbers
+        reads.copies.clear()
+        check(reads, found)
+        logits = real(2, 28, 28, requires_grad=True)
+        valid = torch.ones(2, 28, 28, dtype=torch.bool, device="cuda")
+        check(reads, box_mask_loss(logits, real(2, 3, 28, 28), valid))
+        q = instance_crf(iterations=1)(real(2, 5, 12, 10), real(2, 2, 12, 10))
+        check(reads, q, allowed=ALLOWED["dense_crf"], at_most=2)
+
+
 def test_every_public_name_is_here():
     source = Path(__file__).read_text(encoding="utf-8")
     exempt = {"Attention", "PooledFeatures", "PseudoLabels"}  # results
-    # Not covered so far: masks of instances, which zoom into one box after the other.
+    # Not covered: the way from images to zoomed boxes, whose shapes are the values of boxes.
     elsewhere = ("bapnal.instances", "bapnal.instance_refine", "bapnal._zoom")
     missing = [
         x
