@@ -272,7 +272,7 @@ def fit_mask_head(
 ) -> MaskHead:
     """Train a head on images and their boxes, without a mask.
 
-    About a minute on one core beyond the features, for 1,500 boxes.
+    A minute and a quarter on one core beyond the features, for two networks and 1,500 boxes.
 
     Args:
         samples: Pairs of an image ``(3, H, W)`` uint8 and its boxes ``(K, 4)``; read once, until
