@@ -1,10 +1,10 @@
 r"""A mask head that learns from boxes alone, to refine the log-odds of every box.
 
-Each box is seen as 28 x 28 points over 1.3 times its size. A small network maps features, colours,
-position and the log-odds of :func:`bapnal.box_log_odds` to new log-odds, and learns from three
+Each box is seen as 28 x 28 points over 1.3 times its size. Small networks map features, colours,
+position and the log-odds of :func:`bapnal.box_log_odds` to new log-odds, and learn from three
 losses that need no mask: the mask touches all sides of its box, nothing lies outside it, and
-neighbours of one colour share their label. What it says is averaged with the log-odds it started
-from; CRF, stretch and everything else stay as they are.
+neighbours of one colour share their label. What they say on average is averaged with the log-odds
+they started from; CRF, stretch and everything else stay as they are.
 """
 
 from __future__ import annotations
@@ -313,10 +313,10 @@ def fit_mask_head(
         valids.append(points.valid)
         if sum(map(len, labs)) >= most_boxes:
             break
+    seen = torch.cat(inputs), torch.cat(labs), torch.cat(valids)
     with torch.enable_grad():
         for number, network in enumerate(head.networks):
-            chosen = (epochs, lr, seed + number)
-            _train(network, torch.cat(inputs), torch.cat(labs), torch.cat(valids), chosen)
+            _train(network, *seen, (epochs, lr, seed + number))
     return head.eval()
 
 

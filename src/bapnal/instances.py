@@ -303,19 +303,20 @@ def _decide(
         members.setdefault((crop.image, label), []).append(k)
     before = torch.full((batch, *size), -torch.inf, device=masks.device)
     for (image, label), own in members.items():
-        front = torch.where(masks[own], odds[own] - area[own].log()[:, None, None], -torch.inf)
+        here = _around([crops[k].pixels for k in own])
+        held, kept = masks[(own, *here)], semantic[(image, *here)]
+        front = torch.where(held, odds[(own, *here)] - area[own].log()[:, None, None], -torch.inf)
         most, nearest = front.max(0)
-        given = masks[own] & (
-            nearest != torch.arange(len(own), device=nearest.device)[:, None, None]
-        )
-        given &= (masks[own] & ~given).flatten(1).any(1)[:, None, None]  # none becomes empty
-        masks[own] &= ~given
-        retrieval[own] &= ~given
-        seen = masks[own].any(0)
+        given = held & (nearest != torch.arange(len(own), device=nearest.device)[:, None, None])
+        given &= (held & ~given).flatten(1).any(1)[:, None, None]  # none becomes empty
+        masks[(own, *here)] = held & ~given
+        retrieval[(own, *here)] &= ~given
+        seen = (held & ~given).any(0)
         # Where boxes of two classes hold a pixel, neither is sure.
-        settled[image] &= ~(seen & (semantic[image] > 0))
-        semantic[image] = torch.where(seen & (most > before[image]), label, semantic[image])
-        before[image] = torch.maximum(before[image], most)
+        settled[(image, *here)] &= ~(seen & (kept > 0))
+        nearer = seen & (most > before[(image, *here)])
+        semantic[(image, *here)] = torch.where(nearer, label, kept)
+        before[(image, *here)] = torch.maximum(before[(image, *here)], most)
     reliable = torch.ones_like(masks)
     doubt = odds.new_zeros(len(crops))
     for k, crop in enumerate(crops):
@@ -328,6 +329,12 @@ def _decide(
     return InstanceLabels(
         masks, odds, retrieval, reliable, doubt, doubt > DOUBTFUL, semantic, settled
     )
+
+
+def _around(pixels: Sequence[tuple[int, int, int, int]]) -> tuple[slice, slice]:
+    """Rows and columns around all of some rectangles x1, y1, x2, y2."""
+    x1, y1, x2, y2 = zip(*pixels, strict=True)
+    return slice(min(y1), max(y2)), slice(min(x1), max(x2))
 
 
 class InstanceLabelGenerator(nn.Module):
