@@ -215,7 +215,7 @@ class MaskHead(nn.Module):
         """The components of features ``(n, D, h, w)``; ``(n, 64, h, w)``."""
         mean, across = self.mean.to(features), self.projection.to(features).T
         found = across @ features.flatten(2) - (across @ mean)[:, None]
-        return found.unflatten(2, features.shape[2:])
+        return found.reshape(*found.shape[:2], *features.shape[2:])
 
     def points(self, zoomed: ZoomedBoxes) -> BoxPoints:
         """Boxes on the points with projected features.

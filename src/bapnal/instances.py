@@ -303,20 +303,22 @@ def _decide(
         members.setdefault((crop.image, label), []).append(k)
     before = torch.full((batch, *size), -torch.inf, device=masks.device)
     for (image, label), own in members.items():
-        here = _around([crops[k].pixels for k in own])
-        held, kept = masks[(own, *here)], semantic[(image, *here)]
-        front = torch.where(held, odds[(own, *here)] - area[own].log()[:, None, None], -torch.inf)
+        rows, columns = _around([crops[k].pixels for k in own])
+        held, kept = masks[own, rows, columns], semantic[image, rows, columns]
+        front = torch.where(
+            held, odds[own, rows, columns] - area[own].log()[:, None, None], -torch.inf
+        )
         most, nearest = front.max(0)
         given = held & (nearest != torch.arange(len(own), device=nearest.device)[:, None, None])
         given &= (held & ~given).flatten(1).any(1)[:, None, None]  # none becomes empty
-        masks[(own, *here)] = held & ~given
-        retrieval[(own, *here)] &= ~given
+        masks[own, rows, columns] = held & ~given
+        retrieval[own, rows, columns] &= ~given
         seen = (held & ~given).any(0)
         # Where boxes of two classes hold a pixel, neither is sure.
-        settled[(image, *here)] &= ~(seen & (kept > 0))
-        nearer = seen & (most > before[(image, *here)])
-        semantic[(image, *here)] = torch.where(nearer, label, kept)
-        before[(image, *here)] = torch.maximum(before[(image, *here)], most)
+        settled[image, rows, columns] &= ~(seen & (kept > 0))
+        nearer = seen & (most > before[image, rows, columns])
+        semantic[image, rows, columns] = torch.where(nearer, label, kept)
+        before[image, rows, columns] = torch.maximum(before[image, rows, columns], most)
     reliable = torch.ones_like(masks)
     doubt = odds.new_zeros(len(crops))
     for k, crop in enumerate(crops):
