@@ -2,7 +2,7 @@
 
 Stage 1 trains on boxes, stage 2 writes two label maps per image, stage 3 trains on those. Nothing
 here reads a mask, apart from :func:`score_labels` and :func:`score_network`, which measure, and
-from stage 3 with ``loss="truth"``, which is the ceiling.
+from stage 3 with ``loss="truth"``, which is full supervision.
 """
 
 from __future__ import annotations
@@ -180,10 +180,10 @@ def train_segmentation(
 
     Args:
         network: What to train.
-        dataset: Images with label maps: Y_crf and Y_ret, or with ``"truth"`` the true mask.
+        dataset: Images with label maps: Y_crf and Y_ret, or with ``"truth"`` the ground truth.
         schedule: How long and how fast.
         loss: ``"plain"``: cross-entropy on Y_crf. ``"ignore"``: the same where Y_crf and Y_ret
-            agree. ``"nal"``: the noise-aware loss. ``"truth"``: cross-entropy on the true masks.
+            agree. ``"nal"``: the noise-aware loss. ``"truth"``: cross-entropy on the ground truth.
         seed: Of the order of the images and their variation.
         progress: Called after each step.
 
@@ -221,7 +221,7 @@ def predict(network: SegmentationNetwork, images: Tensor) -> Tensor:
 def score_network(
     network: SegmentationNetwork, dataset: BoxDataset, classes: Sequence[int], batch_size: int = 1
 ) -> Segmentation:
-    """Measure a network on images with true masks."""
+    """Measure a network on images with ground truth."""
     score = SegmentationScore(_count(dataset), classes)
     for batch in DataLoader(dataset, batch_size, collate_fn=collate):
         score.update(predict(network, batch.images), batch.maps[:, -1])
@@ -231,7 +231,7 @@ def score_network(
 def score_labels(
     dataset: BoxDataset, classes: Sequence[int], folder: Path | None, kind: str
 ) -> Segmentation:
-    """Measure label maps on images with true masks.
+    """Measure label maps on images with ground truth.
 
     Args:
         dataset: Images with masks.

@@ -20,7 +20,7 @@ from bapnal_recipes.data.label_maps import class_colours, read_label_map, write_
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.models.small import SmallFeatures
 
-TINY = {"steps": 2, "seeds": 2, "pictures": 6, "validation": 2, "size": 48, "examples": 2}
+TINY = {"steps": 2, "seeds": 2, "images": 6, "validation": 2, "size": 48, "examples": 2}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_table_has_every_row_over_all_seeds(finished):
         "cross-entropy on Y_crf",
         "ignoring what they disagree on",
         "noise-aware loss (NAL)",
-        "cross-entropy on true masks",
+        "cross-entropy on the ground truth",
     ]
     for row in rows:
         assert len(row.train) == len(row.val) == (1 if row.group == "Boxes" else 2)
@@ -53,7 +53,7 @@ def test_the_results_are_written_as_json(finished):
     facts = json.loads((output / "results.json").read_text())
     assert [row["val"] for row in facts["rows"]] == [row.val for row in rows]
     assert facts["stage 1"]["steps"] == 2
-    assert facts["pictures"] == {"train": 4, "val": 2}
+    assert facts["images"] == {"train": 4, "val": 2}
 
 
 def printed(text):
@@ -127,12 +127,12 @@ def test_bad_arguments_say_what_arrived(tmp_path):
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
-    """A devkit with the class names of VOC, from drawn images."""
+    """A devkit with the class names of VOC, from synthetic images."""
     root = shapes.write_shapes(tmp_path_factory.mktemp("voc"), 6, 2, 64, seed=1)
     for path in (root / "Annotations").glob("*.xml"):
         text = path.read_text()
-        for drawn, real in zip(shapes.CLASSES, VOC_CLASSES, strict=False):
-            text = text.replace(f"<name>{drawn}<", f"<name>{real}<")
+        for synthetic, real in zip(shapes.CLASSES, VOC_CLASSES, strict=False):
+            text = text.replace(f"<name>{synthetic}<", f"<name>{real}<")
         path.write_text(text)
     return root
 
