@@ -134,8 +134,8 @@ def plan_shapes(root: Path, steps: int, crf_backend: str, device: str) -> Plan:
         features=lambda: SmallFeatures(64),
         generator=PseudoLabelGenerator(crf),
         augment=Augmentation(side * 6 // 7, scale=(0.8, 1.25), jitter=0),
-        first=stages.Schedule(steps, batch_size=8, rate=3e-3, head_rate=3e-3),
-        third=stages.Schedule(steps, batch_size=8, rate=3e-3, head_rate=3e-3),
+        first=stages.Schedule(steps, batch_size=8, lr=3e-3, head_lr=3e-3),
+        third=stages.Schedule(steps, batch_size=8, lr=3e-3, head_lr=3e-3),
         grid_size=2,  # 4 background vectors per image, about as many as boxes
         batch_size=20,
         keep=True,
@@ -165,7 +165,7 @@ def plan_devkit(
     chosen = classes or devkit.classes
     generator = PseudoLabelGenerator(DenseCRF(4, 55, 3, 3, 3, backend=crf_backend))
     workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
-    schedule = stages.Schedule(steps, rate=1e-3, head_rate=1e-2, optimizer="sgd", workers=workers)
+    schedule = stages.Schedule(steps, lr=1e-3, head_lr=1e-2, optimizer="sgd", workers=workers)
     return Plan(
         devkit=devkit,
         train=devkit.names(train_split),

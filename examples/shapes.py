@@ -1,4 +1,4 @@
-"""Make a data set of cluttered synthetic images in devkit layout: boxes to train on, masks to score.
+"""Make a data set of cluttered synthetic images in devkit layout: boxes to train on, masks to test.
 
 An image has a patchwork of two or three textures and clutter strewn all over, so that what shows
 inside a box also occurs outside it. On it lie objects of six classes with holes, thin parts and

@@ -44,8 +44,8 @@ class Schedule:
     Args:
         steps: Batches, all together.
         batch_size: Images in each.
-        rate: Learning rate of the network; it falls to 0 with the power 0.9.
-        head_rate: Learning rate of the classifier on top.
+        lr: Learning rate of the network; it falls to 0 with the power 0.9.
+        head_lr: Learning rate of the classifier on top.
         weight_decay: Of everything.
         optimizer: ``"adamw"`` or ``"sgd"`` with momentum 0.9.
         workers: Processes that read images.
@@ -53,8 +53,8 @@ class Schedule:
 
     steps: int
     batch_size: int = 16
-    rate: float = 1e-3
-    head_rate: float = 1e-3
+    lr: float = 1e-3
+    head_lr: float = 1e-3
     weight_decay: float = 5e-4
     optimizer: str = "adamw"
     workers: int = 0
@@ -288,8 +288,8 @@ def _optimizer(
     network: nn.Module, head: list[nn.Parameter], schedule: Schedule
 ) -> torch.optim.Optimizer:
     groups = [
-        {"params": [p for p in network.parameters() if p.requires_grad], "lr": schedule.rate},
-        {"params": head, "lr": schedule.head_rate},
+        {"params": [p for p in network.parameters() if p.requires_grad], "lr": schedule.lr},
+        {"params": head, "lr": schedule.head_lr},
     ]
     for group in groups:
         group["initial_lr"] = group["lr"]
@@ -299,7 +299,7 @@ def _optimizer(
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, schedule: Schedule) -> None:
-    """One step of the optimiser, at the rate of the poly schedule."""
+    """One step of the optimiser, at the learning rate of the poly schedule."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * poly_schedule(step - 1, schedule.steps)
     optimizer.zero_grad(set_to_none=True)

@@ -177,7 +177,7 @@ def test_every_loss_of_stage_3_learns(tmp_path):
         for kind in ("crf", "ret"):
             write_label_map(tmp_path / kind / f"{name}.png", devkit.mask(name))
     maps = [tmp_path / "crf", tmp_path / "ret"]
-    schedule = stages.Schedule(25, batch_size=8, rate=1e-2, head_rate=1e-2)
+    schedule = stages.Schedule(25, batch_size=8, lr=1e-2, head_lr=1e-2)
     measured = BoxDataset(devkit, names, masks=True)
     for loss in stages.LOSSES:
         torch.manual_seed(0)
@@ -193,7 +193,7 @@ def test_every_loss_of_stage_3_learns(tmp_path):
 def test_stage_1_learns_with_and_without_attention(tmp_path):
     devkit, names = small_devkit(tmp_path)
     data = BoxDataset(devkit, names, keep=True)
-    schedule = stages.Schedule(60, batch_size=8, rate=1e-2, head_rate=1e-2)
+    schedule = stages.Schedule(60, batch_size=8, lr=1e-2, head_lr=1e-2)
     for attention in (True, False):
         torch.manual_seed(0)
         network = SmallFeatures(32)
