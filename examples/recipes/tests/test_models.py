@@ -265,7 +265,7 @@ def test_which_vgg_stage_1_and_deeplab_v1_take():
     with torch.device("meta"):
         first = build_features("vgg16", "random")
         third = build_segmenter("deeplab_v1", 21, weights="random").features
-        released = build_features("vgg16_pool5", "random")
+        released = build_features("vgg16", "random", fifth_pooling=True)
     assert (first.fc6.dilation, first.fifth_pooling) == ((1, 1), False)
     assert (released.fc6.dilation, released.fifth_pooling) == ((1, 1), True)
     assert (third.fc6.dilation, third.fifth_pooling) == ((12, 12), True)

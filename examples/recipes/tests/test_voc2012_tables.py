@@ -302,9 +302,10 @@ def test_plain_label_series_stand_with_the_other_labels(tmp_path):
     path = tmp_path / "series/labels.jsonl"
     for method, miou in (("ridge", 89.0), ("box", 63.0)):
         row = {"data": "coco-mini", "split": "val", "method": method, "miou": miou, "ci_low": 60.5}
-        series.append(path, {**row, "seed": None, "seconds_per_1000_images": 31.25})
+        noise = {"images": 9, "busy": miou / 100}
+        series.append(path, {**row, "seed": None, "seconds_per_1000_images": 31.25, **noise})
     text = show(tmp_path / "series", tmp_path / "page")
-    lines = section(text, "Labels (coco-mini val)")
+    lines = section(text, "Labels (coco-mini val, 9 images)")
     assert lines[0] == ["", "miou", "ci low", "seconds per 1000 images"]
     assert lines[2:] == [["Box", "63.0", "60.5", "31.2"], ["closed form", "89.0", "60.5", "31.2"]]
 

@@ -86,7 +86,8 @@ def test_the_presets_hold_the_numbers_of_the_paper_and_of_its_code():
     assert (released.rate, released.head_rate, released.bias_factor) == (1e-3, 1e-2, 2)
     assert (released.decay_biases, released.jitter, released.hue) == (False, 0.5, 0)
     assert (released.momentum, released.weight_decay, released.batch_size) == (0.9, 5e-4, 20)
-    assert released.backbone == "vgg16_pool5"
+    assert (released.backbone, released.fifth_pooling) == ("vgg16", True)
+    assert not paper.fifth_pooling
     assert (released.output_size, released.min_background) == (2, 1 / 8)
     assert released.count_padding
     assert released.sampling == "roi_align"
@@ -395,6 +396,7 @@ def test_what_is_wrong_with_the_data_is_one_line(settings, few, capsys):
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"backbone": "resnet9000"}, "timm must have the network by name, got 'resnet9000'"),
         ({"frozen": 9, "backbone": "test_efficientnet", "weights": "random"}, "frozen must be 0.."),
+        ({"fifth_pooling": True}, "fifth_pooling must be off for small"),
         ({"weights": "no/such.pt"}, "weights must be None or 'random' for small"),
         ({"machines": Machines(devices=0)}, "devices must be at least 1, got 0"),
     ],
@@ -408,6 +410,15 @@ def test_less_than_an_image_for_each_rank_is_too_little():
     plan = TrainingPlan(1, lambda step: 1.0, batch_size=1)
     with pytest.raises(ValueError, match="batches must hold an image for each of 2 devices"):
         plan.check(8, ranks=2)
+
+
+def test_a_classifier_keeps_its_poolings(tmp_path):
+    """Which leave no trace in the weights."""
+    features = train_classifier.build_features("vgg16", "random", fifth_pooling=True)
+    given = {"backbone": "vgg16", "stride": 8, "fifth_pooling": True, "channels_last": False}
+    content = {"settings": given, "classes": ["a"], "features": features.state_dict()}
+    torch.save({**content, "weight": torch.zeros(2, 1024)}, tmp_path / "classifier.pt")
+    assert load_classifier(tmp_path / "classifier.pt").features.fifth_pooling
 
 
 def test_a_file_that_is_no_classifier_is_named(tmp_path):

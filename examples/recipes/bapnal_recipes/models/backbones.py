@@ -26,7 +26,7 @@ RESNET_PARTS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3",
 VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 # Backbones whose maps are upsampled with their corners aligned, as the released code does.
-ALIGNED = frozenset(("vgg16", "vgg16_pool5"))
+ALIGNED = frozenset(("vgg16",))
 
 
 class Vgg16Features(nn.Module):

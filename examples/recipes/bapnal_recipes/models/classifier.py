@@ -54,7 +54,7 @@ class Classifier(NamedTuple):
 
 def untrained_features(backbone: str, weights: str | Path | None, stride: int) -> Features:
     """Build features that need no training on boxes: stages of timm's networks at one magnitude."""
-    if backbone in ("small", "vgg16", "vgg16_pool5"):
+    if backbone in ("small", "vgg16"):
         return build_features(backbone, weights, stride)
     # No training has weighted the stages, whose magnitudes differ.
     return TimmFeatures(backbone, weights, stride, normalize=True)
@@ -74,8 +74,12 @@ def load_classifier(path: Path) -> Classifier:
         content = torch.load(path, map_location="cpu", weights_only=True)
         settings, state, weight = (content[key] for key in ("settings", "features", "weight"))
         classes = tuple(content["classes"])
-        build = untrained_features if settings.get("untrained") else build_features
-        features = build(settings["backbone"], "random", settings["stride"])
+        backbone, stride = settings["backbone"], settings["stride"]
+        if settings.get("untrained"):
+            features = untrained_features(backbone, "random", stride)
+        else:
+            pooling = settings.get("fifth_pooling", False)
+            features = build_features(backbone, "random", stride, fifth_pooling=pooling)
         features.load_state_dict(state)
         sides = (features.channels, features.channels + 1)
         if weight.shape not in [(len(classes) + 1, side) for side in sides]:

@@ -28,15 +28,14 @@ def build_features(
     frozen: int = 0,
     *,
     dilated: bool = False,
+    fifth_pooling: bool = False,
 ) -> Features:
     """Build the network whose features stages 1 and 2 stand on.
 
     Args:
-        name: ``"vgg16"`` as in AffinityNet, ``"vgg16_pool5"``, the same with two more poolings
-            after the fifth convolutions as in the authors' released code, ``"small"`` (a few
-            convolutions at stride 4, whatever ``stride`` says, untrained), or a name of timm's, of
-            a network that takes images of any size: its last three stages, brought to one stride
-            and joined.
+        name: ``"vgg16"`` as in AffinityNet, ``"small"`` (a few convolutions at stride 4, whatever
+            ``stride`` says, untrained), or a name of timm's, of a network that takes images of
+            any size: its last three stages, brought to one stride and joined.
         weights: Path of a state dict; None for the network's ImageNet weights, which torchvision
             or timm fetch; ``"random"`` for none.
         stride: Pixels from one feature to the next; VGG-16 is made for 8.
@@ -44,6 +43,8 @@ def build_features(
             their weights.
         dilated: Bring timm's networks to ``stride`` by dilation, 8 or 16, rather than by resampling
             each stage. VGG-16 is dilated anyway.
+        fifth_pooling: Let VGG-16 pool twice more after the fifth convolutions, as in the authors'
+            released code.
 
     Returns:
         A module with attributes ``channels`` and ``pretrained`` that takes images
@@ -53,9 +54,11 @@ def build_features(
         ValueError: If an argument does not fit the network, or the file another network.
         FileNotFoundError: If there is no such file.
     """
-    if name in ("vgg16", "vgg16_pool5"):
+    if fifth_pooling and name != "vgg16":
+        raise ValueError(f"fifth_pooling must be off for {name}, only vgg16 has it")
+    if name == "vgg16":
         _require_stride_8(name, stride)
-        return Vgg16Features(weights, fifth_pooling=name == "vgg16_pool5", frozen=frozen)
+        return Vgg16Features(weights, fifth_pooling=fifth_pooling, frozen=frozen)
     if name == "small":
         return _small(weights, frozen)
     return _timm(name, weights, stride, frozen, stride if dilated else None)
@@ -93,22 +96,14 @@ def build_segmenter(
         spatial_dropout: Whether the dropout of ``"deeplab_v1"`` sets whole channels to 0.
 
     Raises:
-        ValueError: If an argument is not among these or does not fit the network, or the file
-            holds another network.
+        ValueError: If an argument is not among these, or the file does not fit the network.
         FileNotFoundError: If there is no such file.
     """
-    if head not in HEADS:
-        raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}, got {head!r}")
-    if classifier not in CLASSIFIERS:
-        known = " or ".join(map(repr, CLASSIFIERS))
-        raise ValueError(f"classifier must be {known}, got {classifier!r}")
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
+    _check_segmenter(head, classifier, num_classes)
     features: Features
     top: nn.Module
-    if name in ("deeplab_v1", "deeplab_v2"):
-        _require_stride_8(name, stride)
     if name == "deeplab_v1":
+        _require_stride_8(name, stride)
         features = Vgg16Features(
             weights,
             fc6_dilation=12,
@@ -118,18 +113,27 @@ def build_segmenter(
         )
         top, channels = nn.Identity(), features.channels
     elif name == "deeplab_v2":
+        _require_stride_8(name, stride)
         features = Resnet101Features(weights, frozen=frozen)
-        chosen = head if head.startswith("aspp") else "aspp"
-        top, channels = _head(chosen, features.channels, stride)
+        pyramid = head if head.startswith("aspp") else "aspp"
+        top, channels = _head(pyramid, features.channels, stride)
     elif name == "small":
         features = _small(weights, frozen)
         top, channels = _head(head, features.channels, SMALL_STRIDE)
     else:
-        info: Any = TimmFeatures(name, "random").network.feature_info
-        dilated = stride if stride < max(info.reduction()) else None
-        features = _timm(name, weights, stride, frozen, dilated)
+        features = _dilated(name, weights, stride, frozen)
         top, channels = _head(head, features.channels, stride)
     return Segmenter(features, top, _classifier(classifier, channels, num_classes))
+
+
+def _check_segmenter(head: str, classifier: str, num_classes: int) -> None:
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}, got {head!r}")
+    if classifier not in CLASSIFIERS:
+        known = " or ".join(map(repr, CLASSIFIERS))
+        raise ValueError(f"classifier must be {known}, got {classifier!r}")
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, background included, got {num_classes}")
 
 
 def _head(name: str, inputs: int, stride: int) -> tuple[nn.Module, int]:
@@ -285,6 +289,12 @@ def _small(weights: str | Path | None, frozen: int) -> SmallFeatures:
     if frozen:
         raise ValueError(f"frozen must be 0 for small, whose weights are random, got {frozen}")
     return SmallFeatures()
+
+
+def _dilated(name: str, weights: str | Path | None, stride: int, frozen: int) -> TimmFeatures:
+    """A network of timm's, dilated where it is coarser than it shall be."""
+    info: Any = TimmFeatures(name, "random").network.feature_info
+    return _timm(name, weights, stride, frozen, stride if stride < max(info.reduction()) else None)
 
 
 def _timm(

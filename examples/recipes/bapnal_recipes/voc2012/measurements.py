@@ -16,6 +16,7 @@ Facts = dict[str, Any]
 SHARED = "shared.json"
 SOURCE = ("commit", "machine", "versions")
 MORE = ("seconds", "memory", *SOURCE, "rates")
+ASIDE = ("images", "seconds", "busy")  # in plain rows neither settings nor scores
 OWN_FIELDS = ("seeds", "images", "scores", *MORE)
 
 
@@ -76,9 +77,9 @@ def _measurement(path: Path, row: dict[str, Any], shared: Mapping[str, Any]) -> 
     if "scores" in row:
         scores, seeds, own = floats(row["scores"]), row.get("seeds", {}), set(OWN_FIELDS)
     else:
-        scores = {x: v for x, v in row.items() if isinstance(v, float)}
+        scores = {x: v for x, v in row.items() if isinstance(v, float) and x not in ASIDE}
         seeds = {"seed": row["seed"]} if row.get("seed") is not None else {}
-        own = {"seed", *scores}
+        own = {"seed", *ASIDE, *scores}
     if "scores" not in row and not scores:
         raise ValueError(f"{path}: a row has neither scores nor a decimal number")
     more = {x: row[x] for x in MORE if x in row}

@@ -41,8 +41,9 @@ class Settings:
         out: Where to write.
         split: Which images: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
-        backbone: "vgg16", "vgg16_pool5", "small", or the name of a network of timm.
+        backbone: "vgg16", "small", or the name of a network of timm.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
+        fifth_pooling: Let "vgg16" pool twice more after its fifth convolutions.
         stride: Pixels from one feature to the next.
         frozen: How many of the backbone's first blocks keep their weights.
         pool: "bap": background-aware pooling. "gap": global average pooling of each box.
@@ -83,6 +84,7 @@ class Settings:
     classes: tuple[str, ...] = VOC_CLASSES
     backbone: str = "vgg16"
     weights: str | None = None
+    fifth_pooling: bool = False
     stride: int = 8
     frozen: int = 0
     pool: Literal["bap", "gap"] = "bap"
@@ -123,7 +125,7 @@ PRESETS = {
         "as in the authors' released code where it differs",
         replace(
             PAPER,
-            backbone="vgg16_pool5",
+            fifth_pooling=True,
             rate=1e-3,
             head_rate=1e-2,
             bias_factor=2.0,
@@ -273,7 +275,9 @@ class ClassifierStage(Stage[Settings, BoxDataset, BoxClassifier]):
     def build_network(self) -> BoxClassifier:
         """Return features and a classifier on them."""
         s = self.settings
-        features = build_features(s.backbone, s.weights, s.stride, s.frozen)
+        features = build_features(
+            s.backbone, s.weights, s.stride, s.frozen, fifth_pooling=s.fifth_pooling
+        )
         return BoxClassifier(features, len(s.classes) + 1)
 
     def optimizer(self, network: BoxClassifier) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from bapnal_recipes.voc2012.measurements import Facts, Measurement, group, varyi
 NOTHING = "–"  # where there is nothing to say
 METHODS = {
     "box": "Box",
+    "ellipse": "Ellipse",
     "grabcut": "GrabCut",
     "mcg": "MCG",
     "wssl": "WSSL",
