@@ -299,7 +299,7 @@ def _optimizer(
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, schedule: Schedule) -> None:
-    """One step of the optimiser, at the learning rate of the poly schedule."""
+    """One step of the optimizer, at the learning rate of the poly schedule."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * poly_schedule(step - 1, schedule.steps)
     optimizer.zero_grad(set_to_none=True)

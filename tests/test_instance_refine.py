@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from comparing import close, finite
 from torch.nn import functional as F
 
 import reference_instances as reference
+from assertions import close, finite
 from bapnal import InstanceLabelGenerator, MaskHead, box_mask_loss, fit_mask_head, instance_labels
 
 SIDE = 64

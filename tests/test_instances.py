@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from comparing import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import reference_instances as reference
+from assertions import close
 from bapnal import (
     InstanceLabelGenerator,
     ZoomedBoxes,

@@ -213,14 +213,14 @@ def test_a_data_set_loosens_its_boxes(root):
 
 
 def test_a_label_map_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    def full(self, path, **_):
-        Path(path).write_bytes(b"half")
+    def full(self, _):
+        self.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write_label_map(tmp_path / "maps/a.png", torch.zeros(2, 3))
     before = (tmp_path / "maps/a.png").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", full)
+        patch.setattr(Path, "write_bytes", full)
         for name in ("a", "b"):
             with pytest.raises(OSError, match=rf"{name}\.png could not be written: No space left"):
                 write_label_map(tmp_path / f"maps/{name}.png", torch.ones(2, 3))

@@ -51,8 +51,8 @@ def label(
         out: Where to write.
         format: Of the annotations; found out by default.
         export: Formats to write besides PNG: coco (instances.json), yolo (YOLO-seg), voc.
-        fit: Fit a classifier to the boxes first, in closed form; see the guide for what it
-            costs.
+        fit: Fit the classes to the boxes first, in closed form, and label each image at once: for
+            maps of classes of few, large objects. Without it each box is labelled on its own.
         classifier: One that --fit wrote for the same classes (classifier.safetensors).
         backbone: Any timm network.
         weights: Its weights as a file; by default those that timm or a package brings.

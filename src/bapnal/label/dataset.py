@@ -245,7 +245,7 @@ def _fit(
             ridge.moment += torch.as_tensor(moment)
             following += FIT_CHUNK
     with whole(path) as unfinished:
-        unfinished.write_bytes(save({"weight": ridge.solve()}))
+        unfinished.write_bytes(save({"weight": ridge.solve().contiguous()}))
     write_json(note, {"key": key, "images": len(chosen)})
     return path
 

@@ -5,9 +5,8 @@
     >>> y = labeler(image, boxes=[[50, 5, 450, 299]], classes=[1])  # doctest: +SKIP
 
 An ImageNet network gives the features. Each box is zoomed, and what looks like its surroundings is
-background (:class:`bapnal.InstanceLabelGenerator`). With weights of the classes the whole image is
-labelled at once (:class:`bapnal.PseudoLabelGenerator`), and masks are cut out of its map of
-classes.
+background (:class:`bapnal.InstanceLabelGenerator`). With weights of the classes the whole image
+is labelled at once (:class:`bapnal.PseudoLabelGenerator`), and masks are cut out of that map.
 """
 
 from __future__ import annotations
