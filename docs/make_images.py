@@ -273,7 +273,7 @@ def labels(path: Path) -> None:
     plt.close(figure)
 
 
-# Drawn by ``python docs/make_images.py kept`` and kept in docs/images: GitHub shows them too.
+# Made by ``python docs/make_images.py kept`` and kept in docs/images: GitHub shows them too.
 KEPT: dict[str, Callable[[Path], None]] = {"instances.png": instances, "labels.png": labels}
 IMAGES: dict[str, Callable[[Path], None]] = {
     "flow.svg": flow,
