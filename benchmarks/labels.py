@@ -15,6 +15,7 @@ features, fitting and the CRF included.
     grabcut, wssl    GrabCut in each box; the CRF on boxes whose middle is foreground
     plain            PseudoLabelGenerator(DenseCRF()), without weights: nothing is fitted
     ridge            the same with the weights of RidgeBoxClassifier, fitted to ``--fit-split``
+    pooled, mlp, mlp_nal  what was tried around the closed form; see label_heads.py
     classifier       the same with a classifier that stage 1 trained (``--classifier``)
     paper, released  that classifier under the presets of these names
 """
@@ -36,6 +37,7 @@ import tyro
 from rich.progress import track
 from torch import Tensor, nn
 
+import label_heads
 from bapnal import PRESETS, DenseCRF, PseudoLabelGenerator, RidgeBoxClassifier, paint_boxes
 from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
@@ -43,11 +45,13 @@ from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine import series
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import baselines
+from bapnal_recipes.voc2012.results import data_name
 
-Method = Literal[
-    "box", "ellipse", "grabcut", "wssl", "plain", "ridge", "classifier", "paper", "released"
-]
+Baseline = Literal["box", "ellipse", "grabcut", "wssl"]
+Tried = Literal["plain", "ridge", "pooled", "mlp", "mlp_nal"]
+Method = Literal[Baseline, Tried, "classifier", "paper", "released"]
 BASELINES = ("box", "ellipse", "grabcut", "wssl")
+HEADS = ("mlp", "mlp_nal")
 TRAINED = ("classifier", "paper", "released")
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
 VOID = 255
@@ -164,7 +168,24 @@ def generated(
     return generate(image[None], features(image[None]), weight, [boxes], [labels]).crf[0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def sampled(settings: Settings, features: nn.Module, boxes: str) -> Iterator[label_heads.Sampled]:
+    """Features, image, boxes and labels of the images to fit to."""
+    for _, image, corners, labels in examples(settings, settings.fit_split, boxes):
+        yield features(image[None]), image, corners, labels
+
+
+def labelled_by_head(
+    head: label_heads.Head, features: nn.Module, crf: DenseCRF, example: Example
+) -> Tensor:
+    """Y_crf of one image by a small network."""
+    _, image, boxes, labels = example
+    with torch.no_grad():
+        sample = features(image[None]), image, boxes, labels
+    return label_heads.label_by_head(head, crf, sample)
+
+
+@torch.no_grad()
 def fit(settings: Settings, features: TimmFeatures, boxes: str) -> Tensor:
     """Solve for the weights of all boxes of a split."""
     ridge = RidgeBoxClassifier(features.channels, len(Devkit(settings.root).classes) + 1)
@@ -192,9 +213,19 @@ def method_of(
     features = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
     features = features.to(memory_format=torch.channels_last)
     begin = time.perf_counter()
-    weight = fit(settings, features, boxes) if method == "ridge" else None
+    weight = head = None
+    if method == "pooled":
+        samples = sampled(settings, features, boxes)
+        weight = label_heads.pooled_weights(samples, features.channels, 21)
+    elif method != "plain":
+        weight = fit(settings, features, boxes)
+    if weight is not None and method in HEADS:
+        samples = sampled(settings, features, boxes)
+        head = label_heads.fit_head(samples, weight, settings.seed, nal=method == "mlp_nal")
     count = len(Devkit(settings.root).names(settings.fit_split))
     seconds = (time.perf_counter() - begin) * 1000 / count
+    if head is not None:
+        return partial(labelled_by_head, head, features, crf), seconds
     return partial(generated, features, weight, PseudoLabelGenerator(crf, **options)), seconds
 
 
@@ -255,7 +286,7 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
     low, high = bootstrap(total, settings.score_classes)
     drawn = method not in BASELINES
     return {
-        "data": settings.root.name if settings.count == 0 else f"{settings.root.name}, part",
+        "data": data_name(str(settings.root)),
         "split": settings.split,
         "images": len(shown),
         "method": method,
@@ -264,7 +295,7 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
         "boxes": boxes,
         "crf": settings.crf if method not in ("box", "ellipse", "grabcut") else None,
         "options": settings.options if drawn else "{}",
-        "seed": settings.seed if method in TRAINED else None,
+        "seed": settings.seed if method in (*TRAINED, *HEADS) else None,
         "classifier": settings.classifier.parent.name if method in TRAINED else None,
         "miou": round(float(miou(total.sum(0), settings.score_classes)), 2),
         "ci_low": round(low, 2),

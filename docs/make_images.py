@@ -121,8 +121,8 @@ def photos(path: Path) -> None:
     plt.close(figure)
 
 
-def drawn(path: Path) -> None:
-    """Draw images of the quickstart's data set, with their boxes and their true masks."""
+def synthetic(path: Path) -> None:
+    """Draw images of the quickstart's data set, with their boxes and ground truth."""
     import shapes
 
     figure, rows = plt.subplots(2, 6, figsize=(12, 4.2), layout="constrained")
@@ -273,11 +273,11 @@ def labels(path: Path) -> None:
     plt.close(figure)
 
 
-# Drawn by ``python docs/make_images.py kept`` and kept in docs/images: GitHub shows them too.
+# Made by ``python docs/make_images.py kept`` and kept in docs/images: GitHub shows them too.
 KEPT: dict[str, Callable[[Path], None]] = {"instances.png": instances, "labels.png": labels}
 IMAGES: dict[str, Callable[[Path], None]] = {
     "flow.svg": flow,
-    "drawn.png": drawn,
+    "synthetic.png": synthetic,
     "photos.jpg": photos,
     "short_run.png": short_run,
 }

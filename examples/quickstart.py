@@ -1,7 +1,7 @@
 """The main job: from boxes alone to a segmentation network, in three stages, with its score.
 
-    python examples/quickstart.py                               # drawn images, minutes on a CPU
-    python examples/quickstart.py --root VOCdevkit/VOC2012 --train-split train_aug   # real ones
+    python examples/quickstart.py                               # synthetic images, minutes on a CPU
+    python examples/quickstart.py --root VOCdevkit/VOC2012 --train-split train_aug   # real images
 
 Prints one table and writes ``report.html`` and ``results.json``. What is finished stays in the
 output folder: after an interruption the same command goes on from there.
@@ -50,7 +50,7 @@ NETWORK_ROWS = (
     ("Segmentation network", "cross-entropy on Y_crf", "plain"),
     ("Segmentation network", "ignoring what they disagree on", "ignore"),
     ("Segmentation network", "noise-aware loss (NAL)", "nal"),
-    ("Ceiling", "cross-entropy on true masks", "truth"),
+    ("Fully supervised", "cross-entropy on the ground truth", "truth"),
 )
 MEANINGS = [
     ("Boxes", "The image and all that training sees of its objects."),
@@ -58,19 +58,19 @@ MEANINGS = [
     ("CAM", "Class activation maps of the box classifier, the largest over the classes present."),
     ("Y_crf", "Labels from both maps after a fully connected CRF."),
     ("Y_ret", "Labels by similarity to the mean feature of each class of Y_crf."),
-    ("S", "Orange: the two disagree. NAL trusts these places only as far as the network does."),
+    ("S", "Orange: the two disagree. NAL trusts these pixels only as far as the network does."),
     ("Prediction", "What the network trained with NAL says of this image, without its boxes."),
-    ("Truth", "The true mask, for measuring only."),
+    ("Ground truth", "For measuring only."),
 ]
 WARM_START = (
-    "All segmentation networks, that with true masks too, start from the features that BAP "
+    "All segmentation networks, the fully supervised one too, start from the features that BAP "
     "trained on boxes."
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What differs between drawn and real images."""
+    """What differs between synthetic and real images."""
 
     devkit: Devkit
     train: list[str]
@@ -93,7 +93,7 @@ class Plan:
 
 
 class Bars:
-    """Progress bars, one a piece of work."""
+    """Progress bars, one per piece of work."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -118,7 +118,7 @@ def progress_bars(console: Console) -> Iterator[Bars]:
 
 
 def plan_shapes(root: Path, steps: int, crf_backend: str, device: str) -> Plan:
-    """Return the plan for drawn images.
+    """Return the plan for synthetic images.
 
     The settings of the generator and the CRF were chosen on images of another seed than those
     that the scores are measured on.
@@ -134,8 +134,8 @@ def plan_shapes(root: Path, steps: int, crf_backend: str, device: str) -> Plan:
         features=lambda: SmallFeatures(64),
         generator=PseudoLabelGenerator(crf),
         augment=Augmentation(side * 6 // 7, scale=(0.8, 1.25), jitter=0),
-        first=stages.Schedule(steps, batch_size=8, rate=3e-3, head_rate=3e-3),
-        third=stages.Schedule(steps, batch_size=8, rate=3e-3, head_rate=3e-3),
+        first=stages.Schedule(steps, batch_size=8, lr=3e-3, head_lr=3e-3),
+        third=stages.Schedule(steps, batch_size=8, lr=3e-3, head_lr=3e-3),
         grid_size=2,  # 4 background vectors per image, about as many as boxes
         batch_size=20,
         keep=True,
@@ -165,7 +165,7 @@ def plan_devkit(
     chosen = classes or devkit.classes
     generator = PseudoLabelGenerator(DenseCRF(4, 55, 3, 3, 3, backend=crf_backend))
     workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
-    schedule = stages.Schedule(steps, rate=1e-3, head_rate=1e-2, optimizer="sgd", workers=workers)
+    schedule = stages.Schedule(steps, lr=1e-3, head_lr=1e-2, optimizer="sgd", workers=workers)
     return Plan(
         devkit=devkit,
         train=devkit.names(train_split),
@@ -368,7 +368,7 @@ def main(
     root: Path | None = None,
     seeds: int = 1,
     steps: int = 400,
-    pictures: int = 400,
+    images: int = 400,
     validation: int = 100,
     size: int = 112,
     examples: int = 8,
@@ -384,12 +384,12 @@ def main(
 
     Args:
         output: Folder for everything that is written.
-        root: A devkit such as VOCdevkit/VOC2012; without it, images are drawn.
+        root: A devkit such as VOCdevkit/VOC2012; without it, images are synthetic.
         seeds: How often to repeat it all, with other random numbers.
         steps: Batches each network is trained on.
-        pictures: How many to draw.
+        images: How many synthetic images to make.
         validation: How many of these are for validation.
-        size: Side of the drawn images.
+        size: Side of the synthetic images.
         examples: How many images the report shows.
         train_split: Of a devkit: what to train on.
         val_split: Of a devkit: what to measure on.
@@ -411,7 +411,7 @@ def main(
     with progress_bars(console) as bars:
         if root is None:
             data = output / "shapes"
-            shapes.write_shapes(data, pictures, validation, size, 0, bars("drawing images"))
+            shapes.write_shapes(data, images, validation, size, 0, bars("making images"))
             plan = plan_shapes(data, steps, crf_backend, device)
         else:
             names = (train_split, val_split, classes, network, weights)
@@ -427,7 +427,7 @@ def main(
 
 
 SETTINGS = (
-    *("root", "steps", "pictures", "validation", "size", "train_split", "val_split", "classes"),
+    *("root", "steps", "images", "validation", "size", "train_split", "val_split", "classes"),
     *("network", "weights", "crf_backend"),
 )
 
@@ -446,7 +446,7 @@ def write_results(
         "stage 1": asdict(plan.first),
         "stage 2": repr(plan.generator),
         "stage 3": asdict(plan.third),
-        "pictures": {"train": len(plan.train), "val": len(plan.val)},
+        "images": {"train": len(plan.train), "val": len(plan.val)},
         "seconds": round(seconds, 1),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -467,8 +467,8 @@ def write_results(
             meanings=MEANINGS,
             classes=names,
             notes=[
-                f"{len(plan.train)} images to train on, {len(plan.val)} to measure on. True "
-                "masks serve to measure, and for the ceiling.",
+                f"{len(plan.train)} images to train on, {len(plan.val)} to measure on. "
+                "The ground truth serves to measure, and to train the fully supervised network.",
                 f"Seeds: {max(len(row.val) for row in rows)}; ± is half the range over several. "
                 "The same settings serve GAP and BAP.",
                 *([WARM_START] if plan.warm_start else []),

@@ -1,11 +1,11 @@
-"""Draw a data set of cluttered images in devkit layout: boxes to train on, masks to measure with.
+"""Make a data set of cluttered synthetic images in devkit layout: boxes to train on, masks to test.
 
 An image has a patchwork of two or three textures and clutter strewn all over, so that what shows
 inside a box also occurs outside it. On it lie objects of six classes with holes, thin parts and
 concave outlines, which overlap. A box is a bad mask of any of them. Each class has a surface of its
 own, but neither colour nor texture alone tells it from the background.
 
-    python examples/shapes.py --root shapes --pictures 400 --seed 0
+    python examples/shapes.py --root shapes --images 400 --seed 0
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bapnal.label.files import claim, whole
 from bapnal_recipes.data.label_maps import voc_palette
 
 CLASSES = ("arrow", "crescent", "key", "ladder", "ring", "star")
-FINE = 4  # outlines are drawn at this multiple of the resolution and averaged
+FINE = 4  # outlines are rasterized at this multiple of the resolution and averaged
 
 Rng = np.random.Generator
 Array = np.ndarray
@@ -32,7 +32,7 @@ Outline = list[tuple[bool, Array]]
 
 
 class SyntheticImage(NamedTuple):
-    """One drawn image.
+    """One synthetic image.
 
     Attributes:
         image: ``(S, S, 3)`` uint8.
@@ -272,7 +272,7 @@ def _surface(rng: Rng, label: int, size: int) -> Array:
 
 def write_shapes(
     root: Path,
-    pictures: int = 400,
+    images: int = 400,
     validation: int = 100,
     size: int = 112,
     seed: int = 0,
@@ -285,7 +285,7 @@ def write_shapes(
 
     Args:
         root: Folder to write to.
-        pictures: How many, all together.
+        images: How many in all.
         validation: How many of them are the split ``val``; the others are ``train``.
         size: Side of the images in pixels, at least 48.
         seed: Another seed, another data set.
@@ -298,18 +298,18 @@ def write_shapes(
         ValueError: If a number is out of range, or ``root`` holds a data set with other settings.
     """
     root = Path(root)
-    if not 0 < validation < pictures:
-        raise ValueError(f"validation must be in 1..{pictures - 1}, got {validation}")
+    if not 0 < validation < images:
+        raise ValueError(f"validation must be in 1..{images - 1}, got {validation}")
     if size < 48:
         raise ValueError(f"size must be >= 48, got {size}")
-    settings = {"pictures": pictures, "validation": validation, "size": size, "seed": seed}
+    settings = {"images": images, "validation": validation, "size": size, "seed": seed}
     claim(root / "shapes.json", settings, option="root")
-    names = [f"{seed:04d}_{index:06d}" for index in range(pictures)]
+    names = [f"{seed:04d}_{index:06d}" for index in range(images)]
     for index, name in enumerate(names):
         # The annotation comes last: where it is, the others are.
         if not (root / "Annotations" / f"{name}.xml").is_file():
             _write_image(root, name, draw_image(seed, index, size))
-        progress(index + 1, pictures)
+        progress(index + 1, images)
     splits = {"train": names[:-validation], "val": names[-validation:]}
     for split, members in splits.items():
         text = "".join(f"{name}\n" for name in members)
@@ -352,7 +352,7 @@ def _xml(name: str, scene: SyntheticImage) -> str:
 
 def main(
     root: Path = Path("shapes"),
-    pictures: int = 400,
+    images: int = 400,
     validation: int = 100,
     size: int = 112,
     seed: int = 0,
@@ -361,7 +361,7 @@ def main(
 
     Args:
         root: Folder to write to.
-        pictures: How many, all together.
+        images: How many in all.
         validation: How many of them are for validation.
         size: Side of the images in pixels.
         seed: Another seed, another data set.
@@ -369,11 +369,11 @@ def main(
     from rich.progress import Progress
 
     with Progress() as bar:
-        task = bar.add_task("drawing", total=pictures)
+        task = bar.add_task("making images", total=images)
         write_shapes(
-            root, pictures, validation, size, seed, lambda done, _: bar.update(task, completed=done)
+            root, images, validation, size, seed, lambda done, _: bar.update(task, completed=done)
         )
-    print(f"{pictures} images in {root}")
+    print(f"{images} images in {root}")
 
 
 if __name__ == "__main__":

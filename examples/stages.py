@@ -2,7 +2,7 @@
 
 Stage 1 trains on boxes, stage 2 writes two label maps per image, stage 3 trains on those. Nothing
 here reads a mask, apart from :func:`score_labels` and :func:`score_network`, which measure, and
-from stage 3 with ``loss="truth"``, which is the ceiling.
+from stage 3 with ``loss="truth"``, which is full supervision.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Schedule:
     Args:
         steps: Batches, all together.
         batch_size: Images in each.
-        rate: Learning rate of the network; it falls to 0 with the power 0.9.
-        head_rate: Learning rate of the classifier on top.
+        lr: Learning rate of the network; it falls to 0 with the power 0.9.
+        head_lr: Learning rate of the classifier on top.
         weight_decay: Of everything.
         optimizer: ``"adamw"`` or ``"sgd"`` with momentum 0.9.
         workers: Processes that read images.
@@ -53,8 +53,8 @@ class Schedule:
 
     steps: int
     batch_size: int = 16
-    rate: float = 1e-3
-    head_rate: float = 1e-3
+    lr: float = 1e-3
+    head_lr: float = 1e-3
     weight_decay: float = 5e-4
     optimizer: str = "adamw"
     workers: int = 0
@@ -180,10 +180,10 @@ def train_segmentation(
 
     Args:
         network: What to train.
-        dataset: Images with label maps: Y_crf and Y_ret, or with ``"truth"`` the true mask.
+        dataset: Images with label maps: Y_crf and Y_ret, or with ``"truth"`` the ground truth.
         schedule: How long and how fast.
         loss: ``"plain"``: cross-entropy on Y_crf. ``"ignore"``: the same where Y_crf and Y_ret
-            agree. ``"nal"``: the noise-aware loss. ``"truth"``: cross-entropy on the true masks.
+            agree. ``"nal"``: the noise-aware loss. ``"truth"``: cross-entropy on the ground truth.
         seed: Of the order of the images and their variation.
         progress: Called after each step.
 
@@ -221,7 +221,7 @@ def predict(network: SegmentationNetwork, images: Tensor) -> Tensor:
 def score_network(
     network: SegmentationNetwork, dataset: BoxDataset, classes: Sequence[int], batch_size: int = 1
 ) -> Segmentation:
-    """Measure a network on images with true masks."""
+    """Measure a network on images with ground truth."""
     score = SegmentationScore(_count(dataset), classes)
     for batch in DataLoader(dataset, batch_size, collate_fn=collate):
         score.update(predict(network, batch.images), batch.maps[:, -1])
@@ -231,7 +231,7 @@ def score_network(
 def score_labels(
     dataset: BoxDataset, classes: Sequence[int], folder: Path | None, kind: str
 ) -> Segmentation:
-    """Measure label maps on images with true masks.
+    """Measure label maps on images with ground truth.
 
     Args:
         dataset: Images with masks.
@@ -288,8 +288,8 @@ def _optimizer(
     network: nn.Module, head: list[nn.Parameter], schedule: Schedule
 ) -> torch.optim.Optimizer:
     groups = [
-        {"params": [p for p in network.parameters() if p.requires_grad], "lr": schedule.rate},
-        {"params": head, "lr": schedule.head_rate},
+        {"params": [p for p in network.parameters() if p.requires_grad], "lr": schedule.lr},
+        {"params": head, "lr": schedule.head_lr},
     ]
     for group in groups:
         group["initial_lr"] = group["lr"]
@@ -299,7 +299,7 @@ def _optimizer(
 
 
 def _descend(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, schedule: Schedule) -> None:
-    """One step of the optimiser, at the rate of the poly schedule."""
+    """One step of the optimizer, at the learning rate of the poly schedule."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * poly_schedule(step - 1, schedule.steps)
     optimizer.zero_grad(set_to_none=True)

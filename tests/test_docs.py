@@ -128,15 +128,15 @@ def test_links_lead_to_files(page):
         assert not anchor or anchor in anchors(found), f"{page.name} links {target}"
 
 
-def test_pictures_of_the_build_are_those_that_the_pages_show():
+def test_images_of_the_build_are_those_that_the_pages_show():
     shown = {
         name
         for page in SOURCES
         for name in re.findall(r"\]\([./]*generated/([^)]+)\)", page.read_text(encoding="utf-8"))
     }
     source = (DOCS / "make_images.py").read_text(encoding="utf-8")
-    drawn = set(re.findall(r'^    "(\S+)": \w+,$', source, re.MULTILINE))
-    assert shown == drawn
+    made = set(re.findall(r'^    "(\S+)": \w+,$', source, re.MULTILINE))
+    assert shown == made
 
 
 def test_every_page_is_in_the_contents():

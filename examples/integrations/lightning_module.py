@@ -18,17 +18,17 @@ class NoisySegmentation(lightning.LightningModule):
         features: Gives ``(B, D, h, w)``.
         channels: D.
         num_classes: L + 1.
-        rate: Learning rate at the start of the poly schedule.
+        lr: Learning rate at the start of the poly schedule.
     """
 
     def __init__(
-        self, features: nn.Module, channels: int, num_classes: int, rate: float = 1e-2
+        self, features: nn.Module, channels: int, num_classes: int, lr: float = 1e-2
     ) -> None:
         super().__init__()
         self.features = features
         self.head = CosineClassifier(channels, num_classes)
         self.criterion = NoiseAwareLoss(across_ranks=True)
-        self.rate = rate
+        self.lr = lr
 
     def forward(self, images: Tensor) -> Tensor:
         """Return cosines ``(B, C, h, w)``."""
@@ -44,7 +44,7 @@ class NoisySegmentation(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, object]:
         """Return SGD under the poly schedule."""
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.rate, momentum=0.9)
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: poly_schedule(min(step, steps), steps)

@@ -20,7 +20,7 @@ from bapnal_recipes.data.label_maps import class_colours, read_label_map, write_
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.models.small import SmallFeatures
 
-TINY = {"steps": 2, "seeds": 2, "pictures": 6, "validation": 2, "size": 48, "examples": 2}
+TINY = {"steps": 2, "seeds": 2, "images": 6, "validation": 2, "size": 48, "examples": 2}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_the_table_has_every_row_over_all_seeds(finished):
         "cross-entropy on Y_crf",
         "ignoring what they disagree on",
         "noise-aware loss (NAL)",
-        "cross-entropy on true masks",
+        "cross-entropy on the ground truth",
     ]
     for row in rows:
         assert len(row.train) == len(row.val) == (1 if row.group == "Boxes" else 2)
@@ -53,7 +53,7 @@ def test_the_results_are_written_as_json(finished):
     facts = json.loads((output / "results.json").read_text())
     assert [row["val"] for row in facts["rows"]] == [row.val for row in rows]
     assert facts["stage 1"]["steps"] == 2
-    assert facts["pictures"] == {"train": 4, "val": 2}
+    assert facts["images"] == {"train": 4, "val": 2}
 
 
 def printed(text):
@@ -127,12 +127,12 @@ def test_bad_arguments_say_what_arrived(tmp_path):
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
-    """A devkit with the class names of VOC, from drawn images."""
+    """A devkit with the class names of VOC, from synthetic images."""
     root = shapes.write_shapes(tmp_path_factory.mktemp("voc"), 6, 2, 64, seed=1)
     for path in (root / "Annotations").glob("*.xml"):
         text = path.read_text()
-        for drawn, real in zip(shapes.CLASSES, VOC_CLASSES, strict=False):
-            text = text.replace(f"<name>{drawn}<", f"<name>{real}<")
+        for synthetic, real in zip(shapes.CLASSES, VOC_CLASSES, strict=False):
+            text = text.replace(f"<name>{synthetic}<", f"<name>{real}<")
         path.write_text(text)
     return root
 
@@ -177,7 +177,7 @@ def test_every_loss_of_stage_3_learns(tmp_path):
         for kind in ("crf", "ret"):
             write_label_map(tmp_path / kind / f"{name}.png", devkit.mask(name))
     maps = [tmp_path / "crf", tmp_path / "ret"]
-    schedule = stages.Schedule(25, batch_size=8, rate=1e-2, head_rate=1e-2)
+    schedule = stages.Schedule(25, batch_size=8, lr=1e-2, head_lr=1e-2)
     measured = BoxDataset(devkit, names, masks=True)
     for loss in stages.LOSSES:
         torch.manual_seed(0)
@@ -193,7 +193,7 @@ def test_every_loss_of_stage_3_learns(tmp_path):
 def test_stage_1_learns_with_and_without_attention(tmp_path):
     devkit, names = small_devkit(tmp_path)
     data = BoxDataset(devkit, names, keep=True)
-    schedule = stages.Schedule(60, batch_size=8, rate=1e-2, head_rate=1e-2)
+    schedule = stages.Schedule(60, batch_size=8, lr=1e-2, head_lr=1e-2)
     for attention in (True, False):
         torch.manual_seed(0)
         network = SmallFeatures(32)

@@ -1,4 +1,4 @@
-"""The drawn data set: deterministic, in devkit layout, and such that a box is a bad mask."""
+"""The synthetic data set: deterministic, in devkit layout, and such that a box is a bad mask."""
 
 import numpy as np
 import pytest
@@ -57,12 +57,12 @@ def test_the_folder_reads_as_a_devkit_and_agrees_with_what_was_drawn(root):
     assert len(devkit.names("train")) == 8
     assert len(devkit.names("val")) == 4
     for index, name in enumerate(devkit.names("train") + devkit.names("val")):
-        drawn = shapes.draw_image(5, index, 64)
+        made = shapes.draw_image(5, index, 64)
         image, annotation = devkit.annotated(name)
-        assert annotation.boxes.tolist() == drawn.boxes.tolist()
-        assert annotation.labels.tolist() == drawn.labels.tolist()
-        assert torch.equal(devkit.mask(name), torch.from_numpy(drawn.mask).long())
-        difference = image.permute(1, 2, 0).numpy().astype(int) - drawn.image
+        assert annotation.boxes.tolist() == made.boxes.tolist()
+        assert annotation.labels.tolist() == made.labels.tolist()
+        assert torch.equal(devkit.mask(name), torch.from_numpy(made.mask).long())
+        difference = image.permute(1, 2, 0).numpy().astype(int) - made.image
         assert np.abs(difference).mean() < 8  # what JPEG changes
 
 

@@ -14,11 +14,14 @@ from label_data import QUICK, change, label, place
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from bapnal import RidgeBoxClassifier
 from bapnal.boxes import box_cells
+from bapnal.label import dataset
 from bapnal.label.annotations import read_boxes
 from bapnal.label.dataset import label_dataset
 from bapnal.label.label_maps import read_label_map
-from bapnal.label.record import boxes_in_pixels
+from bapnal.label.labeler import Labeler
+from bapnal.label.record import boxes_in_pixels, open_labelled
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +212,6 @@ def test_broken_images_are_skipped_and_told(copy, quick, tmp_path):
 
 
 def test_an_image_that_memory_cannot_hold_is_skipped(copy, quick, tmp_path, monkeypatch):
-    from bapnal.label.labeler import Labeler
-
     cut = Labeler.cut
     seen = []
 
@@ -255,11 +256,18 @@ def test_summary_lists_what_is_suspicious_and_stays_bounded(copy, quick, tmp_pat
     assert (tmp_path / "out/summary.json").stat().st_size < 100_000
 
 
-def test_a_classifier_is_fitted_to_the_boxes(copy, quick, tmp_path):
+def test_a_classifier_is_fitted_to_the_boxes(copy, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "FIT_CHUNK", 1)  # so that there are several sums
     out = tmp_path / "out"
     first = label(copy, "voc", out, quick, fit=True)
     weight = load_file(out / "classifier.safetensors")["weight"]
     assert weight.shape == (4, 32 + 48 + 64 + 1)
+    labeler = Labeler(quick.backbone, quick.weights, crf="none")
+    ridge = RidgeBoxClassifier(labeler.channels, 4)
+    for image in read_boxes(**place(copy, "voc")).images:
+        pixels, boxes = open_labelled(image)
+        ridge.update(labeler.features(pixels), [boxes], [torch.tensor(image.labels)], (64, 64))
+    torch.testing.assert_close(weight, ridge.solve())
     assert first["settings"]["classifier_sha256"]
     before, written = times(out), (out / "classifier.safetensors").stat().st_mtime_ns
     assert label(copy, "voc", out, quick, fit=True) == first

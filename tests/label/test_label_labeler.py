@@ -212,7 +212,7 @@ def test_weights_that_cannot_be_fetched_are_one_line(monkeypatch):
 
 
 def test_a_transformer_of_one_size_takes_any():
-    labeler = Labeler("test_vit", "random", crf="none")
+    labeler = Labeler("test_vit3", "random", crf="none")  # of 160 x 160
     y = labeler(disc_image()[:70], [[20, 20, 60, 60]], [1])
     assert y.semantic.shape == (70, 96)
 

@@ -40,8 +40,8 @@ def check_cosines(classifier, phi_logits):
     assert cosines.abs().max() <= 1 + 1e-5
 
 
-def steps_down(model, loss, batch, rate=0.05, steps=6):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+def steps_down(model, loss, batch, lr=0.05, steps=6):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     values = []
     for _ in range(steps):
         value = loss(model, *batch)
@@ -86,7 +86,7 @@ def test_torchvision(name):
     torch.manual_seed(0)
     model = example.build(name, CLASSES)
     images, y_crf, y_ret = toy(size=32)
-    steps_down(model, example.loss, (images, y_crf, y_ret), rate=1e-3, steps=2)
+    steps_down(model, example.loss, (images, y_crf, y_ret), lr=1e-3, steps=2)
     out = model(images)["out"]
     assert out.shape == (2, CLASSES, 32, 32)
     check_cosines(model.classifier[-1], out)
@@ -114,7 +114,7 @@ def test_segmentation_models_pytorch():
     torch.manual_seed(0)
     model = example.build("resnet18", CLASSES)
     images, y_crf, y_ret = toy()
-    steps_down(model, example.loss, (images, y_crf, y_ret), rate=1e-4, steps=3)
+    steps_down(model, example.loss, (images, y_crf, y_ret), lr=1e-4, steps=3)
     out = model(images)
     assert out.shape == (2, CLASSES, 64, 64)
     check_cosines(model.segmentation_head[0], out)
@@ -145,7 +145,7 @@ def test_segformer():
     )
     model = example.build(config, CLASSES)
     images, y_crf, y_ret = toy()
-    steps_down(model, example.loss, (images, y_crf, y_ret), rate=1e-3)
+    steps_down(model, example.loss, (images, y_crf, y_ret), lr=1e-3)
     out = model(pixel_values=images).logits
     assert out.shape == (2, CLASSES, 16, 16)
     check_cosines(model.decode_head.classifier, out)
@@ -230,7 +230,7 @@ def test_lightning(tmp_path):
 
     torch.manual_seed(0)
     features = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4, padding=1), torch.nn.ReLU())
-    module = example.NoisySegmentation(features, 8, CLASSES, rate=0.05)
+    module = example.NoisySegmentation(features, 8, CLASSES, lr=0.05)
     batches = [toy(seed) for seed in range(4)]
     seen = []
     step = module.training_step

@@ -400,7 +400,8 @@ def test_missing_parts_are_one_line_and_nothing_is_written(top, root, capsys):
 
 def test_a_full_disk_leaves_no_half_file(top, root, capsys, monkeypatch):
     def full(path, *_, **__):
-        Path(path).write_bytes(b"half")
+        with path.open("wb") as file:
+            file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = files(root)
@@ -414,7 +415,7 @@ def test_a_full_disk_leaves_no_half_file(top, root, capsys, monkeypatch):
     main(settings(top))
     before = files(root)
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", lambda self, path, **_: full(path))
+        patch.setattr(Path, "write_bytes", full)  # images are encoded in memory first
         assert command(settings(top, masks=True)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(".png could not be written: No space left on device")

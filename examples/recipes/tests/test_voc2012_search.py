@@ -154,7 +154,7 @@ def test_what_one_process_cannot_read_or_write_ends_all(planted, tmp_path, two_p
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(Devkit(planted).names("train")[:2]))
     names = (listed, tmp_path / "none" if broken == "pictures" else listed)
-    (tmp_path / "out/.rows.json.part").mkdir(parents=True)  # in the way of what is written first
+    (tmp_path / "out/rows.json").mkdir(parents=True)  # in the way of what is written
     two_processes(search_as_rank, settings(planted, tmp_path / "out", crf=NO_CRF), names)
     zero, one = ((planted / f"rank{rank}").read_text() for rank in range(2))
     expected = "none does not exist" if broken == "pictures" else r"rows.json could not be written"
