@@ -1,6 +1,6 @@
 """What was tried around the closed form: other samples for it, and a small network trained on it.
 
-Neither is in the library, as neither is half a point better; ``labels.py`` measures them.
+None of it is in the library; ``labels.py`` measures it.
 
     pooled   RidgeBoxClassifier's regression on the pooled vectors r_i and prototypes q_j (Eq. 1, 4)
              in place of cells with soft targets
