@@ -52,6 +52,7 @@ Tried = Literal["plain", "ridge", "pooled", "mlp", "mlp_nal"]
 Method = Literal[Baseline, Tried, "classifier", "paper", "released"]
 BASELINES = ("box", "ellipse", "grabcut", "wssl")
 HEADS = ("mlp", "mlp_nal")
+FITTED = ("ridge", "pooled", *HEADS)
 TRAINED = ("classifier", "paper", "released")
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
 VOID = 255
@@ -295,6 +296,7 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
         "boxes": boxes,
         "crf": settings.crf if method not in ("box", "ellipse", "grabcut") else None,
         "options": settings.options if drawn else "{}",
+        "fit_split": settings.fit_split if method in FITTED else None,
         "seed": settings.seed if method in (*TRAINED, *HEADS) else None,
         "classifier": settings.classifier.parent.name if method in TRAINED else None,
         "miou": round(float(miou(total.sum(0), settings.score_classes)), 2),
@@ -315,7 +317,7 @@ def main(settings: Settings) -> None:
                 for stride in settings.strides[: 1 if fixed else None]:
                     row = measure(settings, method, backbone, stride, boxes)
                     keys = ("data", "split", "method", "backbone", "stride", "boxes", "crf")
-                    others = ("images", "options", "seed", "classifier")
+                    others = ("images", "options", "fit_split", "seed", "classifier")
                     series.append(settings.out, row, replace=(*keys, *others))
                     series.write_csv(settings.out)
                     print({key: row[key] for key in (*keys[2:], "miou", "ci_low", "ci_high")})
