@@ -41,6 +41,7 @@ import label_heads
 from bapnal import PRESETS, DenseCRF, PseudoLabelGenerator, RidgeBoxClassifier, paint_boxes
 from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
+from bapnal_recipes.data import dataset
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine import series
 from bapnal_recipes.models.classifier import load_classifier
@@ -123,11 +124,10 @@ def loosen(boxes: Tensor, how: str, size: tuple[int, ...], seed: int) -> Tensor:
     """Move the sides of boxes outwards by a share of the box's sides, cut at the border."""
     if how == "tight":
         return boxes
-    if how == "random":
-        generator = torch.Generator().manual_seed(seed)
-        share = torch.rand(len(boxes), 4, generator=generator) / 2
-    else:
-        share = torch.full((len(boxes), 4), float(how))
+    if how != "random":
+        return dataset.loosen(boxes, float(how), (size[0], size[1]))
+    generator = torch.Generator().manual_seed(seed)
+    share = torch.rand(len(boxes), 4, generator=generator) / 2
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
     moved = boxes + share * sides * torch.tensor([-1.0, -1.0, 1.0, 1.0])
     return moved.clamp(min=0).minimum(torch.tensor([size[1], size[0]]).repeat(2))
