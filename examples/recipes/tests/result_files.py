@@ -69,7 +69,7 @@ class Results:
         scores = {"loss": 1.0, "images": counts[0], "ground_truth": counts[1]}
         made = write(out / "result.json", "segmentation", settings, scores, inputs=inputs)
         found = {test: self.miou(value) for test, value in tests.items()}
-        more = {"images": self.images["val"], "crf": [4, 121, 5, 3, 3]}
+        more = {"crf": [4, 121, 5, 3, 3]}
         own = {"scales": [0.5, 1.0], "iterations": 10}
         self.evaluation(out / "val.json", "segmentation", "val", found, made, own, **more)
         return made
@@ -78,6 +78,7 @@ class Results:
         settings = {"root": self.root, "out": path, "split": split, **(own or {})}
         settings["score_classes"] = self.score_classes
         more |= {"inputs": {made["kind"]: summary(made)}, "what": what, "split": split}
+        more["images"] = self.images[split]
         return write(path, "evaluation", settings, scores, **more)
 
     def of_classifiers(self):

@@ -112,8 +112,7 @@ def evaluate_segmentation(settings: EvaluateSegmentation) -> dict[str, Any]:
             results = f"{settings.competition}_{settings.split}"
             write_archive(settings.archive, last, names, results)
     made, crf = subject(settings.segmenter.parent), list(_crf_weights(settings, trained))
-    more = {"images": len(names), "crf": crf}
-    return write("segmentation", settings, made, scores, meter, together, **more)
+    return write("segmentation", settings, made, scores, meter, together, crf=crf)
 
 
 def _check(settings: EvaluateSegmentation) -> None:
