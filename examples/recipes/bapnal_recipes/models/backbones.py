@@ -46,7 +46,7 @@ class Vgg16Features(nn.Module):
         dropout: Share of what ``fc6`` and ``fc7`` give that is set to 0 in training.
         spatial_dropout: Whether whole channels are, as in AffinityNet, or single numbers, as in
             DeepLab-V1.
-        frozen: How many of the five stages of convolutions keep their weights.
+        frozen_stages: How many of the five stages of convolutions keep their weights.
 
     Attributes:
         channels: 1,024.
@@ -65,11 +65,13 @@ class Vgg16Features(nn.Module):
         fifth_pooling: bool = False,
         dropout: float = 0.5,
         spatial_dropout: bool = True,
-        frozen: int = 0,
+        frozen_stages: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= frozen <= 5:
-            raise ValueError(f"frozen must be 0..5, the stages of VGG-16, got {frozen}")
+        if not 0 <= frozen_stages <= 5:
+            raise ValueError(
+                f"frozen_stages must be 0..5, the stages of VGG-16, got {frozen_stages}"
+            )
         found = None if weights == "random" else read_vgg16(weights)
         self.channels = 1024
         self.pretrained = found is not None
@@ -92,7 +94,7 @@ class Vgg16Features(nn.Module):
                 zero_bias(child)
         if found is not None:
             self.load_state_dict(found)
-        for i, stage in enumerate(VGG_STAGES[:frozen], start=1):
+        for i, stage in enumerate(VGG_STAGES[:frozen_stages], start=1):
             for j in range(1, len(stage) + 1):
                 self.get_submodule(f"conv{i}_{j}").requires_grad_(False)
 
@@ -181,8 +183,8 @@ class Resnet101Features(nn.Module):
             ``deeplabv3_resnet101``, or a DeepLab-V2 that comes from Caffe, such as
             ``resnet101COCO``; None lets torchvision fetch its ImageNet weights, ``"random"``
             draws them and then learns batch normalisation too.
-        frozen: How many of the four stages keep their weights, and the stem with them; 0 for none,
-            stem included.
+        frozen_stages: How many of the four stages keep their weights, and the stem with them; 0
+            for none, stem included.
 
     Attributes:
         channels: 2,048.
@@ -194,12 +196,14 @@ class Resnet101Features(nn.Module):
         FileNotFoundError: If there is no such file.
     """
 
-    def __init__(self, weights: str | Path | None = None, *, frozen: int = 0) -> None:
+    def __init__(self, weights: str | Path | None = None, *, frozen_stages: int = 0) -> None:
         super().__init__()
         from torchvision.models import resnet101
 
-        if not 0 <= frozen <= 4:
-            raise ValueError(f"frozen must be 0..4, the stages of ResNet-101, got {frozen}")
+        if not 0 <= frozen_stages <= 4:
+            raise ValueError(
+                f"frozen_stages must be 0..4, the stages of ResNet-101, got {frozen_stages}"
+            )
         found = None if weights == "random" else read_resnet101(weights)
         self.channels = 2048
         self.pretrained = found is not None
@@ -212,8 +216,8 @@ class Resnet101Features(nn.Module):
         self.register_load_state_dict_post_hook(_reduce_as_trained)  # type: ignore[no-untyped-call]
         if found is not None:
             self.load_state_dict(found)
-        if frozen:
-            for name in ("conv1", "bn1", *(f"layer{i + 1}" for i in range(frozen))):
+        if frozen_stages:
+            for name in ("conv1", "bn1", *(f"layer{i + 1}" for i in range(frozen_stages))):
                 self.get_submodule(name).requires_grad_(False)
         self.train(self.training)
 
