@@ -56,7 +56,7 @@ HEADS = ("mlp", "mlp_nal")
 FITTED = ("ridge", "pooled", *HEADS)
 TRAINED = ("classifier", "paper", "released")
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
-VOID = 255
+IGNORE_INDEX = 255
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def packaged(backbone: str) -> str | None:
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Count of pixels, true class by predicted one; ``(C, C)``."""
-    known = truth != VOID
+    known = truth != IGNORE_INDEX
     pairs = truth[known] * classes + predicted[known]
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 

@@ -1,8 +1,8 @@
 """Runs ``python -m MODULE`` in forks of one process that has imported everything.
 
 Importing torch and its like takes most of the seconds of a short job. ``serve SOCKET`` imports once
-and waits; ``-m MODULE ARGUMENTS``, with the socket in BAPNAL_PREFORK, runs there with this process's
-files and folder, and ends with the module's exit code.
+and waits; ``-m MODULE ARGUMENTS``, with the socket in BAPNAL_PREFORK, runs there with the files and
+the folder of the process that asks, which ends with the module's exit code.
 """
 
 import json

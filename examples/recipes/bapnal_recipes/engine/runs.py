@@ -192,7 +192,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def plain(settings: Any) -> dict[str, Any]:
+def as_json(settings: Any) -> dict[str, Any]:
     """Return the settings in a dataclass as they come back from a JSON file."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     return found

@@ -51,7 +51,7 @@ class Vgg16Features(nn.Module):
         dropout: Share of what ``fc6`` and ``fc7`` give that is set to 0 in training.
         spatial_dropout: Whether whole channels are, as in AffinityNet, or single numbers, as in
             DeepLab-V1.
-        frozen: How many of the five stages of convolutions keep their weights.
+        frozen_stages: How many of the five stages of convolutions keep their weights.
 
     Attributes:
         channels: 1,024.
@@ -72,11 +72,13 @@ class Vgg16Features(nn.Module):
         fifth_pooling: bool = False,
         dropout: float = 0.5,
         spatial_dropout: bool = True,
-        frozen: int = 0,
+        frozen_stages: int = 0,
     ) -> None:
         super().__init__()
-        if not 0 <= frozen <= 5:
-            raise ValueError(f"frozen must be 0..5, the stages of VGG-16, got {frozen}")
+        if not 0 <= frozen_stages <= 5:
+            raise ValueError(
+                f"frozen_stages must be 0..5, the stages of VGG-16, got {frozen_stages}"
+            )
         found = _weights(self, weights, read_vgg16)
         self.channels = 1024
         inputs = 3
@@ -98,7 +100,7 @@ class Vgg16Features(nn.Module):
                 zero_bias(child)
         if found is not None:
             self.load_state_dict(found.state)
-        for i, stage in enumerate(VGG_STAGES[:frozen], start=1):
+        for i, stage in enumerate(VGG_STAGES[:frozen_stages], start=1):
             for j in range(1, len(stage) + 1):
                 self.get_submodule(f"conv{i}_{j}").requires_grad_(False)
 
@@ -131,8 +133,8 @@ class Resnet101Features(nn.Module):
             what that returns; None lets torchvision fetch its ImageNet weights, ``"coco"`` those
             of its ``deeplabv3_resnet101``; ``"random"`` draws them and then learns batch
             normalisation too.
-        frozen: How many of the four stages keep their weights, and the stem with them; 0 for none,
-            stem included.
+        frozen_stages: How many of the four stages keep their weights, and the stem with them; 0
+            for none, stem included.
 
     Attributes:
         channels: 2,048.
@@ -146,12 +148,16 @@ class Resnet101Features(nn.Module):
         FileNotFoundError: If there is no such file.
     """
 
-    def __init__(self, weights: str | Path | Weights | None = None, *, frozen: int = 0) -> None:
+    def __init__(
+        self, weights: str | Path | Weights | None = None, *, frozen_stages: int = 0
+    ) -> None:
         super().__init__()
         from torchvision.models import resnet101
 
-        if not 0 <= frozen <= 4:
-            raise ValueError(f"frozen must be 0..4, the stages of ResNet-101, got {frozen}")
+        if not 0 <= frozen_stages <= 4:
+            raise ValueError(
+                f"frozen_stages must be 0..4, the stages of ResNet-101, got {frozen_stages}"
+            )
         found = _weights(self, weights, read_resnet101)
         self.channels = 2048
         self.freeze_batch_norm = self.pretrained
@@ -163,8 +169,8 @@ class Resnet101Features(nn.Module):
         self.register_load_state_dict_post_hook(_reduce_as_trained)  # type: ignore[no-untyped-call]
         if found is not None:
             self.load_state_dict(found.state)
-        if frozen:
-            for name in ("conv1", "bn1", *(f"layer{i + 1}" for i in range(frozen))):
+        if frozen_stages:
+            for name in ("conv1", "bn1", *(f"layer{i + 1}" for i in range(frozen_stages))):
                 self.get_submodule(name).requires_grad_(False)
         self.train(self.training)
 

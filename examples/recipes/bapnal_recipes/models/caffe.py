@@ -130,5 +130,5 @@ def _varint(message: memoryview, place: int) -> tuple[int, int]:
 
 def _bytes(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("a field must hold bytes, has a number")  # noqa: TRY004
+        raise ValueError("a field must hold bytes, has a number")
     return value

@@ -70,7 +70,7 @@ def untrained_features(backbone: str, weights: str | Path | None, stride: int) -
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Load a ``classifier.pt`` of train_classifier.py, of ``generate_labels ridge`` or the authors'.
+    """Load a ``classifier.pt`` of train_classifier or ``generate_labels``, or the authors' own.
 
     The authors publish ``ClsNet.pt``, a bare state dict: a VGG-16 in which fc6 and fc7 are cut
     down, and the weights of 21 classes. Its layers are recognised by their shapes, under any names.

@@ -26,7 +26,7 @@ def build_features(
     name: str,
     weights: str | Path | Weights | None = None,
     stride: int = 8,
-    frozen: int = 0,
+    frozen_stages: int = 0,
     *,
     dilated: bool = False,
     fifth_pooling: bool = False,
@@ -40,8 +40,8 @@ def build_features(
         weights: Path of a state dict, or what :func:`known_weights` returns; None for the network's
             ImageNet weights, which torchvision or timm fetch; ``"random"`` for none.
         stride: Pixels from one feature to the next; VGG-16 is made for 8.
-        frozen: How many of the first stages (of VGG-16) or blocks (of timm's, stem included) keep
-            their weights.
+        frozen_stages: How many of the first stages (of VGG-16) or blocks (of timm's, stem
+            included) keep their weights.
         dilated: Bring timm's networks to ``stride`` by dilation, 8 or 16, rather than by resampling
             each stage. VGG-16 is dilated anyway.
         fifth_pooling: Let VGG-16 pool twice more after the fifth convolutions, as in the authors'
@@ -59,10 +59,10 @@ def build_features(
         raise ValueError(f"fifth_pooling must be off for {name}, only vgg16 has it")
     if name == "vgg16":
         _require_stride_8(name, stride)
-        return Vgg16Features(weights, fifth_pooling=fifth_pooling, frozen=frozen)
+        return Vgg16Features(weights, fifth_pooling=fifth_pooling, frozen_stages=frozen_stages)
     if name == "small":
-        return _small(weights, frozen)
-    return _timm(name, weights, stride, frozen, stride if dilated else None)
+        return _small(weights, frozen_stages)
+    return _timm(name, weights, stride, frozen_stages, stride if dilated else None)
 
 
 def build_segmenter(
@@ -73,7 +73,7 @@ def build_segmenter(
     weights: str | Path | Weights | None = None,
     stride: int = 8,
     head: str = "largefov",
-    frozen: int = 0,
+    frozen_stages: int = 0,
     spatial_dropout: bool = False,
 ) -> Segmenter:
     """Build the segmentation network of stage 3.
@@ -93,7 +93,7 @@ def build_segmenter(
         stride: Pixels from one feature to the next.
         head: ``"largefov"``, ``"aspp"``, ``"aspp_relu"`` or ``"linear"``, which is none; of no
             meaning to ``"deeplab_v1"``, and ``"deeplab_v2"`` has one of the two ``aspp``.
-        frozen: How many of the first stages or blocks, stem included, keep their weights.
+        frozen_stages: How many of the first stages or blocks, stem included, keep their weights.
         spatial_dropout: Whether the dropout of ``"deeplab_v1"`` sets whole channels to 0.
 
     Raises:
@@ -110,19 +110,19 @@ def build_segmenter(
             fc6_dilation=12,
             fifth_pooling=True,
             spatial_dropout=spatial_dropout,
-            frozen=frozen,
+            frozen_stages=frozen_stages,
         )
         top, channels = nn.Identity(), features.channels
     elif name == "deeplab_v2":
         _require_stride_8(name, stride)
-        features = Resnet101Features(weights, frozen=frozen)
+        features = Resnet101Features(weights, frozen_stages=frozen_stages)
         pyramid = head if head.startswith("aspp") else "aspp"
         top, channels = _head(pyramid, features.channels, stride)
     elif name == "small":
-        features = _small(weights, frozen)
+        features = _small(weights, frozen_stages)
         top, channels = _head(head, features.channels, SMALL_STRIDE)
     else:
-        features = _dilated(name, weights, stride, frozen)
+        features = _dilated(name, weights, stride, frozen_stages)
         top, channels = _head(head, features.channels, stride)
     return Segmenter(features, top, _classifier(classifier, channels, num_classes))
 
@@ -326,27 +326,31 @@ def _require_stride_8(name: str, stride: int) -> None:
         raise ValueError(f"stride must be 8 for {name}, got {stride}")
 
 
-def _small(weights: str | Path | Weights | None, frozen: int) -> SmallFeatures:
+def _small(weights: str | Path | Weights | None, frozen_stages: int) -> SmallFeatures:
     if weights not in (None, "random"):
         raise ValueError(f"weights must be None or 'random' for small, got {str(weights)!r}")
-    if frozen:
-        raise ValueError(f"frozen must be 0 for small, whose weights are random, got {frozen}")
+    if frozen_stages:
+        raise ValueError(
+            f"frozen_stages must be 0 for small, whose weights are random, got {frozen_stages}"
+        )
     return SmallFeatures()
 
 
 def _dilated(
-    name: str, weights: str | Path | Weights | None, stride: int, frozen: int
+    name: str, weights: str | Path | Weights | None, stride: int, frozen_stages: int
 ) -> TimmFeatures:
     """A network of timm's, dilated where it is coarser than it shall be."""
     info: Any = TimmFeatures(name, "random").network.feature_info
-    return _timm(name, weights, stride, frozen, stride if stride < max(info.reduction()) else None)
+    return _timm(
+        name, weights, stride, frozen_stages, stride if stride < max(info.reduction()) else None
+    )
 
 
 def _timm(
     name: str,
     weights: str | Path | Weights | None,
     stride: int,
-    frozen: int,
+    frozen_stages: int,
     output_stride: int | None,
 ) -> TimmFeatures:
     if isinstance(weights, Weights):
@@ -361,5 +365,5 @@ def _timm(
         stride,
         freeze_batch_norm=not learned,
         output_stride=output_stride,
-        frozen=frozen,
+        frozen_stages=frozen_stages,
     )

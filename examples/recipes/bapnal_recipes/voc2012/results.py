@@ -10,7 +10,7 @@ generate_labels, ``stage3.`` of train_segmentation, ``evaluation.`` of evaluate.
     test                         which mode of a segmentation network
     stage1.initial               "imagenet", "coco", "random" or "unknown": what the weights were
                                  trained on that the backbone starts from; stage3.initial likewise
-    stage3.supervision           "boxes", "some masks" or "masks"
+    stage3.supervision           "boxes", "some ground truth" or "masks"
 
 What ``search`` chose is one fact, ``labels.generator`` and ``labels.crf`` are "searched".
 """
@@ -32,7 +32,7 @@ KINDS = (*STAGES, "devkit", "search", "evaluation")
 PLACES = frozenset(
     (
         *("root", "out", "split", "machines", "logging", "seed", "checkpoint_interval"),
-        *("classes", "search", "labels", "unaries", "true_masks", "channels_last"),
+        *("classes", "search", "labels", "unaries", "ground_truth", "channels_last"),
         *("caffe_weights", "trained_on"),
         *("proposals", "masks", "confidence_of", "confidence_every"),
     )
@@ -155,7 +155,7 @@ def measure(content: Mapping[str, Any], sizes: Mapping[Any, int]) -> list[Measur
     if kind in STAGES:
         facts = {"kind": kind, "split": settings.get("split"), **facts}
         scores = floats(content["scores"])
-        images = scores.pop("images", scores.pop("pictures", None))
+        images = scores.pop("images", None)
         memory = content.get("peak_memory_bytes") or {}
         more["memory"] = {name: size for name, size in memory.items() if size}
         return [Measurement("runs", facts, seeds, scores, images and int(images), more)]
@@ -200,9 +200,9 @@ def _images(content: Mapping[str, Any]) -> int | None:
     """How many images an evaluation saw, where it says so."""
     scores = content["scores"]
     if content.get("what") == "segmentation":
-        return content.get("images", content.get("pictures"))
+        return content.get("images")
     if content.get("what") == "labels":
-        return scores.get("images", scores.get("pictures", 0)) + scores.get("left_out", 0)
+        return scores.get("images", 0) + scores.get("left_out", 0)
     return None
 
 
@@ -275,11 +275,11 @@ def _supervision(facts: Facts, settings: Mapping[str, Any], scores: Mapping[str,
     if loss in ("crf", "ret", "ignore"):
         facts.pop("stage3.balance", None)
     facts["stage3.supervision"] = "boxes"
-    if settings.get("true_masks"):
-        count = scores.get("true_masks")
-        every = count is not None and count == scores.get("images", scores.get("pictures"))
-        facts["stage3.supervision"] = "masks" if every else "some masks"
-        facts["stage3.true_masks"] = count
+    if settings.get("ground_truth"):
+        count = scores.get("ground_truth")
+        every = count is not None and count == scores.get("images")
+        facts["stage3.supervision"] = "masks" if every else "some ground truth"
+        facts["stage3.ground_truth"] = count
     full = facts["stage3.supervision"] == "masks"
     for name in ("loss", "gamma", "balance", "first", "second") if full else ():
         facts.pop(f"stage3.{name}", None)
