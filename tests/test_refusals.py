@@ -10,6 +10,7 @@ from bapnal import (
     EntropyRegularizationLoss,
     NoiseAwareLoss,
     PairwiseTerm,
+    PermutohedralLattice,
     background_attention,
     background_aware_pooling,
     bootstrapping_loss,
@@ -255,3 +256,15 @@ def test_numbers_of_classes_on_another_device():
     counts = torch.tensor([2], device="meta")
     text = "num_classes must be on cpu or the CPU, got meta"
     refuses(ValueError, text, dense_crf, IMAGE, EVEN, num_classes=counts)
+
+
+def test_points_without_values():
+    """A lattice is made of values, which tensors on the device meta do not have."""
+    points = torch.zeros(4, 2, device="meta")
+    text = "^features must have values, got a tensor on meta$"
+    for groups in (None, torch.zeros(4, dtype=torch.long, device="meta")):
+        refuses(ValueError, text, PermutohedralLattice, points, groups)
+    image, p = (torch.zeros(1, 3, 4, 5, device="meta") for _ in range(2))
+    refuses(ValueError, "^probabilities must have values, got", dense_crf, image.byte(), p)
+    terms = [PairwiseTerm(1.0, 3.0)]
+    refuses(ValueError, "^probabilities must have values, got", dense_crf, image, p, terms=terms)

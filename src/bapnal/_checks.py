@@ -106,6 +106,13 @@ def boolean(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def with_values(name: str, value: Tensor) -> Tensor:
+    """Check that a tensor has values at all, as those on the device ``meta`` do not."""
+    if value.device.type == "meta" and not isinstance(value, FakeTensor):
+        raise ValueError(f"{name} must have values, got a tensor on meta")
+    return value
+
+
 def same_device(**tensors: Tensor) -> None:
     """Check that all named tensors lie on one device."""
     devices = {name: value.device for name, value in tensors.items()}
