@@ -167,6 +167,14 @@ def integer(name: str, value: object, *, minimum: int, maximum: int = LARGEST_IN
     return value
 
 
+def multiple(name: str, value: object, of: int) -> int:
+    """Check a plain integer above 0 that a number divides."""
+    checked = integer(name, value, minimum=-LARGEST_INTEGER)
+    if checked < 1 or checked % of:
+        raise ValueError(f"{name} must be a multiple of {of}, got {checked}")
+    return checked
+
+
 def grid(name: str, value: object) -> int:
     """Check how many cells, bins or samples there are along each side of something."""
     return integer(name, value, minimum=1, maximum=LARGEST_GRID)

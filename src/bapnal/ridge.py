@@ -144,7 +144,7 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
         penalty: :math:`\lambda`.
 
     Returns:
-        ``(C, D + 1)``, the bias last.
+        ``(C, D + 1)``, the bias last; float32 for half precision sums.
 
     Raises:
         TypeError: If a sum is not floating, or ``penalty`` not a number.
@@ -164,6 +164,8 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     _checks.number("penalty", penalty, above=0)
     if _checks.readable(gram) and not bool(torch.isfinite(gram).all()):
         raise ValueError("gram must be a sum of x x^T of finite vectors, got NaN or infinity")
+    kind = torch.promote_types(torch.promote_types(gram.dtype, moment.dtype), torch.float32)
+    gram, moment = gram.to(kind), moment.to(kind)
     g, r = divide(gram, gram[-1, -1]), divide(moment, gram[-1, -1])
     f, y = g[-1, :-1], r[-1]
     # Centred, which is the same but for rounding: the bias has no part in the equations.
@@ -174,7 +176,7 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     ridge = torch.where(ridge > 0, ridge, 1.0)  # of all zeros; any positive number does
     try:
         slope: Tensor = torch.linalg.solve(covariance + torch.diag(ridge.expand_as(f)), cross)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(
             "gram must be a sum of x x^T of finite vectors, got a matrix that is none"
         ) from error
