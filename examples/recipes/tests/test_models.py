@@ -12,7 +12,7 @@ from torchvision.models import vgg16 as torchvision_vgg16
 
 from bapnal import CosineClassifier, cosine_similarity
 from bapnal.label.backbone import TimmFeatures
-from bapnal_recipes.models import backbones
+from bapnal_recipes.models import weights
 from bapnal_recipes.models.backbones import Resnet101Features, Vgg16Features
 from bapnal_recipes.models.deeplab import Aspp, LargeFov, Segmenter, build_features, build_segmenter
 from bapnal_recipes.models.small import SmallFeatures
@@ -400,9 +400,9 @@ def test_none_asks_torchvision(monkeypatch):
         return torchvision_vgg() if "vgg16" in url else resnet()
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
-    found = backbones.read_vgg16(None)
+    found = weights.read_vgg16(None).state
     assert torch.equal(found["conv1_1.weight"], torchvision_vgg()["features.0.weight"])
-    found = backbones.read_resnet101(None)
+    found = weights.read_resnet101(None).state
     assert torch.equal(found["layer4.2.conv3.weight"], resnet()["layer4.2.conv3.weight"])
     assert [url.rsplit("/", 1)[-1].split("-")[0] for url in asked] == ["vgg16", "resnet101"]
 
@@ -414,8 +414,8 @@ def broken(given, **changes):
 @pytest.mark.parametrize(
     ("build", "content", "message"),
     [
-        (Vgg16Features, {"a": torch.zeros(1)}, "must hold a VGG-16, .* got a$"),
-        (Vgg16Features, {}, "must hold a VGG-16, .* got nothing$"),
+        (Vgg16Features, {"a": torch.zeros(1)}, "must hold a VGG-16, .* first of all a$"),
+        (Vgg16Features, {}, "must hold a VGG-16, .* first of all nothing$"),
         (Vgg16Features, [1, 2], "must hold a state dict, names with tensors$"),
         (
             Vgg16Features,
@@ -425,7 +425,7 @@ def broken(given, **changes):
         (
             Vgg16Features,
             lambda: broken(caffe_vgg(), **{"fc6.weight": torch.zeros(2, 512, 7, 7)}),
-            r"fc6.weight must have shape \(1024, 512, 3, 3\), got \(2, 512, 7, 7\)$",
+            "13 convolutions of 3 x 3, fc6 and fc7, got 13, 0 and 1, and first of all conv1_1",
         ),
         (
             Vgg16Features,

@@ -146,7 +146,7 @@ def summary(made: dict[str, Any]) -> dict[str, Any]:
     """
     scores = made.get("scores", {})
     numbers = {name: x for name, x in scores.items() if isinstance(x, (int, float))}
-    told = ("kind", "settings", "seconds", "about", "inputs")
+    told = ("kind", "settings", "seconds", "about", "inputs", "weights")
     return {**{name: made[name] for name in told if name in made}, "scores": numbers}
 
 

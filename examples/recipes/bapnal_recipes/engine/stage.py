@@ -162,6 +162,10 @@ class Stage(ABC, Generic[S, Data, Network]):
         """Return the network; random numbers are seeded, and it may fetch weights."""
 
     @abstractmethod
+    def origin(self, network: Network) -> dict[str, str]:
+        """Return where the weights are from: ``source``, one line, and ``trained_on``."""
+
+    @abstractmethod
     def optimizer(self, network: Network) -> torch.optim.Optimizer:
         """Return what changes the network; every group has an ``initial_lr``."""
 
@@ -218,8 +222,11 @@ class Stage(ABC, Generic[S, Data, Network]):
         torch.manual_seed(settings.seed)
         # Before other processes start, which then find the weights that this may have to fetch.
         network = self.build_network()
+        origin = self.origin(network)
         fabric = launch(settings.machines)
         together = Together(fabric)
+        if fabric.is_global_zero:
+            print(f"weights: {origin['source']}")
         folder.claim(together)
         with Meter() as meter:
             trained = self._train(fabric, together, network, data)
@@ -235,7 +242,7 @@ class Stage(ABC, Generic[S, Data, Network]):
         scores = {"loss": trained.loss, "images": count, "steps": self.steps(count)}
         scores |= self.facts(data)
         made = inputs(**self.made_from())
-        found = result(self.kind, as_json(settings), scores, meter, inputs=made)
+        found = result(self.kind, as_json(settings), scores, meter, inputs=made, weights=origin)
         if fabric.is_global_zero:
             write_json(folder.result_path, found)
             (settings.out / CHECKPOINT).unlink()  # half of it is the optimiser's, for going on

@@ -12,6 +12,7 @@ from bapnal import CosineClassifier, cosine_similarity
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.models.backbones import Resnet101Features, Vgg16Features, zero_bias
 from bapnal_recipes.models.small import SmallFeatures
+from bapnal_recipes.models.weights import Weights, read_resnet101, read_vgg16
 
 Features = Vgg16Features | Resnet101Features | SmallFeatures | TimmFeatures
 """Modules with ``channels`` and ``pretrained`` that give features of images."""
@@ -23,7 +24,7 @@ SMALL_STRIDE = 4
 
 def build_features(
     name: str,
-    weights: str | Path | None = None,
+    weights: str | Path | Weights | None = None,
     stride: int = 8,
     frozen_stages: int = 0,
     *,
@@ -36,8 +37,8 @@ def build_features(
         name: ``"vgg16"`` as in AffinityNet, ``"small"`` (a few convolutions at stride 4, whatever
             ``stride`` says, untrained), or a name of timm's, of a network that takes images of
             any size: its last three stages, brought to one stride and joined.
-        weights: Path of a state dict; None for the network's ImageNet weights, which torchvision
-            or timm fetch; ``"random"`` for none.
+        weights: Path of a state dict, or what :func:`known_weights` returns; None for the network's
+            ImageNet weights, which torchvision or timm fetch; ``"random"`` for none.
         stride: Pixels from one feature to the next; VGG-16 is made for 8.
         frozen_stages: How many of the first stages (of VGG-16) or blocks (of timm's, stem
             included) keep their weights.
@@ -69,7 +70,7 @@ def build_segmenter(
     num_classes: int,
     *,
     classifier: str = "cosine",
-    weights: str | Path | None = None,
+    weights: str | Path | Weights | None = None,
     stride: int = 8,
     head: str = "largefov",
     frozen_stages: int = 0,
@@ -87,8 +88,8 @@ def build_segmenter(
             is dilated to ``stride`` where its own is larger, its last three stages joined.
         num_classes: L + 1.
         classifier: ``"cosine"`` (scale 20) or ``"dot"``, products without bias.
-        weights: As in :func:`build_features`; for ``"deeplab_v2"`` also a DeepLab-V2 trained on
-            COCO, of which the ResNet is taken.
+        weights: As in :func:`build_features`; for ``"deeplab_v2"`` also ``"coco"``, or a DeepLab
+            trained on COCO, of which the ResNet is taken.
         stride: Pixels from one feature to the next.
         head: ``"largefov"``, ``"aspp"``, ``"aspp_relu"`` or ``"linear"``, which is none; of no
             meaning to ``"deeplab_v1"``, and ``"deeplab_v2"`` has one of the two ``aspp``.
@@ -124,6 +125,48 @@ def build_segmenter(
         features = _dilated(name, weights, stride, frozen_stages)
         top, channels = _head(head, features.channels, stride)
     return Segmenter(features, top, _classifier(classifier, channels, num_classes))
+
+
+def known_weights(
+    name: str, weights: str | None, *, caffe: bool = False, trained_on: str | None = None
+) -> str | Weights | None:
+    """Read the weights of a VGG-16 or a ResNet-101 with what its file does not tell.
+
+    Args:
+        name: As in :func:`build_features` or :func:`build_segmenter`.
+        weights: Likewise.
+        caffe: Whether a VGG-16 under torchvision's names is Caffe's.
+        trained_on: ``"imagenet"`` or ``"coco"``, where the layout does not tell.
+
+    Returns:
+        What both take as ``weights``; for other networks ``weights`` as it is.
+
+    Raises:
+        ValueError: If the file holds something else.
+        FileNotFoundError: If there is no such file.
+    """
+    if weights != "random" and name in ("vgg16", "deeplab_v1"):
+        return read_vgg16(weights, caffe=caffe, trained_on=trained_on)
+    if caffe:
+        raise ValueError(f"caffe_weights must be off for {name}, only VGG-16 has it")
+    if weights != "random" and name == "deeplab_v2":
+        return read_resnet101(weights, trained_on=trained_on)
+    return weights
+
+
+def origin(features: Features, weights: str | None, trained_on: str | None) -> dict[str, str]:
+    """Say where the weights of a network are from.
+
+    Returns:
+        ``source``, one line, and ``trained_on``: ``"imagenet"``, ``"coco"``, ``"random"`` or
+        ``"unknown"``.
+    """
+    if isinstance(features, (Vgg16Features, Resnet101Features)):
+        return {"source": features.source, "trained_on": features.trained_on}
+    if not features.pretrained:
+        return {"source": "random", "trained_on": "random"}
+    told = "imagenet" if weights is None else trained_on or "unknown"
+    return {"source": getattr(features, "source", "timm"), "trained_on": told}
 
 
 def _check_segmenter(head: str, classifier: str, num_classes: int) -> None:
@@ -283,7 +326,7 @@ def _require_stride_8(name: str, stride: int) -> None:
         raise ValueError(f"stride must be 8 for {name}, got {stride}")
 
 
-def _small(weights: str | Path | None, frozen_stages: int) -> SmallFeatures:
+def _small(weights: str | Path | Weights | None, frozen_stages: int) -> SmallFeatures:
     if weights not in (None, "random"):
         raise ValueError(f"weights must be None or 'random' for small, got {str(weights)!r}")
     if frozen_stages:
@@ -294,7 +337,7 @@ def _small(weights: str | Path | None, frozen_stages: int) -> SmallFeatures:
 
 
 def _dilated(
-    name: str, weights: str | Path | None, stride: int, frozen_stages: int
+    name: str, weights: str | Path | Weights | None, stride: int, frozen_stages: int
 ) -> TimmFeatures:
     """A network of timm's, dilated where it is coarser than it shall be."""
     info: Any = TimmFeatures(name, "random").network.feature_info
@@ -305,11 +348,13 @@ def _dilated(
 
 def _timm(
     name: str,
-    weights: str | Path | None,
+    weights: str | Path | Weights | None,
     stride: int,
     frozen_stages: int,
     output_stride: int | None,
 ) -> TimmFeatures:
+    if isinstance(weights, Weights):
+        raise TypeError(f"weights must be a file for {name}, got {weights.source}")
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     # The statistics that belong to random weights have to be learned with them.

@@ -8,8 +8,8 @@ generate_labels, ``stage3.`` of train_segmentation, ``evaluation.`` of evaluate.
     whole                        whether those are all of VOC 2012's, as in the paper
     map                          which label map: "crf", "ret", "both" or "labels"
     test                         which mode of a segmentation network
-    stage1.initial               "imagenet", "coco" or "random": what the backbone starts from;
-                                 stage3.initial likewise
+    stage1.initial               "imagenet", "coco", "random" or "unknown": what the weights were
+                                 trained on that the backbone starts from; stage3.initial likewise
     stage3.supervision           "boxes", "some ground truth" or "masks"
 
 What ``search`` chose is one fact, ``labels.generator`` and ``labels.crf`` are "searched".
@@ -33,6 +33,7 @@ PLACES = frozenset(
     (
         *("root", "out", "split", "machines", "logging", "seed", "checkpoint_interval"),
         *("classes", "search", "labels", "unaries", "ground_truth", "channels_last"),
+        *("caffe_weights", "trained_on"),
         *("proposals", "masks", "confidence_of", "confidence_every"),
     )
 )
@@ -200,9 +201,7 @@ def follow(inputs: Mapping[str, Any]) -> tuple[Facts, tuple[tuple[str, Any], ...
             _labels(facts, settings, further)
         else:
             seeds.append((STAGES[kind], settings.get("seed")))
-            weights = str(settings.get("weights") or "").lower()
-            initial = next((name for name in ("coco", "random") if name in weights), "imagenet")
-            facts[f"{STAGES[kind]}.initial"] = initial
+            facts[f"{STAGES[kind]}.initial"] = _initial(settings, made)
         if kind == "classifier" and settings.get("pool") == "gap":
             facts.pop("stage1.min_background", None)
         if kind == "segmentation":
@@ -213,6 +212,14 @@ def follow(inputs: Mapping[str, Any]) -> tuple[Facts, tuple[tuple[str, Any], ...
         more, others = follow(further)
         facts, seeds = {**more, **facts}, [*others, *seeds]
     return facts, tuple(seeds)
+
+
+def _initial(settings: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+    """On what the weights were trained that a network started from, as its result says."""
+    if "weights" in made:
+        return str(made["weights"]["trained_on"])
+    weights = settings.get("weights")  # results of before 0.2 do not say it
+    return {None: "imagenet", "random": "random"}.get(weights, UNKNOWN)
 
 
 def _labels(facts: Facts, settings: Mapping[str, Any], inputs: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from bapnal_recipes.engine.logs import Logging, LoggingOption
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
 from bapnal_recipes.engine.optimizers import parameter_groups
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
-from bapnal_recipes.models.deeplab import Features, build_features
+from bapnal_recipes.models.deeplab import Features, build_features, known_weights, origin
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Settings:
         classes: Names of the classes 1..L.
         backbone: "vgg16", "small", or the name of a network of timm.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
+        caffe_weights: Take a VGG-16 under torchvision's names for Caffe's, which look the same.
+        trained_on: "imagenet" or "coco": what the weights were trained on, where their layout does
+            not tell.
         fifth_pooling: Let "vgg16" pool twice more after its fifth convolutions.
         stride: Pixels from one feature to the next.
         frozen_stages: How many of the backbone's first blocks keep their weights.
@@ -84,6 +87,8 @@ class Settings:
     classes: tuple[str, ...] = VOC_CLASSES
     backbone: str = "vgg16"
     weights: str | None = None
+    caffe_weights: bool = False
+    trained_on: Literal["imagenet", "coco"] | None = None
     fifth_pooling: bool = False
     stride: int = 8
     frozen_stages: int = 0
@@ -277,10 +282,17 @@ class ClassifierStage(Stage[Settings, BoxDataset, BoxClassifier]):
     def build_network(self) -> BoxClassifier:
         """Return features and a classifier on them."""
         s = self.settings
+        weights = known_weights(
+            s.backbone, s.weights, caffe=s.caffe_weights, trained_on=s.trained_on
+        )
         features = build_features(
-            s.backbone, s.weights, s.stride, s.frozen_stages, fifth_pooling=s.fifth_pooling
+            s.backbone, weights, s.stride, s.frozen_stages, fifth_pooling=s.fifth_pooling
         )
         return BoxClassifier(features, len(s.classes) + 1)
+
+    def origin(self, network: BoxClassifier) -> dict[str, str]:
+        """Return where the backbone's weights are from."""
+        return origin(network.features, self.settings.weights, self.settings.trained_on)
 
     def optimizer(self, network: BoxClassifier) -> torch.optim.Optimizer:
         """Return SGD."""

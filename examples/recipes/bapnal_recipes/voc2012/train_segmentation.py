@@ -42,7 +42,7 @@ from bapnal_recipes.engine.logs import Logging, LoggingOption
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
 from bapnal_recipes.engine.optimizers import parameter_groups
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
-from bapnal_recipes.models.deeplab import Segmenter, build_segmenter
+from bapnal_recipes.models.deeplab import Segmenter, build_segmenter, known_weights, origin
 from bapnal_recipes.voc2012.confidence import ConfidenceKeeper, moments, sigma_of, upsample
 from bapnal_recipes.voc2012.training_labels import fingerprints, training_images
 
@@ -65,7 +65,11 @@ class Settings:
         split: Which images: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
         network: "deeplab_v1" (VGG-16), "deeplab_v2" (ResNet-101), "small", or a name of timm's.
-        weights: What the network starts from: a file, "random", or none for its ImageNet weights.
+        weights: What the network starts from: a file, "random", or none for its ImageNet weights;
+            "coco" lets torchvision fetch a ResNet-101 trained on COCO.
+        caffe_weights: Take a VGG-16 under torchvision's names for Caffe's, which look the same.
+        trained_on: "imagenet" or "coco": what the weights were trained on, where their layout does
+            not tell.
         stride: Pixels from one position of the result to the next.
         head: On a backbone of timm's: "largefov", "aspp", "aspp_relu" (branches without bias, and a
             ReLU after their sum) or "linear"; of "deeplab_v2" one of the two "aspp".
@@ -112,6 +116,8 @@ class Settings:
     classes: tuple[str, ...] = VOC_CLASSES
     network: str = "deeplab_v1"
     weights: str | None = None
+    caffe_weights: bool = False
+    trained_on: Literal["imagenet", "coco"] | None = None
     stride: int = 8
     head: str = "largefov"
     frozen_stages: int = 0
@@ -294,11 +300,14 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
     def build_network(self) -> Segmenter:
         """Return the network."""
         s = self.settings
+        weights = known_weights(
+            s.network, s.weights, caffe=s.caffe_weights, trained_on=s.trained_on
+        )
         network = build_segmenter(
             s.network,
             len(s.classes) + 1,
             classifier=s.classifier,
-            weights=s.weights,
+            weights=weights,
             stride=s.stride,
             head=s.head,
             frozen_stages=s.frozen_stages,
@@ -307,6 +316,10 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
         if s.train_batch_norm:
             train_batch_norm(network.features)
         return network
+
+    def origin(self, network: Segmenter) -> dict[str, str]:
+        """Return where the weights are from that the network starts with."""
+        return origin(network.features, self.settings.weights, self.settings.trained_on)
 
     def optimizer(self, network: Segmenter) -> torch.optim.Optimizer:
         """Return SGD."""
