@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 from bapnal import BackgroundAwarePooling, NoiseAwareLoss
+from bapnal.attention import grid_assignment
 from bapnal.boxes import box_bins, box_cells
 from bapnal.label.files import write_json
 from bapnal_recipes.engine.runs import about
@@ -34,34 +35,44 @@ IMAGE = (321, 321)
 def pool_by_loop(
     features: Tensor, boxes: list[Tensor], image_size: tuple[int, int], grid: int, bins: int
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1-4 as one would write them first: image by image, cell by cell, box by box."""
-    height, width = features.shape[-2:]
+    """Eq. 1-4 box by box, as a careful person writes them.
+
+    Prototypes of the valid cells and the attention are one matrix product per image; each box's
+    region is cut out once, and its bins are slices of that.
+    """
+    size = features.shape[2], features.shape[3]
+    cells = grid_assignment(size, grid, features)  # (h*w, N*N)
     foreground, background = [], []
     for f, own in zip(features, boxes, strict=True):
-        outside = ~box_cells(own, image_size, (height, width)).any(0)
-        rows = torch.arange(height, device=f.device) * grid // height
-        columns = torch.arange(width, device=f.device) * grid // width
-        queries = []
-        for i in range(grid):
-            for j in range(grid):
-                cell = outside & (rows[:, None] == i) & (columns == j)
-                if cell.any():
-                    queries.append(f[:, cell].mean(1))
-        if queries:
-            maps = [F.cosine_similarity(f, q[:, None, None], dim=0).relu() for q in queries]
-            attention = torch.where(outside, 1.0, torch.stack(maps).mean(0))
-            background.append(torch.stack(queries))
-        else:
-            attention = outside.to(f.dtype)
-        for box in own:
-            for mask in box_cells(box_bins(box, bins), image_size, (height, width)):
-                weight = (1 - attention[mask])[None]
-                foreground.append((weight * f[:, mask]).sum(1) / weight.sum().clamp(min=1e-6))
+        outside = ~box_cells(own, image_size, size).any(0)
+        counts = outside.flatten().to(f.dtype) @ cells
+        known = cells[:, counts > 0] * outside.flatten()[:, None]
+        attention = outside.to(f.dtype)
+        if known.shape[1]:
+            queries = (f.flatten(1) @ known).T / counts[counts > 0][:, None]
+            background.append(queries)
+            dots = F.normalize(queries, dim=1) @ f.flatten(1) / f.flatten(1).norm(dim=0)
+            attention = torch.where(outside, 1.0, dots.relu().mean(0).reshape(size))
+        for own_bins in box_bins(own, bins):
+            masks = box_cells(own_bins, image_size, size)
+            whole = extent(masks.any(0))
+            region, weight = f[:, whole[0], whole[1]], 1 - attention[whole]
+            for mask in masks:
+                part = extent(mask[whole])
+                own_weight = weight[part]
+                total = torch.tensordot(region[:, part[0], part[1]], own_weight, 2)
+                foreground.append(total / own_weight.sum().clamp(min=1e-6))
     return torch.stack(foreground), torch.cat(background)
 
 
+def extent(mask: Tensor) -> tuple[slice, slice]:
+    """Rows and columns of a rectangle of cells."""
+    rows, columns = (mask.any(axis).nonzero() for axis in (1, 0))
+    return tuple(slice(int(x[0]), int(x[-1]) + 1) for x in (rows, columns))
+
+
 def draw_boxes(images: int, mean: float, device: str) -> list[Tensor]:
-    """Boxes of a quarter of the image's side or more; ``mean`` of them an image."""
+    """Boxes of a quarter of the image's side or more; ``mean`` of them per image."""
     generator = torch.Generator().manual_seed(0)
     boxes = []
     for i in range(images):
