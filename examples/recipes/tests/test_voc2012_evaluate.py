@@ -137,7 +137,9 @@ def test_labels_that_do_not_fit_are_refused(labelled, tmp_path):
     def of(folder, **options):
         return EvaluateLabels(folder, settings.out, settings.root, "val", CLASSES, **options)
 
-    with pytest.raises(FileNotFoundError, match="must hold folders crf and ret, or labels"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold folders crf and ret .or Y_crf and Y_ret., or labels"
+    ):
         evaluate.main(of(empty))
     with pytest.raises(ValueError, match=r"out must be a file such as result.json, got the folder"):
         evaluate.main(replace(of(settings.folder), out=empty))

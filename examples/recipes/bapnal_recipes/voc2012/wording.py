@@ -13,7 +13,8 @@ METHODS = {
     "grabcut": "GrabCut",
     "mcg": "MCG",
     "wssl": "WSSL",
-    "sdi": "SDI",
+    "sdi": "SDI, by GrabCut in place of GrabCut+",
+    "given": "given",
     "masks": "masks made elsewhere",
     "agnostic": "without class weights",
     "ridge": "closed form",
@@ -43,6 +44,9 @@ NAMES = {
     "labels.generator": "settings of labelling",
     "labels.generator.background": "u_0",
     "labels.crf": "CRF",
+    "excluded": "images left out",
+    "stage1.from_caffe": "Caffe's weights",
+    "stage3.from_caffe": "Caffe's weights in stage 3",
     "labels.crf.half_resolution": "CRF at half resolution",
     "search": "searched",
     "search.grid_sizes": "N searched",
@@ -57,7 +61,8 @@ def label_name(facts: Facts) -> str:
         features = "features of stage 1" if "stage1.backbone" in facts else "ImageNet features"
         return f"{METHODS[method]}, {features}"
     if method != "network":
-        return METHODS.get(str(method), str(method or facts.get("made elsewhere", "labels")))
+        name = METHODS.get(str(method), str(method or "labels"))
+        return f"{name} ({facts['made elsewhere']})" if "made elsewhere" in facts else name
     background = facts.get("labels.generator.background", facts.get("labels.generator"))
     return pool_name(facts) + BACKGROUND.get(str(background), "")
 
