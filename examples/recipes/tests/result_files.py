@@ -80,7 +80,7 @@ class Results:
         origin = {"weights": {"source": "a file", "trained_on": trained_on}}
         made = write(out / "result.json", "segmentation", settings, scores, inputs=inputs, **origin)
         found = {test: self.miou(value) for test, value in tests.items()}
-        more = {"images": self.images["val"], "crf": [4, 121, 5, 3, 3]}
+        more = {"crf": [4, 121, 5, 3, 3]}
         own = {"scales": [0.5, 1.0], "iterations": 10}
         self.evaluation(out / "val.json", "segmentation", "val", found, made, own, **more)
         return made
@@ -89,6 +89,7 @@ class Results:
         settings = {"root": self.root, "out": path, "split": split, **(own or {})}
         settings["score_classes"] = self.score_classes
         more |= {"inputs": {made["kind"]: summary(made)}, "what": what, "split": split}
+        more["images"] = self.images[split]
         return write(path, "evaluation", settings, scores, **more)
 
     def of_classifiers(self):

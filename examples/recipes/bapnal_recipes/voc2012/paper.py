@@ -21,12 +21,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from bapnal_recipes.voc2012 import generate_labels, train_classifier, train_segmentation
-from bapnal_recipes.voc2012.measurements import Facts, Measurement, fits
+from bapnal_recipes.voc2012.measurements import Facts, Measurement, Rule, fits
 from bapnal_recipes.voc2012.page import table
 from bapnal_recipes.voc2012.results import flat
 from bapnal_recipes.voc2012.wording import NOTHING, score_text
-
-Rule = Mapping[str, Any]
 
 
 class Number(NamedTuple):
@@ -64,17 +62,25 @@ class PaperTable(NamedTuple):
 
 
 @cache
-def tables() -> tuple[PaperTable, ...]:
-    """Read what belongs in each table."""
+def contents() -> dict[str, Any]:
+    """Read what belongs in each table, and what the figures are."""
     text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    return tuple(PaperTable(**one) for one in yaml.safe_load(text)["tables"])
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+@cache
+def tables() -> tuple[PaperTable, ...]:
+    """Return what belongs in each table."""
+    return tuple(PaperTable(**one) for one in contents()["tables"])
 
 
 @cache
 def numbers() -> tuple[Number, ...]:
     """Read all numbers of the paper."""
     with Path(__file__).with_suffix(".csv").open(newline="", encoding="utf-8") as file:
-        return tuple(Number(**{**x, "value": float(x["value"])}) for x in csv.DictReader(file))
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    return tuple(Number(**{**row, "value": float(row["value"])}) for row in rows)
 
 
 @cache

@@ -19,13 +19,17 @@ from torch import Tensor
 from bapnal.label.files import write_json
 from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
-from bapnal_recipes.data.voc import read_names
+from bapnal_recipes.data.voc import Devkit, read_names
 from bapnal_recipes.engine.machines import Together, total
 from bapnal_recipes.engine.runs import Meter, as_json, result, summary
 
 
 class EvaluationSettings(Protocol):
     """What the settings of every evaluation have."""
+
+    @property
+    def root(self) -> Path:
+        """The devkit."""
 
     @property
     def out(self) -> Path:
@@ -97,6 +101,7 @@ def write(
         meter,
         what=what,
         split=settings.split,
+        images=len(Devkit(settings.root).names(settings.split)),
         inputs={made["kind"]: summary(made)} if "kind" in made else {},
         **more,
     )

@@ -122,7 +122,7 @@ def evaluate_segmentation(settings: EvaluateSegmentation) -> dict[str, Any]:
             results = f"{settings.competition}_{settings.split}"
             write_archive(settings.archive, last, names, results)
     made, crf = subject(settings.segmenter.parent), list(_crf_weights(settings, trained))
-    more = {"images": len(names), "excluded": len(every) - len(names), "crf": crf}
+    more = {"excluded": len(every) - len(names), "crf": crf}
     return write("segmentation", settings, made, scores, meter, together, **more)
 
 
