@@ -15,21 +15,24 @@ features, fitting and the CRF included.
     grabcut, wssl    GrabCut in each box; the CRF on boxes whose middle is foreground
     plain            PseudoLabelGenerator(DenseCRF()), without weights: nothing is fitted
     ridge            the same with the weights of RidgeBoxClassifier, fitted to ``--fit-split``
-    pooled, mlp, mlp_nal  what was tried around the closed form; see label_heads.py
+    refined          the same with the features and weights of FeatureHead, fitted to the labels of
+                     ``ridge`` on ``--fit-split``
+    pooled, refined_nal  what was tried in their place; see label_heads.py
     classifier       the same with a classifier that stage 1 trained (``--classifier``)
     paper, released  that classifier under the presets of these names
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +41,15 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import label_heads
-from bapnal import PRESETS, DenseCRF, PseudoLabelGenerator, RidgeBoxClassifier, paint_boxes
+from bapnal import (
+    PRESETS,
+    DenseCRF,
+    FeatureHead,
+    PseudoLabelGenerator,
+    RidgeBoxClassifier,
+    fit_feature_head,
+    paint_boxes,
+)
 from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.data import dataset
@@ -49,14 +60,22 @@ from bapnal_recipes.voc2012 import baselines
 from bapnal_recipes.voc2012.results import data_name
 
 Baseline = Literal["box", "ellipse", "grabcut", "wssl"]
-Tried = Literal["plain", "ridge", "pooled", "mlp", "mlp_nal"]
+Tried = Literal["plain", "ridge", "refined", "pooled", "refined_nal"]
 Method = Literal[Baseline, Tried, "classifier", "paper", "released"]
 BASELINES = ("box", "ellipse", "grabcut", "wssl")
-HEADS = ("mlp", "mlp_nal")
+HEADS = ("refined", "refined_nal")
 FITTED = ("ridge", "pooled", *HEADS)
 TRAINED = ("classifier", "paper", "released")
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
-VOID = 255
+IGNORE_INDEX = 255
+SEARCHED: dict[str, tuple[Any, ...]] = {
+    "unary_softmax": (2.0, 4.0, 6.0),
+    "grid_size": (1, 2, 6),
+    "attention_reduction": ("mean",),
+    "background_otsu": (False,),
+    "background": ("attention", "cam"),
+    "foreground": ("cam",),
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +95,13 @@ class Settings:
         classifier: File classifier.pt of stage 1, for "classifier" and the presets.
         crf: "exact" or "fast" (half resolution).
         options: Of PseudoLabelGenerator other than its defaults, as JSON: {"grid_size": 1}.
+        search: Search these options for "plain" and "ridge", each by itself, on so many images of
+            ``train_aug``, and measure the best; 0 for the options as they are.
         score_classes: Over which classes the mean is taken.
         count: How many of the images, evenly spread; 0 for all.
-        seed: Of the classifier's training, as a note, and of the random boxes.
+        cache: A folder that keeps features in half precision from run to run; seconds are not
+            measured then.
+        seed: Of the heads and of the random boxes; of the classifier's training as a note.
         out: The series that rows are added to.
     """
 
@@ -93,8 +116,10 @@ class Settings:
     classifier: Path | None = None
     crf: Literal["exact", "fast"] = "exact"
     options: str = "{}"
+    search: int = 0
     score_classes: tuple[int, ...] = (0, 8, 10, 12, 13, 17)
     count: int = 0
+    cache: Path | None = None
     seed: int = 0
     out: Path = RESULTS
 
@@ -160,6 +185,24 @@ def ellipse(box: Tensor, size: tuple[int, int]) -> Tensor:
     return (u**2 + v**2 <= 1) & box_cells(box, size, size)
 
 
+class CachedFeatures(nn.Module):
+    """Features of images, which a folder keeps in half precision."""
+
+    def __init__(self, features: TimmFeatures, folder: Path) -> None:
+        super().__init__()
+        self.features, self.folder, self.channels = features, folder, features.channels
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features of one image ``(1, 3, H, W)``."""
+        digest = hashlib.sha256(images.numpy().tobytes() + str(images.shape).encode()).hexdigest()
+        path = self.folder / f"{digest}.pt"
+        if not path.exists():
+            torch.save(self.features(images).half(), path)
+        kept: Tensor = torch.load(path, weights_only=True)
+        return kept.float()
+
+
 @torch.inference_mode()
 def generated(
     features: nn.Module, weight: Tensor | None, generate: PseudoLabelGenerator, example: Example
@@ -173,27 +216,32 @@ def generated(
 def sampled(settings: Settings, features: nn.Module, boxes: str) -> Iterator[label_heads.Sampled]:
     """Features, image, boxes and labels of the images to fit to."""
     for _, image, corners, labels in examples(settings, settings.fit_split, boxes):
-        yield features(image[None]), image, corners, labels
+        yield image, features(image[None]), corners, labels
 
 
-def labelled_by_head(
-    head: label_heads.Head, features: nn.Module, crf: DenseCRF, example: Example
-) -> Tensor:
-    """Y_crf of one image by a small network."""
-    _, image, boxes, labels = example
-    with torch.no_grad():
-        sample = features(image[None]), image, boxes, labels
-    return label_heads.label_by_head(head, crf, sample)
+@lru_cache
+def backbone_of(settings: Settings, backbone: str, stride: int) -> TimmFeatures | CachedFeatures:
+    """The features that all methods see."""
+    weights = settings.weights or packaged(backbone)
+    features = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
+    features = features.to(memory_format=torch.channels_last)
+    if settings.cache is None:
+        return features
+    return CachedFeatures(features, settings.cache / f"{backbone}_{stride}")
 
 
 @torch.no_grad()
-def fit(settings: Settings, features: TimmFeatures, boxes: str) -> Tensor:
+def fit(settings: Settings, backbone: str, stride: int, boxes: str) -> Tensor:
     """Solve for the weights of all boxes of a split."""
+    features = backbone_of(settings, backbone, stride)
     ridge = RidgeBoxClassifier(features.channels, len(Devkit(settings.root).classes) + 1)
     for _, image, corners, labels in examples(settings, settings.fit_split, boxes):
         size = (image.shape[1], image.shape[2])
         ridge.update(features(image[None]), [corners], [labels], size)
     return ridge.solve()
+
+
+fit_once = lru_cache(fit)  # where seconds are not measured
 
 
 def method_of(
@@ -210,24 +258,28 @@ def method_of(
         trained = load_classifier(settings.classifier)
         generate = PseudoLabelGenerator(crf, **{**PRESETS.get(method, {}), **options})
         return partial(generated, trained.features.eval(), trained.weight, generate), 0.0
-    weights = settings.weights or packaged(backbone)
-    features = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
-    features = features.to(memory_format=torch.channels_last)
+    # The same for all that only label otherwise.
+    common = replace(settings, options="{}", search=0, split="", count=0, crf="exact", methods=())
+    features = backbone_of(common, backbone, stride)
     begin = time.perf_counter()
-    weight = head = None
+    weight: Tensor | None = None
+    network: nn.Module = features
     if method == "pooled":
         samples = sampled(settings, features, boxes)
         weight = label_heads.pooled_weights(samples, features.channels, 21)
     elif method != "plain":
-        weight = fit(settings, features, boxes)
+        weight = (fit_once if settings.cache else fit)(common, backbone, stride, boxes)
     if weight is not None and method in HEADS:
         samples = sampled(settings, features, boxes)
-        head = label_heads.fit_head(samples, weight, settings.seed, nal=method == "mlp_nal")
+        head: FeatureHead | label_heads.CosineHead
+        if method == "refined":
+            head = fit_feature_head(samples, weight, seed=settings.seed)
+        else:
+            head = label_heads.fit_nal_head(samples, weight, settings.seed)
+        network, weight = nn.Sequential(features, head), head.weight
     count = len(Devkit(settings.root).names(settings.fit_split))
     seconds = (time.perf_counter() - begin) * 1000 / count
-    if head is not None:
-        return partial(labelled_by_head, head, features, crf), seconds
-    return partial(generated, features, weight, PseudoLabelGenerator(crf, **options)), seconds
+    return partial(generated, network, weight, PseudoLabelGenerator(crf, **options)), seconds
 
 
 def timm_name(backbone: str) -> str:
@@ -248,7 +300,7 @@ def packaged(backbone: str) -> str | None:
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Count of pixels, true class by predicted one; ``(C, C)``."""
-    known = truth != VOID
+    known = truth != IGNORE_INDEX
     pairs = truth[known] * classes + predicted[known]
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
@@ -296,16 +348,39 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
         "boxes": boxes,
         "crf": settings.crf if method not in ("box", "ellipse", "grabcut") else None,
         "options": settings.options if drawn else "{}",
+        "search": settings.search,
         "fit_split": settings.fit_split if method in FITTED else None,
         "seed": settings.seed if method in (*TRAINED, *HEADS) else None,
         "classifier": settings.classifier.parent.name if method in TRAINED else None,
         "miou": round(float(miou(total.sum(0), settings.score_classes)), 2),
         "ci_low": round(low, 2),
         "ci_high": round(high, 2),
-        "seconds_per_1000_images": round(seconds + spent * 1000 / len(shown), 1),
+        "seconds_per_1000_images": (
+            None if settings.cache else round(seconds + spent * 1000 / len(shown), 1)
+        ),
         "busy": round(os.getloadavg()[0], 1),
         **series.source(),
     }
+
+
+def searched(settings: Settings, method: str, backbone: str, stride: int, boxes: str) -> str:
+    """Options that are best on training images, one after the other from the defaults."""
+    on = replace(settings, split="train_aug", count=settings.search, search=0, crf="fast")
+    best: dict[str, Any] = {}
+
+    def score(options: dict[str, Any]) -> float:
+        row = measure(replace(on, options=json.dumps(options)), method, backbone, stride, boxes)
+        return float(row["miou"])
+
+    highest = score(best)
+    for name, values in SEARCHED.items():
+        if method == "plain" and name in ("background", "foreground"):
+            continue
+        tried = {value: score({**best, name: value}) for value in values}
+        value = max(tried, key=lambda x: tried[x])
+        if tried[value] > highest:
+            best, highest = {**best, name: value}, tried[value]
+    return json.dumps(best)
 
 
 def main(settings: Settings) -> None:
@@ -315,9 +390,15 @@ def main(settings: Settings) -> None:
             fixed = method in (*BASELINES, *TRAINED)
             for backbone in settings.backbones[: 1 if fixed else None]:
                 for stride in settings.strides[: 1 if fixed else None]:
-                    row = measure(settings, method, backbone, stride, boxes)
+                    where = (method, backbone, stride, boxes)
+                    how = settings
+                    if settings.search:
+                        how = replace(settings, options=searched(settings, *where))
+                    row = measure(how, *where)
                     keys = ("data", "split", "method", "backbone", "stride", "boxes", "crf")
-                    others = ("images", "options", "fit_split", "seed", "classifier")
+                    others = ("images", "options", "search", "fit_split", "seed", "classifier")
+                    if settings.search:  # whatever was found the last time
+                        others = tuple(x for x in others if x != "options")
                     series.append(settings.out, row, replace=(*keys, *others))
                     series.write_csv(settings.out)
                     print({key: row[key] for key in (*keys[2:], "miou", "ci_low", "ci_high")})
