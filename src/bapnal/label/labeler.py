@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from bapnal import DenseCRF, InstanceLabelGenerator, PseudoLabelGenerator
 from bapnal.boxes import box_cells
+from bapnal.instance_refine import MaskHead
 from bapnal.instances import instance_crf
 from bapnal.label.backbone import TimmFeatures, weights_digest
 from bapnal.label.images import rgb_array
@@ -91,6 +92,8 @@ class Labeler:
         weights: Its weights as a file, or ``"random"``; None for those that timm or a package has.
         classifier: Weights of the classes from :class:`bapnal.RidgeBoxClassifier` on the same
             features, ``(L + 1, D + 1)``; None labels each box without knowing the classes.
+        head: From :func:`bapnal.instance_refine.fit_mask_head` on the same features; refines the
+            masks of boxes.
         crf: ``"fast"`` (mean field at half the resolution), ``"exact"`` or ``"none"``.
         device: Where to compute; a GPU where there is one.
 
@@ -111,6 +114,7 @@ class Labeler:
         weights: str | None = None,
         *,
         classifier: Tensor | None = None,
+        head: MaskHead | None = None,
         crf: str = "fast",
         device: str | torch.device | None = None,
     ) -> None:
@@ -123,13 +127,19 @@ class Labeler:
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.channels = network.channels
         self.generate = PseudoLabelGenerator(CRFS[crf]()).to(self.device)
-        self.instances = InstanceLabelGenerator(self.network, BOX_CRFS[crf]())
+        if head is not None and len(head.mean) != self.channels:
+            raise ValueError(
+                f"head must be of features with {self.channels} channels, got {len(head.mean)}"
+            )
+        refined = None if head is None else head.eval().to(self.device)
+        self.instances = InstanceLabelGenerator(self.network, BOX_CRFS[crf](), head=refined)
         self.classifier: Tensor | None = None
         self.settings: dict[str, str] = {
             "backbone": backbone,
             "weights": network.source,
             "weights_sha256": weights_digest(network),
             "crf": crf,
+            "head_sha256": "" if head is None else weights_digest(head),
             "made_by": MADE_BY,
         }
         self.use_classifier(classifier)
@@ -152,8 +162,8 @@ class Labeler:
 
     @torch.inference_mode()
     def features(self, image: Tensor) -> Tensor:
-        """Return features of an image ``(3, H, W)`` uint8 at stride 8; ``(1, D, h, w)``."""
-        images = image[None].to(self.device)
+        """Return features of images ``([B,] 3, H, W)`` uint8 at stride 8; ``(B, D, h, w)``."""
+        images = image.reshape(-1, *image.shape[-3:]).to(self.device)
         return self.network(images.contiguous(memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
     def __call__(

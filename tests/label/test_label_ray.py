@@ -1,0 +1,181 @@
+"""Labelling through a local Ray of two workers: the same labels, whatever dies."""
+
+import json
+import os
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from label_data import QUICK, change, place
+from safetensors.torch import load_file
+
+from bapnal.label.dataset import label_dataset
+from bapnal.label.workers import SkipError
+
+pytest.importorskip("ray", reason="the extra ray is not installed")
+pytest.importorskip("ray.data", reason="the extra ray is not installed")
+# Of Ray itself, and of its process that ends after the test.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+IMAGES = 24
+
+
+@pytest.fixture(scope="module")
+def many(drawn, tmp_path_factory):
+    """More images, so that a worker can be lost in the middle."""
+    root = tmp_path_factory.mktemp("many")
+    (root / "images").mkdir()
+    content = json.loads((drawn / "coco.json").read_text())
+    (root / "coco.json").write_text(json.dumps(content))
+    files = [root / f"images/image{i}.jpg" for i in range(IMAGES)]
+    for i, file in enumerate(files):
+        file.write_bytes((drawn / f"images/image{i % 4}.jpg").read_bytes())
+
+    def edit(content):
+        boxes = content["annotations"]
+        content["images"] = [
+            {**content["images"][i % 4], "id": i, "file_name": file.name}
+            for i, file in enumerate(files)
+        ]
+        content["annotations"] = [
+            {**box, "id": 100 * i + n, "image_id": i}
+            for i in range(IMAGES)
+            for n, box in enumerate(b for b in boxes if b["image_id"] == 100 + i % 4)
+        ]
+
+    change(root, edit)
+    return root
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    import timm
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file(timm.create_model("test_efficientnet").state_dict(), path)
+    return QUICK._replace(weights=str(path), crf="fast")
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory):
+    """A Ray of two workers, for all tests here."""
+    from bapnal.label.on_ray import ray_team
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *_paths()]))
+        with ray_team("local", 2) as team:
+            yield team
+
+
+def _paths() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def actors() -> list[int]:
+    """Processes below this one that label, oldest first."""
+    parents, found = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            parents[int(folder.name)] = int(
+                (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            )
+        except OSError:
+            continue
+        if command.startswith(b"ray::MapWorker"):
+            found.append(int(folder.name))
+
+    def ours(process: int) -> bool:
+        while process > 1 and process != os.getpid():
+            process = parents.get(process, 0)
+        return process == os.getpid()
+
+    return sorted(filter(ours, found))
+
+
+def kill_one(out: Path, killed: list[int]) -> None:
+    """End a worker as soon as something is labelled."""
+    for _ in range(1200):
+        if len(list(out.glob("records/*.json"))) >= 2:
+            killed.append(actors()[0])
+            os.kill(killed[0], signal.SIGKILL)
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the worker to kill in /proc")
+def test_a_worker_is_lost_and_nothing_else(many, quick, team, tmp_path):
+    expected = label_dataset(**place(many, "coco"), out=tmp_path / "one", workers=1, options=quick)
+    out, killed = tmp_path / "out", []
+    killer = threading.Thread(target=kill_one, args=(out, killed))
+    killer.start()
+    summary = label_dataset(**place(many, "coco"), out=out, ray="local", options=quick)
+    killer.join()
+    assert len(killed) == 1
+    assert summary == expected
+    for path in (tmp_path / "one").glob("*/*.png"):
+        assert (out / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
+    found = [json.loads((o / "instances.json").read_text()) for o in (out, tmp_path / "one")]
+    assert found[0] == found[1]
+    assert len({a["id"] for a in found[0]["annotations"]}) == len(found[0]["annotations"])
+    # A second run has nothing to do.
+    before = {path: path.stat().st_mtime_ns for path in out.glob("labels/*.png")}
+    assert label_dataset(**place(many, "coco"), out=out, ray="local", options=quick) == summary
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("labels/*.png")}
+
+
+def test_sums_are_those_of_one_process(many, quick, team, tmp_path):
+    options = quick._replace(crf="none")
+    weights = []
+    for name, where in (("one", {"workers": 1}), ("two", {"ray": "local"})):
+        label_dataset(
+            **place(many, "coco"), out=tmp_path / name, options=options, fit=True, **where
+        )
+        weights.append(load_file(tmp_path / name / "classifier.safetensors")["weight"])
+    assert weights[0].equal(weights[1])
+
+
+def start(folder: Path, number: int):
+    return partial(work, folder)
+
+
+def work(folder: Path, job: str) -> str:
+    if job == "skip":
+        raise SkipError("no such thing")
+    if job == "die" or (job == "die once" and not (folder / "died").exists()):
+        (folder / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job == "wrong":
+        raise ValueError("something is wrong")
+    return f"{job} done"
+
+
+def test_a_job_that_kills_is_given_up_and_the_others_are_done(team, tmp_path):
+    jobs = ["a", "die once", "b", "die", "skip", "c"]
+    found = list(team.run(jobs, partial(start, tmp_path)))
+    assert sorted(done.job for done in found) == sorted(jobs)
+    for done in found:
+        if done.job in ("die", "skip"):
+            why = {"die": "its process was ended 2 times: out of memory?", "skip": "no such thing"}
+            assert (done.result, done.failure) == (None, why[done.job])
+        else:
+            assert (done.result, done.failure) == (f"{done.job} done", "")
+
+
+def test_an_error_of_an_actor_is_raised(team, tmp_path):
+    with pytest.raises(ValueError, match="something is wrong"):
+        list(team.run(["a", "wrong", "b"], partial(start, tmp_path)))
+
+
+def test_no_ray_at_an_address_is_one_line():
+    import subprocess
+    import sys
+
+    code = "from bapnal.label.on_ray import ray_team\nwith ray_team('127.0.0.1:1'): pass\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "ConnectionError: there must be a Ray at 127.0.0.1:1" in done.stderr
