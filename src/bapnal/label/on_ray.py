@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from bapnal.label.workers import Done, as_error, cores, in_turn, told
 
 TRIES = 2  # of a job, as with processes of this machine
 MOST_TOGETHER = 8  # jobs that an actor gets at a time
+WAIT = 10.0  # seconds for the machine at an address to answer
 MEMORY = 200_000_000  # bytes that a local Ray keeps what is handed about in
 
 
@@ -174,7 +176,28 @@ def _join(address: str, workers: int | None) -> None:
                 **quiet,
             )
             return
+        require_listening(address)
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConnectionError(f"there must be a Ray at {address}, is none ({error})") from error
+
+
+def require_listening(address: str) -> None:
+    """Raise where nothing listens at HOST:PORT: Ray itself would try for minutes.
+
+    Raises:
+        ConnectionError: If nothing does.
+
+    Example:
+        >>> require_listening("127.0.0.1:1")
+        Traceback (most recent call last):
+        ConnectionError: there must be a Ray at 127.0.0.1:1, is none (... refused)
+    """
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"there must be a Ray at {address}, is none ({error})") from error
