@@ -27,7 +27,7 @@ from bapnal_recipes.voc2012.results import Archive, read_results
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A devkit of drawn images, some without boxes, and everything that figures come from."""
+    """A devkit of synthetic images, some without boxes, and everything that figures come from."""
     folder = tmp_path_factory.mktemp("drawn")
     root = shapes.write_shapes(folder / "shapes", 6, 2, 64, seed=3)
     devkit = Devkit(root, shapes.CLASSES)
@@ -65,7 +65,7 @@ def drawn(tmp_path_factory):
     settings = train_segmentation.Settings(
         out=runs / "nal", labels=runs / "network", network="small", head="linear", **where
     )
-    write(runs / "nal/result.json", "segmentation", settings, {"pictures": 4, "true_masks": 0})
+    write(runs / "nal/result.json", "segmentation", settings, {"images": 4, "ground_truth": 0})
     network = train_segmentation.build_segmenter("small", 7, head="linear")
     plain = json.loads(json.dumps(asdict(settings), default=str))
     content = {"settings": plain, "classes": list(shapes.CLASSES), "loss": 1.0}
@@ -77,7 +77,7 @@ def drawn(tmp_path_factory):
     return runs
 
 
-def test_every_figure_is_drawn_from_drawn_images(tmp_path, drawn):
+def test_every_figure_is_drawn_from_synthetic_images(tmp_path, drawn):
     several = animals(tmp_path / "more")
     several.of_classifiers()
     labels = several.labels("base", {"crf": 1.0}, several.classifier("base"))

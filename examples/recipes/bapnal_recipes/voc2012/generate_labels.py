@@ -207,7 +207,7 @@ def main(settings: Settings) -> dict[str, Any]:
         parts = _gather(fabric, mine)
     every = [one for some, _ in parts for one in some]
     errors = {one.name: one.error for one in sorted(every, key=lambda one: one.name) if one.error}
-    scores = {"pictures": len(names) - len(errors), "skipped": list(errors), "errors": errors}
+    scores = {"images": len(names) - len(errors), "skipped": list(errors), "errors": errors}
     inputs = runs.inputs(classifier=settings.classifier, search=settings.search)
     found = runs.result("labels", asdict(settings), scores, meter, inputs=inputs)
     if stored and len(every) == len(errors):  # nothing new but what was skipped before
@@ -377,7 +377,7 @@ def _is_labelled(settings: Settings, name: str) -> bool:
 
 def _noted(settings: Settings) -> dict[str, object]:
     """What the labels depend on."""
-    found = runs.plain(settings)
+    found = runs.as_json(settings)
     if settings.classifier is not None:  # the same name may hold another one
         found["classifier_sha256"] = runs.digest(settings.classifier)
     for key in ("machines", "out", "search"):
@@ -401,9 +401,9 @@ def _speed(done: list[Done], seconds: list[float]) -> dict[str, object]:
     means = {part: sum(one[part] for one in timed) / len(timed) for part in parts}
     longest = max(seconds)
     return {
-        "pictures_timed": len(timed),
-        "seconds_per_picture": {part: round(mean, 5) for part, mean in means.items()},
-        "pictures_per_second": round(len(timed) / longest, 3) if longest else None,
+        "images_timed": len(timed),
+        "seconds_per_image": {part: round(mean, 5) for part, mean in means.items()},
+        "images_per_second": round(len(timed) / longest, 3) if longest else None,
         "seconds_per_rank": seconds,
     }
 
@@ -414,10 +414,10 @@ def command(settings: Settings) -> None:
     skipped = scores["skipped"]
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         sys.exit(bool(skipped))  # rank zero says it for all
-    Console(stderr=True).print(f"{scores['pictures']} images labelled in {settings.out}")
+    Console(stderr=True).print(f"{scores['images']} images labelled in {settings.out}")
     if skipped:
         raise ValueError(
-            f"{len(skipped)} of {len(skipped) + scores['pictures']} images skipped, the reasons "
+            f"{len(skipped)} of {len(skipped) + scores['images']} images skipped, the reasons "
             f"are in {settings.out / 'result.json'}: {', '.join(skipped[:5])}"
             + ", ..."
             * (len(skipped) > 5)

@@ -29,7 +29,7 @@ OF_TEST += ("evaluation.half_resolution",)
 TOLD: dict[Callable[[Facts], str], frozenset[str]] = {
     pool_name: frozenset(("stage1.pool", "pool", "stage1.min_background")),
     loss_name: frozenset(
-        f"stage3.{x}" for x in ("loss", "supervision", "true_masks", "classifier")
+        f"stage3.{x}" for x in ("loss", "supervision", "ground_truth", "classifier")
     ),
 }
 TOLD[label_name] = TOLD[pool_name] | {"labels.method", "method", "made elsewhere", "map"}

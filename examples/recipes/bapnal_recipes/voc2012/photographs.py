@@ -21,7 +21,13 @@ from torch.nn import functional as F
 
 from bapnal import PseudoLabelGenerator
 from bapnal.label.files import whole
-from bapnal_recipes.data.label_maps import VOID, class_colours, grey_map, label_map, read_label_map
+from bapnal_recipes.data.label_maps import (
+    IGNORE_INDEX,
+    class_colours,
+    grey_map,
+    label_map,
+    read_label_map,
+)
 from bapnal_recipes.data.voc import VOC_CLASSES, Annotation, Devkit
 from bapnal_recipes.voc2012.measurements import Facts
 from bapnal_recipes.voc2012.results import Archive, Run
@@ -197,7 +203,7 @@ def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
             panels.append(Panel(title, label_map(image, labels)))
             second = folder.parent / "ret" / f"{name}.png"
             if title == last and second.is_file():
-                both = labels.masked_fill(labels != read_label_map(second), VOID)
+                both = labels.masked_fill(labels != read_label_map(second), IGNORE_INDEX)
                 panels.append(Panel("where Y_ret agrees", label_map(image, both)))
         shown.append(panels + source.truth(name, image))
     grid(path, shown, source.legend())
@@ -261,7 +267,10 @@ def unaries(archive: Archive, path: Path, examples: int) -> str | None:
                 Panel("u_c, largest", _strongest(u_c)),
                 Panel("u_0", grey_map(u_0)),
                 Panel("Y_crf", label_map(image, crf)),
-                Panel("where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, VOID))),
+                Panel(
+                    "where Y_ret agrees",
+                    label_map(image, crf.masked_fill(crf != ret, IGNORE_INDEX)),
+                ),
                 *source.truth(name, image),
             ]
         )
@@ -336,7 +345,9 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
         panels = [
             first,
             Panel("Y_crf", label_map(image, crf)),
-            Panel("where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, VOID))),
+            Panel(
+                "where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, IGNORE_INDEX))
+            ),
             *source.truth(name, image),
         ]
         for moment in sorted(moments[name])[:5]:
@@ -356,7 +367,7 @@ def predictions(archive: Archive, path: Path, examples: int) -> str | None:
     found: dict[tuple[str, str], dict[str, Run]] = {}
     names = {
         "boxes": "boxes, NAL",
-        "some masks": "some ground truth, NAL",
+        "some ground truth": "some ground truth, NAL",
         "masks": "fully supervised",
     }
     for run in archive.runs:

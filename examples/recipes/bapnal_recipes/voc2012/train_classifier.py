@@ -28,7 +28,7 @@ from bapnal_recipes.engine.logs import Logging, LoggingOption
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
 from bapnal_recipes.engine.optimizers import parameter_groups
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
-from bapnal_recipes.models.deeplab import Features, build_features
+from bapnal_recipes.models.deeplab import Features, build_features, known_weights, origin
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,12 @@ class Settings:
         classes: Names of the classes 1..L.
         backbone: "vgg16", "small", or the name of a network of timm.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
+        caffe_weights: Take a VGG-16 under torchvision's names for Caffe's, which look the same.
+        trained_on: "imagenet" or "coco": what the weights were trained on, where their layout does
+            not tell.
         fifth_pooling: Let "vgg16" pool twice more after its fifth convolutions.
         stride: Pixels from one feature to the next.
-        frozen: How many of the backbone's first blocks keep their weights.
+        frozen_stages: How many of the backbone's first blocks keep their weights.
         pool: "bap": background-aware pooling. "gap": global average pooling of each box.
         grid_size: N of the grid whose cells give the background's vectors.
         output_size: Bins along each side of a box, each classified on its own.
@@ -58,8 +61,8 @@ class Settings:
         jitter: Strength of the changes of brightness, contrast and saturation.
         hue: Strength of the changes of hue; none where ``jitter`` is 0.
         batch_size: Images in a batch, of all devices together.
-        rate: Learning rate of the pretrained layers.
-        head_rate: Learning rate of the classifier, and of a backbone that was not pretrained.
+        lr: Learning rate of the pretrained layers.
+        head_lr: Learning rate of the classifier, and of a backbone that was not pretrained.
         bias_factor: Learning rate of biases, as a multiple of their layer's.
         decay_biases: Whether weight decay is for biases too.
         epochs: How often to go through all images.
@@ -84,9 +87,11 @@ class Settings:
     classes: tuple[str, ...] = VOC_CLASSES
     backbone: str = "vgg16"
     weights: str | None = None
+    caffe_weights: bool = False
+    trained_on: Literal["imagenet", "coco"] | None = None
     fifth_pooling: bool = False
     stride: int = 8
-    frozen: int = 0
+    frozen_stages: int = 0
     pool: Literal["bap", "gap"] = "bap"
     grid_size: int = 4
     output_size: int = 1
@@ -98,8 +103,8 @@ class Settings:
     jitter: float = 0.3
     hue: float = 0.05
     batch_size: int = 20
-    rate: float = 1e-4
-    head_rate: float = 1e-3
+    lr: float = 1e-4
+    head_lr: float = 1e-3
     bias_factor: float = 1.0
     decay_biases: bool = True
     epochs: int = 15
@@ -126,8 +131,8 @@ PRESETS = {
         replace(
             PAPER,
             fifth_pooling=True,
-            rate=1e-3,
-            head_rate=1e-2,
+            lr=1e-3,
+            head_lr=1e-2,
             bias_factor=2.0,
             decay_biases=False,
             jitter=0.5,
@@ -146,10 +151,10 @@ PRESETS = {
             PAPER,
             backbone="tf_efficientnet_lite0",
             stride=16,
-            frozen=1,
+            frozen_stages=1,
             batch_size=16,
-            rate=1e-3,
-            head_rate=1e-2,
+            lr=1e-3,
+            head_lr=1e-2,
             epochs=4,
         ),
     ),
@@ -226,11 +231,13 @@ def check(settings: Settings) -> None:
     """Raise ValueError if a setting is out of range, before anything is read or written."""
     for name, least in {
         **dict.fromkeys(("stride", "crop", "batch_size", "epochs", "checkpoint_interval"), 1),
-        **dict.fromkeys(("frozen", "jitter", "hue", "bias_factor", "momentum", "weight_decay"), 0),
+        **dict.fromkeys(
+            ("frozen_stages", "jitter", "hue", "bias_factor", "momentum", "weight_decay"), 0
+        ),
         **dict.fromkeys(("margin", "seed"), 0),
     }.items():
         at_least(name, getattr(settings, name), least)
-    for name in ("rate", "head_rate"):
+    for name in ("lr", "head_lr"):
         above(name, getattr(settings, name), 0)
     for name in ("iterations", "drop_at", "drop_after"):
         if getattr(settings, name) is not None:
@@ -275,10 +282,17 @@ class ClassifierStage(Stage[Settings, BoxDataset, BoxClassifier]):
     def build_network(self) -> BoxClassifier:
         """Return features and a classifier on them."""
         s = self.settings
+        weights = known_weights(
+            s.backbone, s.weights, caffe=s.caffe_weights, trained_on=s.trained_on
+        )
         features = build_features(
-            s.backbone, s.weights, s.stride, s.frozen, fifth_pooling=s.fifth_pooling
+            s.backbone, weights, s.stride, s.frozen_stages, fifth_pooling=s.fifth_pooling
         )
         return BoxClassifier(features, len(s.classes) + 1)
+
+    def origin(self, network: BoxClassifier) -> dict[str, str]:
+        """Return where the backbone's weights are from."""
+        return origin(network.features, self.settings.weights, self.settings.trained_on)
 
     def optimizer(self, network: BoxClassifier) -> torch.optim.Optimizer:
         """Return SGD."""
@@ -286,11 +300,11 @@ class ClassifierStage(Stage[Settings, BoxDataset, BoxClassifier]):
         groups = parameter_groups(
             "features",
             features.named_parameters(),
-            s.rate if features.pretrained else s.head_rate,
+            s.lr if features.pretrained else s.head_lr,
             bias_factor=s.bias_factor,
             decay_biases=s.decay_biases,
         )
-        groups += parameter_groups("classifier", [("weight", network.weight)], s.head_rate)
+        groups += parameter_groups("classifier", [("weight", network.weight)], s.head_lr)
         return torch.optim.SGD(groups, momentum=s.momentum, weight_decay=s.weight_decay)
 
     def steps(self, count: int) -> int:
