@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from label_data import QUICK, change, place
+from label_data import QUICK, place
 from safetensors.torch import load_file
 
 from bapnal.label.dataset import label_dataset
@@ -19,35 +19,6 @@ pytest.importorskip("ray", reason="the extra ray is not installed")
 pytest.importorskip("ray.data", reason="the extra ray is not installed")
 # Of Ray itself, and of its process that ends after the test.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-IMAGES = 24
-
-
-@pytest.fixture(scope="module")
-def many(drawn, tmp_path_factory):
-    """More images, so that a worker can be lost in the middle."""
-    root = tmp_path_factory.mktemp("many")
-    (root / "images").mkdir()
-    content = json.loads((drawn / "coco.json").read_text())
-    (root / "coco.json").write_text(json.dumps(content))
-    files = [root / f"images/image{i}.jpg" for i in range(IMAGES)]
-    for i, file in enumerate(files):
-        file.write_bytes((drawn / f"images/image{i % 4}.jpg").read_bytes())
-
-    def edit(content):
-        boxes = content["annotations"]
-        content["images"] = [
-            {**content["images"][i % 4], "id": i, "file_name": file.name}
-            for i, file in enumerate(files)
-        ]
-        content["annotations"] = [
-            {**box, "id": 100 * i + n, "image_id": i}
-            for i in range(IMAGES)
-            for n, box in enumerate(b for b in boxes if b["image_id"] == 100 + i % 4)
-        ]
-
-    change(root, edit)
-    return root
 
 
 @pytest.fixture(scope="module")

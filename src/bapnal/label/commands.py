@@ -16,8 +16,9 @@ from bapnal.label import report as page
 from bapnal.label.dataset import label_dataset
 from bapnal.label.files import one_line
 from bapnal.label.images import MAX_PIXELS, read_rgb
+from bapnal.label.inputs import check_boxes
 from bapnal.label.label_maps import IGNORE_INDEX, write_label_map
-from bapnal.label.labeler import BACKBONE, Labeler, check_boxes
+from bapnal.label.labeler import BACKBONE, Labeler
 from bapnal.label.record import Options
 
 LISTED = 20  # suspicious boxes in the terminal

@@ -29,7 +29,8 @@ from bapnal.label.annotations import read_boxes
 from bapnal.label.backbone import TimmFeatures
 from bapnal.label.export import EXPORTS, Record, finish_exports
 from bapnal.label.files import one_line, only_one, read_json, whole, write_json
-from bapnal.label.fitting import fit_classifier, fit_head, read_classifier, read_head
+from bapnal.label.fitted import make_labeler
+from bapnal.label.fitting import fit_classifier, fit_head
 from bapnal.label.label_maps import voc_palette
 from bapnal.label.labeler import CRFS, Labeler
 from bapnal.label.record import (
@@ -103,10 +104,10 @@ def label_dataset(
             weights = fit_classifier(out, source, network, options, team, progress)
             options = options._replace(classifier=weights)
         if refine:
-            head = fit_head(out, source, network, options, team, progress)
-            options = options._replace(head=head)
+            options = fit_head(out, source, network, options, team, progress)
         broken: dict[str, str] = {}
-        jobs = team.run(source.images, partial(_start, out, options, team.threads))
+        start = partial(_start, out, options, source.classes, team.threads)
+        jobs = team.run(source.images, start)
         for done in progress("labelling", jobs, len(source.images)):
             if done.failure:
                 broken[done.job.file] = done.failure
@@ -167,18 +168,12 @@ def _claim(out: Path, images: Path, source: DataSet) -> None:
 # What a worker does
 
 
-def _start(out: Path, options: Options, threads: int | None, number: int) -> ImageWork:
+def _start(
+    out: Path, options: Options, classes: Sequence[str], threads: int | None, number: int
+) -> ImageWork:
     """Make what labels an image in a worker."""
     device = set_threads(threads, number)
-    labeler = Labeler(
-        options.backbone,
-        options.weights,
-        classifier=None if options.classifier is None else read_classifier(options.classifier),
-        head=None if options.head is None else read_head(options.head),
-        crf=options.crf,
-        device=device,
-    )
-    return ImageWork(out, options, labeler)
+    return ImageWork(out, options, make_labeler(options, classes, device))
 
 
 class ImageWork:

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bapnal import RidgeBoxClassifier, __version__
-from bapnal.instance_refine import MaskHead, fit_mask_head
-from bapnal.label.backbone import TimmFeatures, read_state, weights_digest
+from bapnal import FeatureHead, MaskHead, RidgeBoxClassifier, __version__, fit_mask_head
+from bapnal.label.backbone import TimmFeatures, weights_digest
 from bapnal.label.files import read_json, whole, write_json
-from bapnal.label.labeler import LARGE, Labeler, clip, reduce
+from bapnal.label.fitted import make_labeler
+from bapnal.label.inputs import clip, reduce
+from bapnal.label.labeler import LARGE, Labeler
 from bapnal.label.record import Options, open_labelled
 from bapnal.label.sources import DataSet, LabelledImage
 from bapnal.label.workers import Team, set_threads
@@ -32,36 +33,6 @@ IMAGES = 300  # that fitting looks at, more where classes are rare
 PER_CLASS = 40  # images of each class that it looks at, where there are so many
 FEWEST = 16  # boxes that a head can be trained on
 Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
-
-
-def read_classifier(path: Path) -> Tensor:
-    """Read weights of the classes, as :func:`fit_classifier` keeps them.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds none.
-    """
-    state = read_state(path)
-    if "weight" not in state:
-        raise ValueError(f"{path} must hold a tensor weight, holds {', '.join(state) or 'none'}")
-    return state["weight"]
-
-
-def read_head(path: Path) -> MaskHead:
-    """Read a head for masks, as :func:`fit_head` keeps it.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds none.
-    """
-    state = read_state(path)
-    networks = {name.split(".")[1] for name in state if name.startswith("networks.")}
-    try:
-        head = MaskHead(len(state["mean"]), networks=len(networks))
-        head.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} must hold a head for masks, does not") from error
-    return head.eval()
 
 
 def chosen_images(source: DataSet) -> list[LabelledImage]:
@@ -119,25 +90,29 @@ def fit_head(
     options: Options,
     team: Team,
     progress: Progress,
-) -> Path | None:
-    """Train a head for masks on the boxes, or take what an earlier run trained on the same ones.
+) -> Options:
+    """Train a head on the boxes, or take what an earlier run trained on the same ones.
+
+    Without a classifier it refines masks of boxes; with one it learns from the labels that the
+    classifier gives, and takes its place.
 
     Returns:
-        Its file; None where there are too few boxes.
+        The options with its file; as they were where there are too few boxes.
     """
+    refined = options.classifier is not None
     chosen = chosen_images(source)
-    path, key = out / "head.safetensors", _key(chosen, network, options)
-    if _is_current(path, key):
-        return path
-    # One worker trains: the others would wait for it anyway.
-    work = team.run([spread(chosen)], partial(_start_head, options))
-    (done,) = progress("training a head", work, 1)
-    if done.failure:
-        raise ValueError(f"no head could be trained: {done.failure}")
-    if done.result is None:
-        return None
-    _keep(path, key, done.result, len(chosen))
-    return path
+    path = out / ("refined.safetensors" if refined else "head.safetensors")
+    key = _key(chosen, network, options)
+    if not _is_current(path, key):
+        # One worker trains: the others would wait for it anyway.
+        start = partial(_start_head, options, source.classes)
+        (done,) = progress("training a head", team.run([spread(chosen)], start), 1)
+        if done.failure:
+            raise ValueError(f"no head could be trained: {done.failure}")
+        if done.result is None:
+            return options
+        _keep(path, key, done.result, len(chosen))
+    return options._replace(classifier=path) if refined else options._replace(head=path)
 
 
 def spread(images: Sequence[LabelledImage]) -> list[LabelledImage]:
@@ -148,6 +123,8 @@ def spread(images: Sequence[LabelledImage]) -> list[LabelledImage]:
 def _key(chosen: Sequence[LabelledImage], network: TimmFeatures, options: Options) -> str:
     """A digest of all that a fit depends on."""
     facts: list[Any] = [options.backbone, weights_digest(network), options.max_pixels, __version__]
+    if options.classifier is not None:
+        facts.append(hashlib.sha256(options.classifier.read_bytes()).hexdigest())
     for image in chosen:
         try:
             found = image.path.stat()
@@ -209,8 +186,10 @@ def _shown(image: LabelledImage, max_pixels: int) -> Iterator[tuple[Tensor, Tens
         yield *reduce(pixels, boxes[left], LARGE), left
 
 
-def _start_head(options: Options, number: int) -> Callable[[Any], bytes | None]:
-    return partial(_train_head, Labeler(options.backbone, options.weights), options.max_pixels)
+def _start_head(
+    options: Options, classes: Sequence[str], number: int
+) -> Callable[[Any], bytes | None]:
+    return partial(_train_head, make_labeler(options, classes), options.max_pixels)
 
 
 def _train_head(labeler: Labeler, max_pixels: int, images: Sequence[LabelledImage]) -> bytes | None:
@@ -219,13 +198,19 @@ def _train_head(labeler: Labeler, max_pixels: int, images: Sequence[LabelledImag
 
     if sum(len(image.boxes) for image in images) < FEWEST:
         return None
-    samples = (
-        (shown.to(labeler.device), boxes.to(labeler.device))
-        for image in images
-        for shown, boxes, _ in _shown(image, max_pixels)
-    )
+
+    def samples() -> Iterator[tuple[Tensor, ...]]:
+        for image in images:
+            for shown, boxes, left in _shown(image, max_pixels):
+                yield shown, boxes, torch.tensor(image.labels)[left]
+
+    head: MaskHead | FeatureHead
     try:
-        head = fit_mask_head(samples, labeler.network)
+        if labeler.classifier is None:
+            given = ((x.to(labeler.device), boxes) for x, boxes, _ in samples())
+            head = fit_mask_head(given, labeler.network)
+        else:
+            head = labeler.learn(samples())
     except ValueError:  # too few boxes in images that are not broken
         return None
     return save({name: x.cpu().contiguous() for name, x in head.state_dict().items()})

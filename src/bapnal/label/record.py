@@ -23,8 +23,9 @@ from bapnal.label.export import (
 )
 from bapnal.label.files import one_line, write_json
 from bapnal.label.images import MAX_PIXELS, Opened, read_rgb
+from bapnal.label.inputs import clip
 from bapnal.label.label_maps import IGNORE_INDEX, read_label_map, write_label_map
-from bapnal.label.labeler import BACKBONE, Cut, Labeler, clip
+from bapnal.label.labeler import BACKBONE, Cut, Labeler
 from bapnal.label.sources import LabelledImage
 from bapnal.label.suspicious import MOST_LISTED, Suspicion, counted, suspicious
 from bapnal.label.thumbnails import write_thumbnail
