@@ -64,8 +64,8 @@ class Settings:
         work: Where weights and label maps are kept.
         out: Where results of evaluations go.
         series: Folder of the series that all numbers are added to.
-        parts: Which parts, in their order: classifiers, searches, labels, presets, baselines, facts,
-            unseen, conditions, grids, segmentation, loose, noisy.
+        parts: Which parts, in their order: classifiers, searches, labels, presets, baselines,
+            facts, unseen, conditions, grids, segmentation, loose, noisy.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.
         workers: Processes that read images.
