@@ -29,13 +29,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import rich
-
-from bapnal.label.files import read_json, write_json
+from bapnal.label.files import one_line, read_json, write_json
 from bapnal_recipes.data.voc import VOC_CLASSES, default_root
 from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.commands import cli, run
-from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, alone, launch
 from bapnal_recipes.engine.runs import Meter, as_json, digest, result
 from bapnal_recipes.engine.stage import RunFolder
 from bapnal_recipes.models.generator import (
@@ -171,7 +169,7 @@ def main(settings: Settings) -> dict[str, Any]:
         return stored
     fabric = launch(settings.machines)
     together = Together(fabric)
-    with Meter() as meter:
+    with alone(together, settings.out), Meter() as meter:
         with together.alike():
             bench = held_out.read_bench(settings, fabric)
         folder.claim(together)
@@ -182,7 +180,8 @@ def main(settings: Settings) -> dict[str, Any]:
     found = result("search", as_json(settings), scores, meter, inputs=made)
     if fabric.is_global_zero:
         write_json(folder.result_path, found)
-        rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")
+        line = f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}"
+        print(one_line(line))
     return found
 
 
