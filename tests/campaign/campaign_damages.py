@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 
 from bapnal.label.annotations import read_boxes
 from bapnal.label.backbone import read_state
-from bapnal.label.dataset import label_dataset, read_classifier
+from bapnal.label.dataset import label_dataset
 from bapnal.label.files import read_json
+from bapnal.label.fitted import read_fitted, read_head
 from bapnal.label.images import read_rgb
 from bapnal.label.label_maps import read_label_map
 from bapnal.label.report import write_report
@@ -197,7 +198,7 @@ def test_tensors(tensors, draws, drawn):
     before = path.read_bytes()
     path.write_bytes(draws.draw(damaged_bytes(before)))
     try:
-        for read in (read_state, read_classifier):
+        for read in (read_state, read_fitted, read_head):
             sane(lambda read=read: read(path), str(path))
     finally:
         path.write_bytes(before)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from bapnal import RidgeBoxClassifier
 from bapnal.boxes import box_cells
-from bapnal.label import dataset
+from bapnal.label import fitting
 from bapnal.label.annotations import read_boxes
 from bapnal.label.dataset import label_dataset
 from bapnal.label.label_maps import read_label_map
@@ -257,7 +257,7 @@ def test_summary_lists_what_is_suspicious_and_stays_bounded(copy, quick, tmp_pat
 
 
 def test_a_classifier_is_fitted_to_the_boxes(copy, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "FIT_CHUNK", 1)  # so that there are several sums
+    monkeypatch.setattr(fitting, "CHUNK", 1)  # so that there are several sums
     out = tmp_path / "out"
     first = label(copy, "voc", out, quick, fit=True)
     weight = load_file(out / "classifier.safetensors")["weight"]

@@ -16,8 +16,9 @@ from bapnal.label import report as page
 from bapnal.label.dataset import label_dataset
 from bapnal.label.files import one_line
 from bapnal.label.images import MAX_PIXELS, read_rgb
+from bapnal.label.inputs import check_boxes
 from bapnal.label.label_maps import IGNORE_INDEX, write_label_map
-from bapnal.label.labeler import BACKBONE, Labeler, check_boxes
+from bapnal.label.labeler import BACKBONE, Labeler
 from bapnal.label.record import Options
 
 LISTED = 20  # suspicious boxes in the terminal
@@ -31,11 +32,13 @@ def label(
     format: Literal["auto", "voc", "coco", "yolo"] = "auto",
     export: tuple[Literal["coco", "yolo", "voc"], ...] = ("coco",),
     fit: bool = False,
+    refine: bool = False,
     classifier: Path | None = None,
     backbone: str = BACKBONE,
     weights: str | None = None,
     crf: Literal["fast", "exact", "none"] = "fast",
     workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    ray: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS|local")] = None,
     max_pixels: int = MAX_PIXELS,
     data_yaml: Path | None = None,
     classes: tuple[str, ...] = (),
@@ -53,11 +56,14 @@ def label(
         export: Formats to write besides PNG: coco (instances.json), yolo (YOLO-seg), voc.
         fit: Fit the classes to the boxes first, in closed form, and label each image at once: for
             maps of classes of few, large objects. Without it each box is labelled on its own.
+        refine: Train a small head on the boxes first, which refines the mask of each.
         classifier: One that --fit wrote for the same classes (classifier.safetensors).
         backbone: Any timm network.
         weights: Its weights as a file; by default those that timm or a package brings.
         crf: fast (mean field at half the resolution), exact or none.
         workers: Processes of one thread each; by default one per core, or per GPU.
+        ray: Work through Ray: local starts one here, an address such as auto or HOST:PORT joins
+            one of many machines, which all must see the folders.
         max_pixels: Skip larger images.
         data_yaml: Names of the classes (YOLO); by default the nearest data.yaml.
         classes: Names of the classes 1, 2, ... (VOC); by default VOC's twenty or those found.
@@ -71,7 +77,9 @@ def label(
         data_yaml=data_yaml,
         classes=classes,
         fit=fit,
+        refine=refine,
         workers=workers,
+        ray=ray,
         options=options,
         progress=_progress,
     )

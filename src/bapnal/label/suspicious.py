@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bapnal.label.labeler import clip
+from bapnal.label.inputs import clip
 
 KINDS = ("tiny", "outside", "covering", "duplicate", "doubtful", "filling")
 TINY = 4.0  # pixels along a side

@@ -162,7 +162,7 @@ class Stage(ABC, Generic[S, Data, Network]):
         """Return the network; random numbers are seeded, and it may fetch weights."""
 
     @abstractmethod
-    def origin(self, network: Network) -> dict[str, str]:
+    def origin(self, network: Network) -> dict[str, Any]:
         """Return where the weights are from: ``source``, one line, and ``trained_on``."""
 
     @abstractmethod

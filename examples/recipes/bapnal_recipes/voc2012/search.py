@@ -18,7 +18,8 @@ Then, each stage ranking what goes on to the next by the mIoU of Y_crf:
 4. ``exact``: the best few with the CRF that labels are made with, on all images.
 
 Rows are kept in ``OUT/rows.json`` as they are measured: after an interruption the same command goes
-on from there. ``OUT/result.json`` has all rows and the best settings.
+on from there. ``OUT/result.json`` has all rows and the best settings, ``OUT/images.txt`` names the
+images, for ``evaluate ... --exclude``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from bapnal.label.files import one_line, read_json, write_json
+from bapnal.label.files import one_line, read_json, whole, write_json
 from bapnal_recipes.data.voc import VOC_CLASSES, default_root
 from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.commands import cli, run
@@ -179,6 +180,9 @@ def main(settings: Settings) -> dict[str, Any]:
     made = runs.inputs(classifier=settings.classifier)
     found = result("search", as_json(settings), scores, meter, inputs=made)
     if fabric.is_global_zero:
+        listed = "".join(f"{name}\n" for name in sorted(bench.names))
+        with whole(settings.out / "images.txt") as unfinished:
+            unfinished.write_text(listed, encoding="utf-8")
         write_json(folder.result_path, found)
         line = f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}"
         print(one_line(line))

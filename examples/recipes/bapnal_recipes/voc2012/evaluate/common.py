@@ -18,12 +18,17 @@ from torch import Tensor
 from bapnal.label.files import one_line, write_json
 from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
+from bapnal_recipes.data.voc import Devkit, read_names
 from bapnal_recipes.engine.machines import Together, total
 from bapnal_recipes.engine.runs import Meter, as_json, result, summary
 
 
 class EvaluationSettings(Protocol):
     """What the settings of every evaluation have."""
+
+    @property
+    def root(self) -> Path:
+        """The devkit."""
 
     @property
     def out(self) -> Path:
@@ -95,6 +100,7 @@ def write(
         meter,
         what=what,
         split=settings.split,
+        images=len(Devkit(settings.root).names(settings.split)),
         inputs={made["kind"]: summary(made)} if "kind" in made else {},
         **more,
     )
@@ -110,6 +116,24 @@ def write(
                 print(f"{name}: {value:g}")
         print(one_line(f"see {settings.out}"))
     return found
+
+
+def without(names: Sequence[str], exclude: Path | None, split: str) -> list[str]:
+    """Leave out the images of a list, such as those that settings were searched on.
+
+    Raises:
+        FileNotFoundError: If there is no such list.
+        ValueError: If it leaves nothing.
+    """
+    if exclude is None:
+        return list(names)
+    if not exclude.is_file():
+        raise FileNotFoundError(f"exclude {exclude} does not exist")
+    dropped = set(read_names(exclude))
+    kept = [name for name in names if name not in dropped]
+    if not kept:
+        raise ValueError(f"exclude {exclude} must leave images of {split}, leaves none")
+    return kept
 
 
 def score_classes(chosen: Sequence[int], classes: Sequence[str], *, first: int) -> list[int]:
