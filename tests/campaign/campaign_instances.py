@@ -2,9 +2,12 @@
 
     BAPNAL_DRAWS=10000 python -m pytest tests/campaign/campaign_instances.py \
         --hypothesis-profile=campaign
+
+Finite, inside their boxes, never empty, and the same alone and in a batch.
 """
 
 import torch
+from campaign_library import DTYPES, any_size, boxes_of, mask_of, seeds, sides
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -12,7 +15,6 @@ from torch.nn import functional as F
 import bapnal
 from assertions import close, finite, finite_gradients
 from bapnal import PRESETS, MaskHead, RidgeBoxClassifier, ZoomedBoxes
-from campaign_library import DTYPES, any_size, boxes_of, mask_of, seeds, sides
 from strategies import seeded
 
 
