@@ -47,6 +47,7 @@ HEEDED: dict[str, tuple[str, ...]] = {
     "sdi": ("rounds",),
 }
 UNKNOWN = "unknown"  # where the result of an input is not there
+GIVEN = "given"  # the method of labels without a result: they were made elsewhere
 SOME_HEED = {name for names in HEEDED.values() for name in names}
 
 
@@ -156,12 +157,15 @@ def measure(content: Mapping[str, Any]) -> list[Measurement]:
     if kind != "evaluation":
         return []
     scored = tuple(settings.get("score_classes") or ())
-    images = content.get("images")
+    images, excluded = content.get("images"), content.get("excluded", 0)
     whole = images == IMAGES.get(str(settings.get("split"))) and not scored
     facts = {"split": settings.get("split"), "scored": scored, "whole": whole, **facts}
+    if images is not None and excluded:
+        facts["excluded"], images = excluded, images - excluded
     facts["data"] = "VOC 2012" if whole else facts["data"]
     if not inputs:
         facts["made elsewhere"] = PurePath(settings.get("folder", "?")).name
+        facts["labels.method"] = GIVEN
     what = str(content.get("what"))
     if what == "filling":
         more["rates"] = content["scores"].get("per_class", {})
@@ -202,13 +206,16 @@ def follow(inputs: Mapping[str, Any]) -> tuple[Facts, tuple[tuple[str, Any], ...
         else:
             seeds.append((STAGES[kind], settings.get("seed")))
             facts[f"{STAGES[kind]}.initial"] = _initial(settings, made)
+            if "from_caffe" in made.get("weights", {}):
+                facts[f"{STAGES[kind]}.from_caffe"] = made["weights"]["from_caffe"]
         if kind == "classifier" and settings.get("pool") == "gap":
             facts.pop("stage1.min_background", None)
         if kind == "segmentation":
             if _supervision(facts, settings, made["scores"]):
                 further = {}
             elif "labels" not in further:
-                facts["labels.method"] = UNKNOWN
+                facts["labels.method"] = GIVEN
+                facts["made elsewhere"] = PurePath(settings.get("labels", "?")).name
         more, others = follow(further)
         facts, seeds = {**more, **facts}, [*others, *seeds]
     return facts, tuple(seeds)
@@ -317,5 +324,9 @@ def _numbers(what: str, content: Mapping[str, Any]) -> Iterator[tuple[Facts, dic
             found = {name: round(x, 3) for name, x in found.items()}
             yield {"map": scores.get("kind")}, {**found, "boxes": len(pairs)}
     else:
-        told = ("threshold", "cam_normalization", "background", "generator", "crf")
+        told = ["threshold", "cam_normalization", "background", "generator", "crf"]
+        if settings.get("cropped"):
+            told[told.index("background")] = "cropped"
+        if what == "runtime" and not settings.get("crf_on_cpu", False):
+            told.append("crf_on_cpu")
         yield flat("evaluation", {x: settings[x] for x in told if x in settings}), floats(scores)

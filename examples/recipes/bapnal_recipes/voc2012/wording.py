@@ -24,7 +24,8 @@ def label_name(facts: Facts) -> str:
         features = "features of stage 1" if "stage1.backbone" in facts else "ImageNet features"
         return f"{METHODS[method]}, {features}"
     if method != "network":
-        return METHODS.get(str(method), str(method or facts.get("made elsewhere", "labels")))
+        name = METHODS.get(str(method), str(method or "labels"))
+        return f"{name} ({facts['made elsewhere']})" if "made elsewhere" in facts else name
     background = facts.get("labels.generator.background", facts.get("labels.generator"))
     return pool_name(facts) + str(OWN["backgrounds"].get(str(background), ""))
 
