@@ -7,8 +7,8 @@ Pooling runs at the paper's sizes (20 images, 41 x 41 features of 1,024 channels
 more boxes, against the same mathematics as a loop over images and boxes (with the prototypes one by
 one, or by one matrix product per image), and against global average pooling. The loss runs on
 20 x 21 x 321 x 321 scores against ``F.cross_entropy``. Every row is the median of repeated runs
-after a warm-up; results go to ``benchmarks/results/layers.json``. ``--clock cpu`` counts the time of
-the processor rather than of the wall, for one thread on a machine that is busy with other work.
+after a warm-up; results go to ``benchmarks/results/layers.json``. ``--clock cpu`` counts the time
+of the processor rather than of the wall, for one thread on a machine busy with other work.
 """
 
 from __future__ import annotations

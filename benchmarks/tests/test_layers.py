@@ -1,9 +1,9 @@
 """The loop that pooling is timed against does the same."""
 
-import layers
 import pytest
 import torch
 
+import layers
 from bapnal import BackgroundAwarePooling
 
 

@@ -7,7 +7,7 @@ and scores with what these were made with, plus the features times one number pe
     + \sum_i g_{r_i} \frac{w_i(p)}{\sum w_i} + \sum_j g_{s_j}(p) \hat q_j + c(p) f(p)
 
 It is written once, where autograd writes each of the four terms and adds them up. The definition
-is in ``pooling.py``; it serves where a gradient is itself to be differentiated or transformed, where
+is in ``pooling.py``; it serves where a gradient is itself differentiated or transformed, where
 operations are traced, and on devices whose values cannot be looked at.
 """
 
