@@ -180,11 +180,17 @@ def test_all_formats_hold_the_same_masks(drawn, exported):
 def test_yolo_finds_images_and_names(drawn, exported):
     content = yaml.safe_load((exported / "yolo/data.yaml").read_text())
     assert content == {
-        "train": "images",
-        "val": "images",
+        "train": "images.txt",
+        "val": "images.txt",
         "names": {0: "bar", 1: "disc", 2: "ring"},
     }
-    for path in (exported / "yolo/images").iterdir():
+    # Readers resolve the path of the list, but not those in it, so that the link stays.
+    listed = (exported / "yolo/images.txt").resolve()
+    lines = listed.read_text().splitlines()
+    assert [Path(line).name for line in lines] == [f"image{i}.jpg" for i in range(4)]
+    for line in lines:
+        path = str(listed.parent / line.removeprefix("./"))
+        assert Path(path).is_file()
         there = str(path).replace("/images/", "/labels/").rsplit(".", 1)[0] + ".txt"
         assert Path(there).read_text()
     assert (exported / "voc/ImageSets/Segmentation/labelled.txt").read_text().split() == [

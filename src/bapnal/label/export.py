@@ -2,6 +2,7 @@
 
 instances.json                       COCO: a mask of every box as run lengths
 yolo/data.yaml, labels/NAME.txt      YOLO-seg: a polygon of every box
+yolo/images.txt, images              the images that have labels, and a link to them
 voc/SegmentationClass/NAME.png       VOC: the class of every pixel
 voc/SegmentationObject/NAME.png      which box every pixel belongs to
 """
@@ -148,21 +149,30 @@ def finish_exports(
     if "coco" in exports:
         write_instances(out, source, names)
     if "yolo" in exports:
-        _write_yolo_yaml(out / "yolo", images, source.classes)
+        files = {image.name: image.file for image in source.images}
+        _write_yolo_lists(out / "yolo", images, source.classes, [files[name] for name in names])
     if "voc" in exports:
         with whole(out / "voc/ImageSets/Segmentation/labelled.txt") as unfinished:
             text = "".join(f"{name}\n" for name in names)
             unfinished.write_bytes(os.fsencode(text))
 
 
-def _write_yolo_yaml(folder: Path, images: Path, classes: Sequence[str]) -> None:
-    """Name the classes, and link to the images, whose labels are looked for beside them."""
+def _write_yolo_lists(
+    folder: Path, images: Path, classes: Sequence[str], files: Sequence[str]
+) -> None:
+    """Name the classes, list the images, and link to them, whose labels are looked for beside.
+
+    A list of files, since readers follow a link that is given as a folder, and then look for labels
+    beside the original images.
+    """
     import yaml
 
-    content = {"train": "images", "val": "images", "names": dict(enumerate(classes))}
+    content = {"train": "images.txt", "val": "images.txt", "names": dict(enumerate(classes))}
     with whole(folder / "data.yaml") as unfinished:
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         unfinished.write_text(text, encoding="utf-8")
+    with whole(folder / "images.txt") as unfinished:
+        unfinished.write_bytes(os.fsencode("".join(f"./images/{file}\n" for file in files)))
     link = folder / "images"
     if link.is_symlink():
         link.unlink()

@@ -344,7 +344,7 @@ def predictions(archive: Archive, path: Path, examples: int, *, test: bool = Fal
             how: dict[str, Any] = {"mode": "bilinear", "align_corners": aligned}
             logits = F.interpolate(saved.network(image[None])[0], image.shape[1:], **how)
             labels = logits[0].argmax(0)
-            named.update(labels.unique().tolist())
+            named.update(np.unique(labels.numpy()).tolist())
             shown.append(Panel(title, label_map(image, labels)))
         return shown
 

@@ -30,13 +30,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import rich
-
-from bapnal.label.files import read_json, whole, write_json
+from bapnal.label.files import one_line, read_json, whole, write_json
 from bapnal_recipes.data.voc import VOC_CLASSES, default_root
 from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.commands import cli, run
-from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, alone, launch
 from bapnal_recipes.engine.runs import Meter, as_json, digest, result
 from bapnal_recipes.engine.stage import RunFolder
 from bapnal_recipes.models.generator import (
@@ -172,7 +170,7 @@ def main(settings: Settings) -> dict[str, Any]:
         return stored
     fabric = launch(settings.machines)
     together = Together(fabric)
-    with Meter() as meter:
+    with alone(together, settings.out), Meter() as meter:
         with together.alike():
             bench = held_out.read_bench(settings, fabric)
         folder.claim(together)
@@ -186,7 +184,8 @@ def main(settings: Settings) -> dict[str, Any]:
         with whole(settings.out / "images.txt") as unfinished:
             unfinished.write_text(listed, encoding="utf-8")
         write_json(folder.result_path, found)
-        rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")
+        line = f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}"
+        print(one_line(line))
     return found
 
 
