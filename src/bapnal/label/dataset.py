@@ -28,7 +28,7 @@ from bapnal import __version__
 from bapnal.label.annotations import read_boxes
 from bapnal.label.backbone import TimmFeatures
 from bapnal.label.export import EXPORTS, Record, finish_exports
-from bapnal.label.files import one_line, only_one, read_json, whole, write_json
+from bapnal.label.files import one_line, only_one, out_of_memory, read_json, whole, write_json
 from bapnal.label.fitted import make_labeler
 from bapnal.label.fitting import fit_classifier, fit_head
 from bapnal.label.label_maps import voc_palette
@@ -222,7 +222,6 @@ def _reason(image: LabelledImage, error: Exception) -> str:
     """Why an image is skipped; other errors than its own are raised."""
     if isinstance(error, ValueError):
         return one_line(error)
-    short = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "alloc" in str(error)
-    if not short:
+    if not out_of_memory(error):
         raise error
     return f"{one_line(image.path)} needs more memory than there is: see max_pixels"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -96,6 +97,37 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path} must be a JSON file: brackets are nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} must be a JSON file: {error}") from error
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """Return size, time of change and digest of a file, for :func:`is_unchanged`.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    found = path.stat()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": digest}
+
+
+def is_unchanged(path: Path, known: dict[str, Any]) -> bool:
+    """Whether a file holds what it held; one of another time but the same content does.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    found = path.stat()
+    if [known["bytes"], known["mtime_ns"]] == [found.st_size, found.st_mtime_ns]:
+        return True
+    return bool(known["sha256"] == file_identity(path)["sha256"])
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, as Python, torch and CUDA say so in different ways."""
+    import torch
+
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "alloc" in str(error))
 
 
 def one_line(text: object) -> str:

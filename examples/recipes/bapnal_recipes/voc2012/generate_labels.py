@@ -22,6 +22,7 @@ interruption the same command goes on from there.
 
 from __future__ import annotations
 
+import glob
 import json
 import sys
 import time
@@ -34,17 +35,16 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from PIL import Image
-from rich.console import Console
 
 from bapnal.label import files
 from bapnal_recipes.data.dataset import BoxDataset, Sample
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
-from bapnal_recipes.engine import runs
+from bapnal_recipes.engine import made_from, runs
 from bapnal_recipes.engine.closed_form import solve_classifier
-from bapnal_recipes.engine.commands import cli, run
-from bapnal_recipes.engine.images import Unreadable, each_image, report_skipped
-from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.commands import cli, run, say
+from bapnal_recipes.engine.images import Unreadable, each_image, reason, report_skipped
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, alone, launch
 from bapnal_recipes.engine.stage import state_on_cpu
 from bapnal_recipes.engine.trainer import write_whole
 from bapnal_recipes.models.classifier import untrained_features
@@ -199,7 +199,7 @@ def main(settings: Settings) -> dict[str, Any]:
     path = settings.out / "result.json"
     stored = runs.read_result(path, "labels") if path.is_file() else None
     fabric = launch(settings.machines)
-    with runs.Meter() as meter:
+    with alone(Together(fabric), settings.out), runs.Meter() as meter:
         if settings.method == "ridge" and not (settings.out / CLASSIFIER).is_file():
             fit_classifier(settings, fabric)
         with Together(fabric).alike():
@@ -333,14 +333,15 @@ def _label(settings: Settings, label: Labeller, sample: Sample) -> Done:
 
     try:
         found = label(sample, clock)
-    except (ValueError, OSError) as error:
-        return Done(sample.name, str(error), {})
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        return Done(sample.name, reason(sample.name, error), {})
     for folder, path in _files(settings, sample.name).items():
         content = found[folder]
         if isinstance(content, dict):
             _write_arrays(path, content)
         else:
             write_label_map(path, content)
+    made_from.note(_note(settings, sample.name), _inputs(settings, sample.name))
     clock("writing")
     return Done(sample.name, None, seconds)
 
@@ -354,6 +355,22 @@ def _files(settings: Settings, name: str) -> dict[str, Path]:
     return {x: settings.out / x / f"{name}{ends.get(x, '.png')}" for x in folders}
 
 
+def _note(settings: Settings, name: str) -> Path:
+    return settings.out / "made_from" / f"{name}.json"
+
+
+def _inputs(settings: Settings, name: str) -> list[Path]:
+    """All files that the labels of an image are made from."""
+    devkit = Devkit(settings.root, settings.classes)
+    found = [devkit.image_path(name), devkit.annotation_path(name)]
+    if settings.proposals is not None:
+        found.append(settings.proposals / f"{name}.mat")
+    if settings.masks is not None:
+        found.append(settings.masks / f"{name}.png")
+        found += sorted(settings.masks.glob(f"{glob.escape(name)}_[0-9]*.png"))
+    return [path for path in found if path.is_file()]
+
+
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Write a file of arrays, whole or not at all."""
     with files.whole(path) as unfinished, unfinished.open("wb") as file:
@@ -361,7 +378,7 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def _is_labelled(settings: Settings, name: str) -> bool:
-    """Whether all files of an image are there and readable."""
+    """Whether all files of an image are there, readable, and made from what is there now."""
     for path in _files(settings, name).values():
         try:
             if path.suffix == ".png":
@@ -372,7 +389,7 @@ def _is_labelled(settings: Settings, name: str) -> bool:
                     arrays["classes"]
         except (OSError, SyntaxError, ValueError, KeyError, EOFError):
             return False
-    return True
+    return made_from.holds(_note(settings, name), _inputs(settings, name))
 
 
 def _noted(settings: Settings) -> dict[str, object]:
@@ -380,6 +397,8 @@ def _noted(settings: Settings) -> dict[str, object]:
     found = runs.as_json(settings)
     if settings.classifier is not None:  # the same name may hold another one
         found["classifier_sha256"] = runs.digest(settings.classifier)
+    if settings.weights is not None and Path(settings.weights).is_file():
+        found["weights_sha256"] = runs.digest(Path(settings.weights))
     for key in ("machines", "out", "search"):
         found.pop(key)
     return found
@@ -414,7 +433,7 @@ def command(settings: Settings) -> None:
     skipped = scores["skipped"]
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         sys.exit(bool(skipped))  # rank zero says it for all
-    Console(stderr=True).print(f"{scores['images']} images labelled in {settings.out}")
+    say(f"{scores['images']} images labelled in {settings.out}")
     if skipped:
         raise ValueError(
             f"{len(skipped)} of {len(skipped) + scores['images']} images skipped, the reasons "
