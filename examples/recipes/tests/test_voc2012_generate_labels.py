@@ -387,7 +387,7 @@ def test_search_replaces_generator_and_crf(settings, tmp_path):
     with pytest.raises(ValueError, match=r"must be a result of search\.py.* \(.*size.*\): search"):
         main(replace(settings, search=path, out=tmp_path / "other"))
     path.write_text(json.dumps({"scores": {}}))
-    with pytest.raises(ValueError, match=r"must be a result of search\.py: KeyError\('best'\)"):
+    with pytest.raises(ValueError, match=r"must be a result of search\.py: 'best' is missing"):
         main(replace(settings, search=path, out=tmp_path / "other"))
 
 
