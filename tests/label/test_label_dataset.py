@@ -244,6 +244,7 @@ def test_summary_lists_what_is_suspicious_and_stays_bounded(copy, quick, tmp_pat
     assert summary["left_out"] == {"crowds": 1}
     counts = summary["suspicious"]
     assert (counts["tiny"], counts["outside"], counts["duplicate"]) == (1, 1, 1999)
+    assert counts["empty"] == 1
     entry = next(e for e in summary["suspicious_boxes"] if e["kind"] == "outside")
     assert entry["corners"] == [70, 0, 79, 9]
     assert entry["image"] == "image0.jpg"

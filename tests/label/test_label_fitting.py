@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from label_data import QUICK, label, place
+from label_data import QUICK, change, label, place
 from safetensors.torch import load_file, save_file
 
 from bapnal import FeatureHead
+from bapnal.label import fitting
 from bapnal.label.backbone import TimmFeatures
 from bapnal.label.dataset import label_dataset
 from bapnal.label.fitted import make_labeler, read_fitted, read_head
@@ -52,6 +53,26 @@ def test_a_head_is_trained_and_kept(many, quick, tmp_path):
     assert (out / "head.safetensors").stat().st_mtime_ns == when
     label(many, "coco", tmp_path / "plain", quick)
     assert masks(tmp_path / "plain") != masks(out)
+
+
+def test_a_fit_is_kept_while_few_of_its_images_change(copy, quick, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    label(copy, "coco", out, quick, fit=True)
+    written = (out / "classifier.safetensors").read_bytes()
+
+    def edit(content):
+        content["annotations"][0]["bbox"][2] -= 3
+
+    change(copy, edit)
+    monkeypatch.setattr(fitting, "CHANGED", 0.25)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("labels/*.png")}
+    label(copy, "coco", out, quick, fit=True)
+    assert (out / "classifier.safetensors").read_bytes() == written
+    after = [path.name for path in before if path.stat().st_mtime_ns != before[path]]
+    assert after == ["image0.png"]
+    monkeypatch.setattr(fitting, "CHANGED", 0.1)
+    label(copy, "coco", out, quick, fit=True)
+    assert (out / "classifier.safetensors").read_bytes() != written
 
 
 def test_too_few_boxes_train_no_head(drawn, quick, tmp_path):

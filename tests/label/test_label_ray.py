@@ -37,6 +37,7 @@ def team(tmp_path_factory):
     from bapnal.label.on_ray import ray_team
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # or other work of the machine starves them
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *_paths()]))
         with ray_team("local", 2) as team:
             yield team

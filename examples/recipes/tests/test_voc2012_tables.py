@@ -420,7 +420,7 @@ COMMANDS = re.findall(
 
 
 def test_the_commands_of_the_readme_are_understood(monkeypatch):
-    assert len(COMMANDS) > 30
+    assert len(COMMANDS) > 25
     # One is enough of those with the same options.
     flags = [
         (script, *(x for x in options.split() if x[:2] == "--")) for script, options in COMMANDS
