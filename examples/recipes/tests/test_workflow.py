@@ -147,3 +147,20 @@ def test_weights_are_taken_by_what_they_are_for(workplace, server):
     assert f"--weights {folder}/resnet101_coco.pth --trained-on coco" in log
     _, log = snakemake(workplace, server, "-n", "supplement_table6", *options)
     assert "resnet101_imagenet" not in log
+
+
+def test_a_search_serves_its_labels_and_its_images_do_not_count(workplace, server):
+    _, log = snakemake(workplace, server, "-n", "table1", "--config", "search=true", "runs=others")
+    commands = [line for line in log.splitlines() if "Shell command" in line]
+
+    def command(*parts):
+        found = [line for line in commands if all(part in line for part in parts)]
+        assert len(found) == 1, parts
+        return found[0]
+
+    assert "--search others/search/gap-0/result.json" in command("--out others/labels/gap-0/val")
+    assert "--search" not in command("--out others/labels/bap_cam-0/val")
+    for name in ("bap", "box"):
+        exclude = " --exclude others/search/bap-0/images.txt "
+        assert exclude in command(f"scores/labels/{name}-0-val.json", "evaluate")
+        assert exclude not in command(f"scores/labels/{name}-0-train.json", "evaluate")
