@@ -318,7 +318,7 @@ def modes(options: Options, root: Path) -> None:
 
 def costs(options: Options, root: Path) -> None:
     """One process of one thread; fits are of as many images and boxes as the command takes."""
-    coco, ids, args = coco_subset(options, root)
+    _, ids, args = coco_subset(options, root)
     source = read_boxes(args[1], args[3])
     kinds = len(source.classes) + 1
     plain = Labeler()
