@@ -31,13 +31,12 @@ import stages
 from bapnal import DenseCRF, PseudoLabelGenerator
 from bapnal.label.backbone import TimmFeatures
 from bapnal.label.cli import one_line_errors
-from bapnal.label.files import claim, one_line, only_one, whole, write_json
+from bapnal.label.files import claim, expecting, one_line, only_one, whole, write_json
 from bapnal_recipes.data.augmentation import Augmentation
 from bapnal_recipes.data.dataset import BoxDataset, collate
 from bapnal_recipes.data.label_maps import grey_map, label_map
 from bapnal_recipes.data.metrics import Segmentation
 from bapnal_recipes.data.voc import Devkit
-from bapnal_recipes.engine.runs import expecting
 from bapnal_recipes.models.small import SmallFeatures
 
 LABEL_ROWS = (

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from label_data import change, place
 from PIL import Image
 
 from bapnal.label.cli import main
+from label_data import change, place
 
 QUICK = [
     "--backbone",

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from label_data import QUICK, change, label, place
 from safetensors.torch import load_file, save_file
 
 from bapnal import FeatureHead
@@ -12,6 +11,7 @@ from bapnal.label import dataset, fitting
 from bapnal.label.backbone import TimmFeatures
 from bapnal.label.dataset import label_dataset
 from bapnal.label.fitted import make_labeler, read_fitted, read_head
+from label_data import QUICK, change, label, place
 
 CLASSES = ("bar", "disc", "ring")
 
