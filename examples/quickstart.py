@@ -31,11 +31,10 @@ import shapes
 import stages
 from bapnal import PseudoLabelGenerator
 from bapnal.label.cli import one_line_errors
-from bapnal.label.files import claim, one_line, only_one, whole, write_json
+from bapnal.label.files import claim, expecting, one_line, only_one, whole, write_json
 from bapnal_recipes.data.dataset import BoxDataset, collate
 from bapnal_recipes.data.label_maps import grey_map, label_map
 from bapnal_recipes.data.metrics import Segmentation
-from bapnal_recipes.engine.runs import expecting
 from plans import Plan, plan_devkit, plan_shapes
 
 LABEL_ROWS = (

@@ -93,7 +93,8 @@ def pool_cells(x: Tensor, layout: Layout, zero: float, definition: Definition) -
 def _transformed(x: Tensor) -> bool:
     """Whether forward mode or a transform of ``torch.func`` is on."""
     transforms: bool = torch._C._are_functorch_transforms_active()
-    return transforms or forward_ad.unpack_dual(x).tangent is not None
+    dual = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+    return transforms or dual.tangent is not None
 
 
 def _squares_fit(x: Tensor) -> bool:
@@ -121,7 +122,7 @@ def _forward(x: Tensor, layout: Layout, zero: float) -> tuple[Pooled, Cosines]:
 def _in_chunks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut tensors into a few images each, so few that their features stay in the cache."""
     images = max(1, CHUNK // max(1, tensors[0][0].numel()))
-    return list(zip(*(tensor.split(images) for tensor in tensors), strict=True))
+    return list(zip(*(torch.split(tensor, images) for tensor in tensors), strict=True))
 
 
 class _OneProduct(torch.autograd.Function):

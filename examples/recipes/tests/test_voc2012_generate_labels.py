@@ -291,7 +291,7 @@ def test_what_lies_under_a_label_may_change(settings, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in mine.out.rglob("*.png")} == times
     photo.write_bytes(other)
     annotation = mine.root / "Annotations" / f"{second}.xml"
-    annotation.write_text(annotation.read_text().replace("<xmin>", "<xmin>1"))
+    annotation.write_text(annotation.read_text().replace("<difficult>0", "<difficult>1"))
     assert main(mine)["scores"]["images_timed"] == 2
     changed = {p.stem for p, when in times.items() if p.stat().st_mtime_ns != when}
     assert changed == {first, second}
@@ -387,7 +387,7 @@ def test_search_replaces_generator_and_crf(settings, tmp_path):
     with pytest.raises(ValueError, match=r"must be a result of search\.py.* \(.*size.*\): search"):
         main(replace(settings, search=path, out=tmp_path / "other"))
     path.write_text(json.dumps({"scores": {}}))
-    with pytest.raises(ValueError, match=r"must be a result of search\.py: KeyError\('best'\)"):
+    with pytest.raises(ValueError, match=r"must be a result of search\.py: 'best' is missing"):
         main(replace(settings, search=path, out=tmp_path / "other"))
 
 

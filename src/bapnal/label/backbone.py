@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from bapnal.label.files import expecting
 
 
 class TimmFeatures(nn.Module):
@@ -273,10 +274,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} must be a file of safetensors: {error}") from error
-    try:
+    with expecting(path, "a state dict kept by torch.save"):
         given = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} must be a state dict kept by torch.save") from error
     if isinstance(given, dict):
         given = given.get("state_dict", given)
     if not isinstance(given, dict) or not all(isinstance(v, Tensor) for v in given.values()):

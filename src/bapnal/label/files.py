@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import secrets
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -97,6 +98,34 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path} must be a JSON file: brackets are nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} must be a JSON file: {error}") from error
+
+
+@contextmanager
+def expecting(path: Path, what: str) -> Iterator[None]:
+    """Name the file, whatever a damaged or a foreign one leads to.
+
+    Args:
+        path: The file that is read and used inside.
+        what: What it must be.
+
+    Raises:
+        ValueError: If anything goes wrong but the import of a package.
+
+    Example:
+        >>> with expecting(Path("a.json"), "a list of boxes"):
+        ...     {}["boxes"]
+        Traceback (most recent call last):
+        ValueError: a.json must be a list of boxes: 'boxes' is missing
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        reason = one_line(reason) or type(error).__name__
+        short = textwrap.shorten(reason, 200, placeholder=" ...")
+        raise ValueError(f"{path} must be {what}: {short}") from error
 
 
 def file_identity(path: Path) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def current_record(
         known = there.pop("image")
         if _compared(json.loads(json.dumps(depends(image, labeler)))) != _compared(there):
             return None
-        if not is_unchanged(image.path, known):
+        if not _is_of(record, image) or not is_unchanged(image.path, known):
             return None
     except (ValueError, TypeError, KeyError, OSError):  # a damaged record is none
         return None
@@ -244,6 +244,16 @@ def current_record(
         if all(path.is_file() for path in export_paths(out, image.name, name))
     ]
     return record
+
+
+def _is_of(record: Record, image: LabelledImage) -> bool:
+    """Whether a record names the boxes of an image, as it does unless it was changed."""
+    label_of = dict(zip(image.ids, image.labels, strict=True))
+    return (
+        [record["name"], record["file"], record["id"]] == [image.name, image.file, image.number]
+        and all(label_of.get(box["id"]) == box["label"] for box in record["boxes"])
+        and all(entry["class"] in image.labels for entry in record["suspicious"])
+    )
 
 
 def _compared(known: dict[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,14 @@ import torch
 from torch import Tensor
 
 from bapnal.label.annotations import VOC_CLASSES, VocFile, read_voc_file
+from bapnal.label.files import one_line
 from bapnal_recipes.data.images import image_head, open_image, read_rgb
 from bapnal_recipes.data.label_maps import IGNORE_INDEX
 
 __all__ = ["VOC_CLASSES", "Annotation", "Devkit", "default_root", "read_names"]
+
+
+LONGEST_NAME = 200  # letters; file systems take 255 bytes
 
 
 def default_root() -> Path:
@@ -198,8 +202,9 @@ def read_names(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be a text file: {error}") from error
     for name in names:
-        if "/" in name or "\\" in name or name in (".", ".."):
-            raise ValueError(f"{path} must hold one image name a line, got {name!r}")
+        odd = len(name) > LONGEST_NAME or not {"/", "\\", "\0"}.isdisjoint(name)
+        if odd or name in (".", ".."):
+            raise ValueError(f"{path} must hold one image name a line, got {one_line(name)[:80]!r}")
     if not names:
         raise ValueError(f"{path} must name at least one image, got none")
     name, times = Counter(names).most_common(1)[0]

@@ -23,7 +23,6 @@ interruption the same command goes on from there.
 from __future__ import annotations
 
 import glob
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from lightning.fabric import Fabric
 from PIL import Image
 
 from bapnal.label import files
+from bapnal.label.files import expecting
 from bapnal_recipes.data.dataset import BoxDataset, Sample
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
@@ -171,11 +171,9 @@ def read_search(path: Path, settings: Settings) -> Settings:
     """
     if not path.is_file():
         raise FileNotFoundError(f"search {path} does not exist")
-    try:
-        best = json.loads(path.read_text(encoding="utf-8"))["scores"]["best"]
+    with expecting(path, "a result of search.py"):
+        best = files.read_json(path, dict)["scores"]["best"]
         options, crf = dict(best["generator"]), replace(settings.crf, **best["crf"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"search {path} must be a result of search.py: {error!r}") from error
     known = asdict(settings.generator).keys()
     if options.keys() != known:
         facts = ", ".join(sorted(options.keys() ^ known))

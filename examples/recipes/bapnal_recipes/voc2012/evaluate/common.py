@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from bapnal.label.files import one_line, write_json
+from bapnal.label.files import one_line, read_json, write_json
 from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import Devkit, read_names
@@ -76,11 +75,7 @@ def subject(folder: Path) -> dict[str, Any]:
     path = folder / "result.json"
     if not path.is_file():
         return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except ValueError as error:
-        raise ValueError(f"{path} must be a result file: {error}") from error
+    return read_json(path, dict)
 
 
 def write(
