@@ -105,9 +105,7 @@ def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
         for part in parts:
             for kind, tally in part.items():
                 total[kind].add(tally)
-        scores = {
-            kind: summarise(tally, boxes, seen, s.resamples) for kind, tally in total.items()
-        }
+        scores = {kind: summarise(tally, boxes, seen, s.resamples) for kind, tally in total.items()}
     return result(
         "evaluation",
         plain(s),
@@ -239,9 +237,7 @@ def _pooled(precision: Precision, chosen: Sequence[int]) -> dict[str, float | No
     }
 
 
-def _of_boxes(
-    rows: np.ndarray, numbers: np.ndarray, weights: np.ndarray | None
-) -> dict[str, Any]:
+def _of_boxes(rows: np.ndarray, numbers: np.ndarray, weights: np.ndarray | None) -> dict[str, Any]:
     """Mean IoU over boxes, by size, and what S is worth."""
     column = {name: rows[:, i] for i, name in enumerate(FACTS)}
     area, iou = column["area"], column["iou"]

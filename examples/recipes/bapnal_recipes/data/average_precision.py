@@ -122,9 +122,7 @@ class Precision:
         kind: What the IoU is of.
     """
 
-    def __init__(
-        self, matches: Matches, categories: Sequence[int], kind: IouType = "segm"
-    ) -> None:
+    def __init__(self, matches: Matches, categories: Sequence[int], kind: IouType = "segm") -> None:
         self.images = len(matches.images)
         self.categories = list(categories)
         self.kind = kind

@@ -93,7 +93,9 @@ class CocoBoxes:
 
     def __post_init__(self) -> None:
         """Index the images by name."""
-        places = {Path(str(file)).with_suffix("").as_posix(): i for i, file in enumerate(self.files)}
+        places = {
+            Path(str(file)).with_suffix("").as_posix(): i for i, file in enumerate(self.files)
+        }
         object.__setattr__(self, "_places", places)
 
     @property

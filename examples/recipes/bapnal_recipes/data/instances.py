@@ -32,9 +32,7 @@ def instance_path(folder: Path, name: str) -> Path:
     return folder / FOLDER / f"{name}.json"
 
 
-def write_instances(
-    folder: Path, boxes: CocoBoxes, name: str, masks: Mapping[str, Tensor]
-) -> None:
+def write_instances(folder: Path, boxes: CocoBoxes, name: str, masks: Mapping[str, Tensor]) -> None:
     """Write the masks of an image, whole or not at all.
 
     Args:
