@@ -61,7 +61,7 @@ from bapnal_recipes.models.generator import (
     make_generator,
 )
 
-Method = Literal["network", "ridge", "agnostic", "instances", "box", "grabcut"]
+Method = Literal["network", "ridge", "agnostic", "instances", "box", "grabcut", "truth"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Settings:
             on the features of a backbone that was never trained on boxes. "agnostic": without class
             weights, on such features or those of a classifier. "instances": the library's
             generator, which looks into every box by itself, on such features. "box": filled boxes.
-            "grabcut": GrabCut in each box.
+            "grabcut": GrabCut in each box. "truth": the ground-truth masks, for comparison.
         classifier: File classifier.pt of train_classifier.py, of this data set or of voc2012.
         fit_split: Whose boxes "ridge" is fitted to.
         leave_out: Names of classes to label as if the classifier had never seen them.

@@ -10,7 +10,8 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from bapnal import InstanceLabelGenerator, PseudoLabels, box_cells
-from bapnal_recipes.data.coco import known_names
+from bapnal_recipes.data.average_precision import read_truth
+from bapnal_recipes.data.coco import annotation_path, known_names, read_prepared
 from bapnal_recipes.data.dataset import Sample
 from bapnal_recipes.engine.labelling import Clock
 from bapnal_recipes.models.classifier import Classifier, load_classifier, untrained_features
@@ -38,6 +39,8 @@ def make_labeller(settings: Settings, fabric: Fabric, classes: tuple[str, ...]) 
     """Return what turns one image into masks ``(K, H, W)``, by kind."""
     if settings.method == "box":
         return filled_boxes
+    if settings.method == "truth":
+        return _Truth(settings)
     if settings.method == "grabcut":
         return _GrabCut(settings)
     if settings.method == "instances":
@@ -94,6 +97,28 @@ def filled_boxes(sample: Sample, clock: Clock) -> Masks:
     found = box_cells(sample.boxes, size, size)
     clock("labels")
     return {"masks": found}
+
+
+class _Truth:
+    """The ground-truth masks, in the form of labels."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.boxes = read_prepared(settings.root, settings.prepared, settings.split)
+        self.truth = read_truth(annotation_path(settings.root, settings.split))
+
+    def __call__(self, sample: Sample, clock: Clock) -> Masks:
+        size = (sample.image.shape[1], sample.image.shape[2])
+        found = torch.zeros(len(sample.boxes), *size, dtype=torch.bool)
+        for i, number in enumerate(self.boxes.ids_of(sample.name)):
+            mask = self.truth.annToMask(self.truth.anns[number])
+            if mask.shape != size:
+                raise ValueError(
+                    f"the mask of annotation {number} must have the size of its image, {size}, got "
+                    f"{mask.shape}"
+                )
+            found[i] = torch.from_numpy(mask.astype(bool))
+        clock("labels")
+        return {"masks": found}
 
 
 class _GrabCut:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bapnal.label.files import read_json, require_same_run, write_json
-from bapnal_recipes.data.dataset import Batch
 from bapnal_recipes.engine.batches import length
 from bapnal_recipes.engine.logs import Logging
 from bapnal_recipes.engine.machines import Machines, Together, launch
@@ -39,10 +38,6 @@ class HasOut(Protocol):
 
 class StageSettings(HasOut, Protocol):
     """Settings that every training has."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes 1..L."""
 
     @property
     def batch_size(self) -> int:
@@ -154,11 +149,15 @@ class Stage(ABC, Generic[S, Data, Network]):
         return {}
 
     @abstractmethod
+    def classes(self, data: Data) -> tuple[str, ...]:
+        """Return the names of the classes 1..L."""
+
+    @abstractmethod
     def read_data(self) -> Data:
         """Look for all that is missing or does not fit; return what to train on."""
 
     @abstractmethod
-    def build_network(self) -> Network:
+    def build_network(self, data: Data) -> Network:
         """Return the network; random numbers are seeded, and it may fetch weights."""
 
     @abstractmethod
@@ -177,10 +176,10 @@ class Stage(ABC, Generic[S, Data, Network]):
         """Prepare what the losses need, in every process."""
 
     @abstractmethod
-    def loss(self, network: nn.Module, batch: Batch, step: int) -> Tensor:
+    def loss(self, network: nn.Module, batch: Any, step: int) -> Tensor:
         """Return the loss of a batch over all ranks."""
 
-    def draw(self, network: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+    def draw(self, network: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
         """Return images ``(3, H, W)`` to log."""
         return {}
 
@@ -217,7 +216,7 @@ class Stage(ABC, Generic[S, Data, Network]):
         data = self.read_data()
         torch.manual_seed(settings.seed)
         # Before other processes start, which then find the weights that this may have to fetch.
-        network = self.build_network()
+        network = self.build_network(data)
         fabric = launch(settings.machines)
         together = Together(fabric)
         folder.claim(together)
@@ -226,7 +225,7 @@ class Stage(ABC, Generic[S, Data, Network]):
         meter.seconds += trained.earlier
         content = {
             "settings": plain(settings),
-            "classes": list(settings.classes),
+            "classes": list(self.classes(data)),
             **self.state(network),
             "loss": trained.loss,
         }
