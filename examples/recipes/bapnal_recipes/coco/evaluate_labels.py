@@ -12,6 +12,7 @@ import numpy as np
 from bapnal_recipes.coco.labellers import KINDS, kinds_of
 from bapnal_recipes.data.average_precision import (
     SCORES,
+    IouType,
     Matches,
     Precision,
     draws,
@@ -19,6 +20,7 @@ from bapnal_recipes.data.average_precision import (
     match,
     read_truth,
 )
+from bapnal_recipes.data.box_iou import FACTS, box_facts, of_boxes
 from bapnal_recipes.data.coco import CocoBoxes, annotation_path, default_root, read_prepared
 from bapnal_recipes.data.instances import instance_path, read_instances, run_lengths
 from bapnal_recipes.engine.commands import at_least
@@ -27,8 +29,6 @@ from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, l
 from bapnal_recipes.engine.runs import Meter, inputs, plain, read_result, result
 
 CHUNK = 500  # images whose masks are in memory at the same time
-SMALL, LARGE = 32.0**2, 96.0**2  # areas of objects in COCO
-FACTS = ("image", "label", "area", "iou", "empty", "box", "sure", "right", "sure_right")
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _add(
     for name in names:
         for kind, entry, result_entry in _results(found, folder, boxes, name):
             results[kind].append(result_entry)
-            found[kind].rows.append(_facts(entry, kind, result_entry, truth))
+            found[kind].rows.append(box_facts(entry, result_entry, truth))
     images = [int(boxes.numbers[boxes.place(name)]) for name in names]
     for kind, tally in found.items():
         tally.matches.add(match(truth, results[kind], images))
@@ -167,113 +167,60 @@ def _results(
             )
 
 
-def _facts(
-    entry: dict[str, Any], kind: str, found: dict[str, Any], truth: Any
-) -> tuple[float, ...]:
-    """What is kept of a box."""
-    from pycocotools import mask
-
-    annotation = truth.anns[entry["id"]]
-    own, true = found["segmentation"], truth.annToRLE(annotation)
-    both, either = (float(mask.area(mask.merge([own, true], i))) for i in (True, False))
-    _, _, width, height = annotation["bbox"]
-    box = width * height
-    sure = sure_right = 0.0
-    if "reliable" in entry:
-        region = run_lengths(entry["reliable"], tuple(own["size"]))
-        union = mask.merge([own, true], False)
-        sure = float(mask.area(region))
-        inside = mask.merge([region, union], True)
-        agreed = mask.merge([region, own, true], True)
-        sure_right = sure - float(mask.area(inside)) + float(mask.area(agreed))
-    return (
-        *(float(found["image_id"]), float(entry["label"]), float(annotation["area"])),
-        *(both / max(either, 1.0), float(mask.area(own) == 0), box),
-        *(sure, box - either + both, sure_right),
-    )
-
-
 def summarise(
     tally: Tally, boxes: CocoBoxes, seen: Sequence[str], resamples: int
 ) -> dict[str, Any]:
     """Turn what was found of one kind of masks into scores, over all classes and parts of them."""
-    order = np.argsort(boxes.categories)
-    precision = Precision(tally.matches, boxes.categories[order].tolist())
-    weights = draws(precision.images, resamples) if resamples else None
     rows = np.array(tally.rows).reshape(-1, len(FACTS))
     numbers = np.sort(np.array(tally.matches.images))
+    weights = draws(len(numbers), resamples) if resamples else None
     label_of = {name: i for i, name in enumerate(boxes.classes, start=1)}
+    every = list(label_of.values())
     known = [label_of[name] for name in seen]
-    groups: dict[str, list[int]] = {"all": list(range(1, len(boxes.classes) + 1))}
-    if known and len(known) < len(boxes.classes):
-        groups |= {"seen": known, "unseen": [x for x in groups["all"] if x not in known]}
-    place = {int(label) + 1: i for i, label in enumerate(order)}
+    groups: dict[str, list[int]] = {"all": every}
+    if known and len(known) < len(every):
+        groups |= {"seen": known, "unseen": [x for x in every if x not in known]}
     found = {}
     for name, labels in groups.items():
-        chosen = [place[label] for label in labels]
         own = rows[np.isin(rows[:, 1], labels)]
-        found[name] = {
-            "boxes": len(own),
-            **precision.scores(chosen),
-            **_pooled(precision, chosen),
-            **_of_boxes(own, numbers, weights),
-        }
-        if weights is not None:
-            again = precision.resampled(weights, chosen)
-            found[name]["intervals"] = {
-                **{x: interval(again[x]) for x in SCORES},
-                **found[name].pop("iou_intervals"),
-            }
+        of_masks = scores_of(tally.matches, boxes, resamples, labels=labels)
+        each = of_boxes(own, numbers, weights)
+        of_masks.setdefault("intervals", {}).update(each.pop("iou_intervals", {}))
+        found[name] = {"boxes": len(own), **of_masks, **each}
     return found
 
 
-def _pooled(precision: Precision, chosen: Sequence[int]) -> dict[str, float | None]:
-    """AP with all classes as one: many have a handful of objects in a small data set."""
-    once = np.ones((1, precision.images))
-    found = precision.resampled(once, chosen, pooled=True)
-    return {
-        f"pooled_{x}": None if np.isnan(found[x][0]) else round(float(found[x][0]), 3)
-        for x in SCORES
+def scores_of(
+    matches: Matches,
+    boxes: CocoBoxes,
+    resamples: int,
+    kind: IouType = "segm",
+    labels: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Return AP by pycocotools, AP with all classes as one, and intervals over images.
+
+    Args:
+        matches: Of all images.
+        boxes: The data set.
+        resamples: How often images are drawn again.
+        kind: What the IoU is of.
+        labels: Which classes count, 1..L; all by default.
+    """
+    order = np.argsort(boxes.categories)  # pycocotools has the categories by their ids
+    place = {int(label) + 1: i for i, label in enumerate(order)}
+    chosen = None if labels is None else [place[label] for label in labels]
+    precision = Precision(matches, boxes.categories[order].tolist(), kind)
+    # Many classes have a handful of objects in a small data set, which makes their mean noisy.
+    once = precision.resampled(np.ones((1, precision.images)), chosen, pooled=True)
+    pooled = {x: None if np.isnan(once[x][0]) else round(float(once[x][0]), 3) for x in SCORES}
+    found: dict[str, Any] = {
+        **precision.scores(chosen),
+        **{f"pooled_{name}": value for name, value in pooled.items()},
     }
-
-
-def _of_boxes(rows: np.ndarray, numbers: np.ndarray, weights: np.ndarray | None) -> dict[str, Any]:
-    """Mean IoU over boxes, by size, and what S is worth."""
-    column = {name: rows[:, i] for i, name in enumerate(FACTS)}
-    area, iou = column["area"], column["iou"]
-    sizes = {
-        "iou": np.ones(len(rows), dtype=bool),
-        "iou_s": area < SMALL,
-        "iou_m": (area >= SMALL) & (area < LARGE),
-        "iou_l": area >= LARGE,
-    }
-    found: dict[str, Any] = {name: _mean(iou[own]) for name, own in sizes.items()}
-    found |= {f"boxes_{name[-1]}": int(sizes[name].sum()) for name in ("iou_s", "iou_m", "iou_l")}
-    found["empty"] = int(column["empty"].sum())
-    if column["sure"].any():
-        total = {name: float(column[name].sum()) for name in ("box", "sure", "right", "sure_right")}
-        found["reliable"] = {
-            "share": round(100 * total["sure"] / total["box"], 3),
-            "accuracy": round(100 * total["right"] / total["box"], 3),
-            "accuracy_inside": round(100 * total["sure_right"] / total["sure"], 3),
-        }
-    if weights is not None:
-        where = np.searchsorted(numbers, column["image"])
-        found["iou_intervals"] = {
-            name: interval(_means(iou[own], where[own], weights)) for name, own in sizes.items()
-        }
+    if resamples:
+        weights = draws(precision.images, resamples)
+        again = precision.resampled(weights, chosen)
+        found["intervals"] = {name: interval(again[name]) for name in SCORES}
+        again = precision.resampled(weights, chosen, pooled=True)
+        found["intervals"] |= {f"pooled_{name}": interval(again[name]) for name in SCORES}
     return found
-
-
-def _means(values: np.ndarray, where: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The mean over boxes for each draw of images."""
-    total = np.bincount(where, values, minlength=weights.shape[1])
-    count = np.bincount(where, minlength=weights.shape[1])
-    drawn = weights @ count
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found: np.ndarray = np.where(drawn > 0, weights @ total / drawn, np.nan)
-    return found
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return round(float(values.mean()), 4) if len(values) else None

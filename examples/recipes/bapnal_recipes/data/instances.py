@@ -2,7 +2,8 @@
 
     FOLDER/instances/NAME.json
 
-    {"image": 139, "height": 426, "width": 640, "boxes": [{"id": 1, "label": 62, "crf": "...", ...}]}
+    {"image": 139, "height": 426, "width": 640,
+     "boxes": [{"id": 1, "label": 62, "crf": "...", "ret": "...", "reliable": "..."}, ...]}
 
 Masks are COCO's run lengths. One file per image lets any number of processes write them, and a
 training read them in any order without holding all of them.

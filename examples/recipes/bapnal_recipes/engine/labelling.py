@@ -82,10 +82,7 @@ def _label_all(
     workers: int,
 ) -> Iterator[Done]:
     for sample in each_image(fabric, dataset, todo, "labelling", workers):
-        if isinstance(sample, Unreadable):
-            done = Done(*sample, {})
-        else:
-            done = _label(sample, label, write)
+        done = Done(*sample, {}) if isinstance(sample, Unreadable) else _label(sample, label, write)
         if done.error:
             report_skipped(done.name, done.error)
         yield done
