@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from bapnal import InstanceLabelGenerator, PseudoLabels, box_cells
+from bapnal.label.export import decode
 from bapnal_recipes.data.average_precision import read_truth
 from bapnal_recipes.data.coco import annotation_path, known_names, read_prepared
 from bapnal_recipes.data.dataset import Sample
@@ -110,13 +111,15 @@ class _Truth:
         size = (sample.image.shape[1], sample.image.shape[2])
         found = torch.zeros(len(sample.boxes), *size, dtype=torch.bool)
         for i, number in enumerate(self.boxes.ids_of(sample.name)):
-            mask = self.truth.annToMask(self.truth.anns[number])
-            if mask.shape != size:
+            own = self.truth.annToRLE(self.truth.anns[number])
+            if tuple(own["size"]) != size:
                 raise ValueError(
                     f"the mask of annotation {number} must have the size of its image, {size}, got "
-                    f"{mask.shape}"
+                    f"{tuple(own['size'])}"
                 )
-            found[i] = torch.from_numpy(mask.astype(bool))
+            counts = own["counts"]
+            text = counts.decode() if isinstance(counts, bytes) else counts
+            found[i] = torch.from_numpy(decode(text, size))
         clock("labels")
         return {"masks": found}
 
