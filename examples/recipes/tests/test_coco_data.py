@@ -3,11 +3,11 @@
 import json
 import re
 
+import coco_files
 import numpy as np
 import pytest
 import torch
 
-import coco_files
 from bapnal.label.export import decode
 from bapnal_recipes.coco import prepare
 from bapnal_recipes.data.average_precision import read_truth
@@ -229,7 +229,7 @@ def test_broken_json_is_one_line(root):
     with pytest.raises(ValueError, match="must be a COCO annotation file"):
         read_truth(path)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="instances_train2017.json"):
+    with pytest.raises(FileNotFoundError, match=r"instances_train2017\.json"):
         read_split(root, "train")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_truth(path)

@@ -3,12 +3,12 @@
 import contextlib
 import io
 
+import coco_files
 import numpy as np
 import pytest
 from pycocotools import mask as run_lengths
 from pycocotools.cocoeval import COCOeval
 
-import coco_files
 from bapnal.label.export import decode
 from bapnal_recipes.data.average_precision import (
     SCORES,

@@ -10,10 +10,10 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from bapnal import InstanceLabelGenerator, PseudoLabels, box_cells
-from bapnal.label.export import decode
 from bapnal_recipes.data.average_precision import read_truth
 from bapnal_recipes.data.coco import annotation_path, known_names, read_prepared
 from bapnal_recipes.data.dataset import Sample
+from bapnal_recipes.data.instances import truth_mask
 from bapnal_recipes.engine.labelling import Clock
 from bapnal_recipes.models.classifier import Classifier, load_classifier, untrained_features
 from bapnal_recipes.models.deeplab import Features
@@ -111,15 +111,7 @@ class _Truth:
         size = (sample.image.shape[1], sample.image.shape[2])
         found = torch.zeros(len(sample.boxes), *size, dtype=torch.bool)
         for i, number in enumerate(self.boxes.ids_of(sample.name)):
-            own = self.truth.annToRLE(self.truth.anns[number])
-            if tuple(own["size"]) != size:
-                raise ValueError(
-                    f"the mask of annotation {number} must have the size of its image, {size}, got "
-                    f"{tuple(own['size'])}"
-                )
-            counts = own["counts"]
-            text = counts.decode() if isinstance(counts, bytes) else counts
-            found[i] = torch.from_numpy(decode(text, size))
+            found[i] = truth_mask(self.truth, number, size)
         clock("labels")
         return {"masks": found}
 

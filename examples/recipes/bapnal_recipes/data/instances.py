@@ -93,6 +93,22 @@ def run_lengths(counts: str, size: tuple[int, int]) -> dict[str, Any]:
     return {"size": list(size), "counts": counts.encode("ascii")}
 
 
+def truth_mask(truth: Any, number: int, size: tuple[int, int]) -> Tensor:
+    """Return the ground-truth mask of an annotation, ``(H, W)`` bool.
+
+    Raises:
+        ValueError: If it is of another size.
+    """
+    own = truth.annToRLE(truth.anns[number])
+    if tuple(own["size"]) != size:
+        raise ValueError(
+            f"the mask of annotation {number} must have the size of its image, {size}, got "
+            f"{tuple(own['size'])}"
+        )
+    counts = own["counts"]
+    return torch.from_numpy(decode(counts if isinstance(counts, str) else counts.decode(), size))
+
+
 def write_coco(path: Path, boxes: CocoBoxes, entries: Iterable[Mapping[str, Any]]) -> None:
     """Write a COCO annotation file entry by entry, whole or not at all, without holding it.
 
