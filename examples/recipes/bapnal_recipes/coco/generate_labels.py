@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from lightning.fabric import Fabric
 
 from bapnal.label import files
@@ -91,7 +92,7 @@ class Settings:
         generator: How unaries are made.
         crf: The fully connected CRF of the label maps.
         annotations: Whether to write COCO annotation files at the end.
-        seed: Of GrabCut.
+        seed: Of GrabCut, and of weights that are random.
         machines: Where it runs; images are shared out among the processes.
     """
 
@@ -173,8 +174,9 @@ def main(settings: Settings) -> dict[str, Any]:
     else:
         empty = sum((c for _, c in parts), Counter())
         found["scores"].update({"empty": dict(empty), **speed(shares)})
-    if fabric.is_global_zero:
-        files.write_json(path, found)
+    with together.alike():
+        if fabric.is_global_zero:
+            files.write_json(path, found)
     return found
 
 
@@ -259,6 +261,7 @@ def _label_share(
             return False
         return True
 
+    torch.manual_seed(settings.seed)
     label = make_labeller(settings, fabric, boxes.classes)
     dataset = BoxDataset(boxes, boxes.names)
     workers = settings.machines.workers

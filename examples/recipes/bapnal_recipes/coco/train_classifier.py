@@ -74,7 +74,7 @@ class CocoClassifierStage(ClassifierStage[Settings]):
         self._classes = boxes.classes
         return BoxDataset(boxes, boxes.names, augmentation(self.settings))
 
-    def classes(self, data: BoxDataset) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:
         """Return the categories."""
         return self._classes
 

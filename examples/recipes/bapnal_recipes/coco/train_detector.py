@@ -160,9 +160,9 @@ class DetectorStage(Stage[Settings, InstanceDataset, MaskRCNN]):
         """Return the folder of the labels."""
         return {"labels": self.settings.labels}
 
-    def classes(self, data: InstanceDataset) -> tuple[str, ...]:
-        """Return the classes of the data set."""
-        return data.boxes.classes
+    def classes(self) -> tuple[str, ...]:
+        """Return the categories."""
+        return self._classes
 
     def read_data(self) -> InstanceDataset:
         """Return the images with masks of their boxes.
@@ -184,11 +184,12 @@ class DetectorStage(Stage[Settings, InstanceDataset, MaskRCNN]):
         boxes = read_prepared(s.root, s.prepared, s.split)
         dataset = InstanceDataset(boxes, s.labels, s.supervision, flip=s.flip)
         dataset.check_files()
+        self._classes = boxes.classes
         return dataset
 
-    def build_network(self, data: InstanceDataset) -> MaskRCNN:
+    def build_network(self) -> MaskRCNN:
         """Return Mask R-CNN."""
-        return build_detector(self.settings.detector, len(data.boxes.classes) + 1)
+        return build_detector(self.settings.detector, len(self._classes) + 1)
 
     def optimizer(self, network: MaskRCNN) -> torch.optim.Optimizer:
         """Return SGD."""

@@ -214,13 +214,13 @@ class ClassifierStage(Stage[S, BoxDataset, BoxClassifier]):
     def read_data(self) -> BoxDataset:
         """Return the images to train on with their boxes."""
 
-    def build_network(self, data: BoxDataset) -> BoxClassifier:
+    def build_network(self) -> BoxClassifier:
         """Return features and a classifier on them."""
         s = self.settings
         features = build_features(
             s.backbone, s.weights, s.stride, s.frozen_stages, fifth_pooling=s.fifth_pooling
         )
-        return BoxClassifier(features, len(self.classes(data)) + 1)
+        return BoxClassifier(features, len(self.classes()) + 1)
 
     def optimizer(self, network: BoxClassifier) -> torch.optim.Optimizer:
         """Return SGD."""

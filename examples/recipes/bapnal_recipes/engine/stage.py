@@ -149,15 +149,15 @@ class Stage(ABC, Generic[S, Data, Network]):
         return {}
 
     @abstractmethod
-    def classes(self, data: Data) -> tuple[str, ...]:
-        """Return the names of the classes 1..L."""
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes 1..L, after :meth:`read_data`."""
 
     @abstractmethod
     def read_data(self) -> Data:
         """Look for all that is missing or does not fit; return what to train on."""
 
     @abstractmethod
-    def build_network(self, data: Data) -> Network:
+    def build_network(self) -> Network:
         """Return the network; random numbers are seeded, and it may fetch weights."""
 
     @abstractmethod
@@ -216,7 +216,7 @@ class Stage(ABC, Generic[S, Data, Network]):
         data = self.read_data()
         torch.manual_seed(settings.seed)
         # Before other processes start, which then find the weights that this may have to fetch.
-        network = self.build_network(data)
+        network = self.build_network()
         fabric = launch(settings.machines)
         together = Together(fabric)
         folder.claim(together)
@@ -225,7 +225,7 @@ class Stage(ABC, Generic[S, Data, Network]):
         meter.seconds += trained.earlier
         content = {
             "settings": plain(settings),
-            "classes": list(self.classes(data)),
+            "classes": list(self.classes()),
             **self.state(network),
             "loss": trained.loss,
         }

@@ -264,7 +264,7 @@ class ClassifierStage(Stage[Settings, BoxDataset, BoxClassifier]):
     kind = "classifier"
     file = "classifier.pt"
 
-    def classes(self, data: BoxDataset) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:
         """Return the names of the classes 1..L."""
         return self.settings.classes
 
@@ -276,7 +276,7 @@ class ClassifierStage(Stage[Settings, BoxDataset, BoxClassifier]):
         augment = Augmentation(s.crop, s.scale, jitter=s.jitter, hue=s.hue)
         return BoxDataset(devkit, names, augment, difficult=s.difficult, margin=s.margin)
 
-    def build_network(self, data: BoxDataset) -> BoxClassifier:
+    def build_network(self) -> BoxClassifier:
         """Return features and a classifier on them."""
         s = self.settings
         features = build_features(

@@ -276,7 +276,7 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
         """Return the folder of label maps."""
         return {"labels": self.settings.labels}
 
-    def classes(self, data: LabelledImages) -> tuple[str, ...]:
+    def classes(self) -> tuple[str, ...]:
         """Return the names of the classes 1..L."""
         return self.settings.classes
 
@@ -284,7 +284,7 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
         """Return the images with their label maps."""
         return training_images(self.settings)
 
-    def build_network(self, data: LabelledImages) -> Segmenter:
+    def build_network(self) -> Segmenter:
         """Return the network."""
         s = self.settings
         network = build_segmenter(
