@@ -56,9 +56,9 @@ class Options:
         sections: Any of speed, processes, memory, fast, growth, generator, exact, large, device;
             none stands for all. ``device`` needs no data.
         device: Where the section of that name runs; the others compare on the CPU.
-        pictures: How many real images, in every section but ``exact``.
-        exact_pictures: How many in ``exact``.
-        generator_pictures: How many in ``generator``.
+        images: How many real images, in every section but ``exact``.
+        exact_images: How many in ``exact``.
+        generator_images: How many in ``generator``.
         threads: Threads of the torch backend in one process.
         out: Folder of the results.
         figure: Only draw ``docs/images/crf_growth.png`` from the results that are there.
@@ -66,9 +66,9 @@ class Options:
 
     root: Path = Path("VOCdevkit/VOC2012")
     sections: tuple[str, ...] = ()
-    pictures: int = 8
-    exact_pictures: int = 50
-    generator_pictures: int = 20
+    images: int = 8
+    exact_images: int = 50
+    generator_images: int = 20
     threads: int = 2
     out: Path = Path(__file__).parent / "results"
     figure: bool = False
@@ -93,7 +93,7 @@ def smooth_maps(seed: int, labels: int, size: tuple[int, int]) -> Tensor:
 
 
 def blurred_mask(root: Path, name: str) -> Tensor:
-    """Probabilities as a network might give them: the true mask at a sixteenth, upsampled."""
+    """Probabilities as a network might give them: the ground truth at a sixteenth, upsampled."""
     with Image.open(root / "SegmentationClassAug" / f"{name}.png") as image:
         mask = torch.from_numpy(np.array(image)).long()
     mask[mask == 255] = 0
@@ -148,7 +148,7 @@ def summary(times: list[float]) -> Row:
 
 def pairs(options: Options, labels: int) -> list[tuple[Tensor, Tensor]]:
     found = []
-    for seed, name in enumerate(names(options.root, options.pictures)):
+    for seed, name in enumerate(names(options.root, options.images)):
         image = load(options.root, name)
         found.append((image, smooth_maps(seed, labels, tuple(image.shape[2:]))))
     return found
@@ -211,11 +211,11 @@ def processes(options: Options, workers: int = 2, rounds: int = 7) -> Iterator[R
             speeds = []
             for number in range(rounds):
                 starts, ends = zip(*spans[number, backend], strict=True)
-                speeds.append(workers * options.pictures / (max(ends) - min(starts)))
-            row[f"{backend}_pictures_per_second"] = round(statistics.median(speeds), 2)
+                speeds.append(workers * options.images / (max(ends) - min(starts)))
+            row[f"{backend}_images_per_second"] = round(statistics.median(speeds), 2)
             row[f"{backend}_all"] = [round(x, 2) for x in speeds]
-        if "pydensecrf_pictures_per_second" in row:
-            ratio = row["torch_pictures_per_second"] / row["pydensecrf_pictures_per_second"]
+        if "pydensecrf_images_per_second" in row:
+            ratio = row["torch_images_per_second"] / row["pydensecrf_images_per_second"]
             row["speedup"] = round(ratio, 2)
         yield row
 
@@ -277,7 +277,7 @@ def fast(options: Options) -> Iterator[Row]:
         "half resolution": DenseCRF(half_resolution=True),
         "half resolution, 5 iterations": DenseCRF(half_resolution=True, iterations=5),
     }
-    files = names(options.root, options.pictures)
+    files = names(options.root, options.images)
     for kind in ("blurred masks", "smooth random maps, 4 labels"):
         times: dict[str, list[float]] = {mode: [] for mode in modes}
         agreements: dict[str, list[float]] = {mode: [] for mode in modes}
@@ -336,13 +336,13 @@ def generator(options: Options) -> Iterator[Row]:
     devkit = Devkit(options.root)
     network = TimmFeatures().eval()
     data, seconds = [], []
-    for name in devkit.names("val")[: options.generator_pictures]:
+    for name in devkit.names("val")[: options.generator_images]:
         image, annotation = devkit.annotated(name)
         begin = time.perf_counter()
         features = network(image[None])
         seconds.append(time.perf_counter() - begin)
         data.append((image[None], features, None, [annotation.boxes], [annotation.labels]))
-    row: Row = {"pictures": len(data), "threads": options.threads}
+    row: Row = {"images": len(data), "threads": options.threads}
     median = statistics.median(seconds)
     yield {"crf": "none: the features alone, EfficientNet-Lite0", **row, **_rate(median)}
     crfs: dict[str, Callable[..., Tensor] | None] = {
@@ -364,7 +364,7 @@ def generator(options: Options) -> Iterator[Row]:
 
 
 def _rate(seconds: float) -> Row:
-    return {"seconds_per_picture": round(seconds, 4), "pictures_per_second": round(1 / seconds, 2)}
+    return {"seconds_per_image": round(seconds, 4), "images_per_second": round(1 / seconds, 2)}
 
 
 def exact(options: Options) -> Iterator[Row]:
@@ -376,7 +376,7 @@ def exact(options: Options) -> Iterator[Row]:
         runs = backends(xy, rgb)
         for labels in LABELS:
             agreements, differences = [], []
-            for seed, name in enumerate(names(options.root, options.exact_pictures)):
+            for seed, name in enumerate(names(options.root, options.exact_images)):
                 image = load(options.root, name)
                 p = smooth_maps(seed, labels, tuple(image.shape[2:]))
                 ours, theirs = runs["torch"](image, p), runs["pydensecrf"](image, p)
@@ -386,7 +386,7 @@ def exact(options: Options) -> Iterator[Row]:
                 "xy": xy,
                 "rgb": rgb,
                 "labels": labels,
-                "pictures": len(agreements),
+                "images": len(agreements),
                 "agreement_least": round(min(agreements), 7),
                 "agreement_mean": round(statistics.mean(agreements), 7),
                 "mean_difference_most": float(f"{max(differences):.2e}"),
@@ -408,7 +408,7 @@ def large(options: Options, count: int = 2) -> Iterator[Row]:
             yield {
                 "size": list(size),
                 "labels": 4,
-                "picture": name,
+                "image": name,
                 "agreement": round(agreement(ours, theirs), 7),
                 "mean_difference": float(f"{float((ours - theirs).abs().mean()):.2e}"),
             }

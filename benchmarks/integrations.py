@@ -77,13 +77,13 @@ def timed(model: nn.Module, loss: Callable[[], Tensor]) -> float:
     return time.perf_counter() - begin
 
 
-def measure(name: str, size: int, pictures: int, repeats: int) -> dict[str, float]:
+def measure(name: str, size: int, batch_size: int, repeats: int) -> dict[str, float]:
     """Measure one network."""
     build, noise_aware, logits_of = NETWORKS[name]
     torch.manual_seed(0)
     model = build()
-    images = torch.randn(pictures, 3, size, size)
-    y_crf = torch.randint(CLASSES, (pictures, size, size))
+    images = torch.randn(batch_size, 3, size, size)
+    y_crf = torch.randint(CLASSES, (batch_size, size, size))
     y_ret = torch.where(torch.rand(y_crf.shape) < 0.9, y_crf, 0)
     losses = {
         "cross_entropy": lambda: plain(logits_of(model, images), y_crf),
@@ -101,7 +101,7 @@ def measure(name: str, size: int, pictures: int, repeats: int) -> dict[str, floa
 
 def main(
     size: int = 256,
-    pictures: int = 2,
+    batch_size: int = 2,
     repeats: int = 5,
     names: tuple[str, ...] = tuple(NETWORKS),
     out: Path = Path(__file__).parent / "results/integrations.json",
@@ -110,7 +110,7 @@ def main(
 
     Args:
         size: Height and width of the images.
-        pictures: In a batch.
+        batch_size: Images per batch.
         repeats: Steps of each kind.
         names: Which networks.
         out: Where results go.
@@ -118,9 +118,9 @@ def main(
     rows = {}
     with Meter() as meter:
         for name in names:
-            rows[name] = measure(name, size, pictures, repeats)
+            rows[name] = measure(name, size, batch_size, repeats)
             rich.print(name, rows[name])
-    settings = {"size": size, "pictures": pictures, "repeats": repeats}
+    settings = {"size": size, "batch_size": batch_size, "repeats": repeats}
     write_json(out, result("integrations", settings, rows, meter))
     return rows
 

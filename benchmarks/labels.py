@@ -15,13 +15,16 @@ features, fitting and the CRF included.
     grabcut, wssl    GrabCut in each box; the CRF on boxes whose middle is foreground
     plain            PseudoLabelGenerator(DenseCRF()), without weights: nothing is fitted
     ridge            the same with the weights of RidgeBoxClassifier, fitted to ``--fit-split``
-    pooled, mlp, mlp_nal  what was tried around the closed form; see label_heads.py
+    refined          the same with the features and weights of FeatureHead, fitted to the labels of
+                     ``ridge`` on ``--fit-split``
+    pooled, refined_nal  what was tried in their place; see label_heads.py
     classifier       the same with a classifier that stage 1 trained (``--classifier``)
     paper, released  that classifier under the presets of these names
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -38,25 +41,33 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import label_heads
-from bapnal import PRESETS, DenseCRF, PseudoLabelGenerator, RidgeBoxClassifier, paint_boxes
+from bapnal import (
+    PRESETS,
+    DenseCRF,
+    FeatureHead,
+    PseudoLabelGenerator,
+    RidgeBoxClassifier,
+    fit_feature_head,
+    paint_boxes,
+)
 from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.data import dataset
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine import series
+from bapnal_recipes.models import baselines
 from bapnal_recipes.models.classifier import load_classifier
-from bapnal_recipes.voc2012 import baselines
 from bapnal_recipes.voc2012.results import data_name
 
 Baseline = Literal["box", "ellipse", "grabcut", "wssl"]
-Tried = Literal["plain", "ridge", "pooled", "mlp", "mlp_nal"]
+Tried = Literal["plain", "ridge", "refined", "pooled", "refined_nal"]
 Method = Literal[Baseline, Tried, "classifier", "paper", "released"]
 BASELINES = ("box", "ellipse", "grabcut", "wssl")
-HEADS = ("mlp", "mlp_nal")
+HEADS = ("refined", "refined_nal")
 FITTED = ("ridge", "pooled", *HEADS)
 TRAINED = ("classifier", "paper", "released")
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
-VOID = 255
+IGNORE_INDEX = 255
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,9 @@ class Settings:
         options: Of PseudoLabelGenerator other than its defaults, as JSON: {"grid_size": 1}.
         score_classes: Over which classes the mean is taken.
         count: How many of the images, evenly spread; 0 for all.
-        seed: Of the classifier's training, as a note, and of the random boxes.
+        cache: A folder that keeps features in half precision from run to run; seconds are not
+            measured then.
+        seed: Of the heads and of the random boxes; of the classifier's training as a note.
         out: The series that rows are added to.
     """
 
@@ -95,6 +108,7 @@ class Settings:
     options: str = "{}"
     score_classes: tuple[int, ...] = (0, 8, 10, 12, 13, 17)
     count: int = 0
+    cache: Path | None = None
     seed: int = 0
     out: Path = RESULTS
 
@@ -160,6 +174,24 @@ def ellipse(box: Tensor, size: tuple[int, int]) -> Tensor:
     return (u**2 + v**2 <= 1) & box_cells(box, size, size)
 
 
+class CachedFeatures(nn.Module):
+    """Features of images, which a folder keeps in half precision."""
+
+    def __init__(self, features: TimmFeatures, folder: Path) -> None:
+        super().__init__()
+        self.features, self.folder, self.channels = features, folder, features.channels
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features of one image ``(1, 3, H, W)``."""
+        digest = hashlib.sha256(images.numpy().tobytes() + str(images.shape).encode()).hexdigest()
+        path = self.folder / f"{digest}.pt"
+        if not path.exists():
+            torch.save(self.features(images).half(), path)
+        kept: Tensor = torch.load(path, weights_only=True)
+        return kept.float()
+
+
 @torch.inference_mode()
 def generated(
     features: nn.Module, weight: Tensor | None, generate: PseudoLabelGenerator, example: Example
@@ -173,21 +205,11 @@ def generated(
 def sampled(settings: Settings, features: nn.Module, boxes: str) -> Iterator[label_heads.Sampled]:
     """Features, image, boxes and labels of the images to fit to."""
     for _, image, corners, labels in examples(settings, settings.fit_split, boxes):
-        yield features(image[None]), image, corners, labels
-
-
-def labelled_by_head(
-    head: label_heads.Head, features: nn.Module, crf: DenseCRF, example: Example
-) -> Tensor:
-    """Y_crf of one image by a small network."""
-    _, image, boxes, labels = example
-    with torch.no_grad():
-        sample = features(image[None]), image, boxes, labels
-    return label_heads.label_by_head(head, crf, sample)
+        yield image, features(image[None]), corners, labels
 
 
 @torch.no_grad()
-def fit(settings: Settings, features: TimmFeatures, boxes: str) -> Tensor:
+def fit(settings: Settings, features: TimmFeatures | CachedFeatures, boxes: str) -> Tensor:
     """Solve for the weights of all boxes of a split."""
     ridge = RidgeBoxClassifier(features.channels, len(Devkit(settings.root).classes) + 1)
     for _, image, corners, labels in examples(settings, settings.fit_split, boxes):
@@ -211,10 +233,13 @@ def method_of(
         generate = PseudoLabelGenerator(crf, **{**PRESETS.get(method, {}), **options})
         return partial(generated, trained.features.eval(), trained.weight, generate), 0.0
     weights = settings.weights or packaged(backbone)
-    features = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
-    features = features.to(memory_format=torch.channels_last)
+    timm = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
+    features: TimmFeatures | CachedFeatures = timm.to(memory_format=torch.channels_last)
+    if settings.cache is not None:
+        features = CachedFeatures(timm, settings.cache / f"{backbone}_{stride}")
     begin = time.perf_counter()
-    weight = head = None
+    weight: Tensor | None = None
+    network: nn.Module = features
     if method == "pooled":
         samples = sampled(settings, features, boxes)
         weight = label_heads.pooled_weights(samples, features.channels, 21)
@@ -222,12 +247,15 @@ def method_of(
         weight = fit(settings, features, boxes)
     if weight is not None and method in HEADS:
         samples = sampled(settings, features, boxes)
-        head = label_heads.fit_head(samples, weight, settings.seed, nal=method == "mlp_nal")
+        head: FeatureHead | label_heads.CosineHead
+        if method == "refined":
+            head = fit_feature_head(samples, weight, seed=settings.seed)
+        else:
+            head = label_heads.fit_nal_head(samples, weight, settings.seed)
+        network, weight = nn.Sequential(features, head), head.weight
     count = len(Devkit(settings.root).names(settings.fit_split))
     seconds = (time.perf_counter() - begin) * 1000 / count
-    if head is not None:
-        return partial(labelled_by_head, head, features, crf), seconds
-    return partial(generated, features, weight, PseudoLabelGenerator(crf, **options)), seconds
+    return partial(generated, network, weight, PseudoLabelGenerator(crf, **options)), seconds
 
 
 def timm_name(backbone: str) -> str:
@@ -248,7 +276,7 @@ def packaged(backbone: str) -> str | None:
 
 def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     """Count of pixels, true class by predicted one; ``(C, C)``."""
-    known = truth != VOID
+    known = truth != IGNORE_INDEX
     pairs = truth[known] * classes + predicted[known]
     return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
@@ -302,7 +330,9 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
         "miou": round(float(miou(total.sum(0), settings.score_classes)), 2),
         "ci_low": round(low, 2),
         "ci_high": round(high, 2),
-        "seconds_per_1000_images": round(seconds + spent * 1000 / len(shown), 1),
+        "seconds_per_1000_images": (
+            None if settings.cache else round(seconds + spent * 1000 / len(shown), 1)
+        ),
         "busy": round(os.getloadavg()[0], 1),
         **series.source(),
     }

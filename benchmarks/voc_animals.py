@@ -64,7 +64,7 @@ class Settings:
         work: Where weights and label maps are kept.
         out: Where results of evaluations go.
         series: Folder of the series that all numbers are added to.
-        parts: Which parts, in their order: classifiers, searches, labels, rivals, facts, unseen,
+        parts: Which parts, in their order: classifiers, searches, labels, baselines, facts, unseen,
             conditions, grids, segmentation, loose, noisy.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.
@@ -76,7 +76,7 @@ class Settings:
     out: Path = Path("runs/voc_animals/evaluations")
     series: Path = Path("benchmarks/results/voc_animals")
     parts: tuple[str, ...] = (
-        *("classifiers", "searches", "labels", "rivals", "facts", "unseen", "conditions"),
+        *("classifiers", "searches", "labels", "baselines", "facts", "unseen", "conditions"),
         *("grids", "segmentation", "loose", "noisy"),
     )
     only: tuple[str, ...] = ()
@@ -177,7 +177,7 @@ def _labels(
     yield f"evaluate_labels_{name}", lambda: evaluate.main(evaluation)
 
 
-def rivals(s: Settings) -> Iterator[Job]:
+def baselines(s: Settings) -> Iterator[Job]:
     """Labels that need no training on boxes."""
     for method in ("box", "grabcut", "wssl", "agnostic"):
         settings = generate_labels.Settings(
@@ -276,16 +276,16 @@ def segmentation(s: Settings) -> Iterator[Job]:
     yield from _trained(s, "crf_0", loss="crf")
     yield from _trained(s, "nal_0", loss="nal")
     yield from _trained(s, "ignore_0", loss="ignore")
-    every = s.work / "every_picture.txt"
-    some = s.work / "every_tenth_picture.txt"
+    every = s.work / "every_image.txt"
+    some = s.work / "every_tenth_image.txt"
     names = (s.root / "ImageSets/Segmentation/train_aug.txt").read_text().split()
     s.work.mkdir(parents=True, exist_ok=True)
     every.write_text("\n".join(names) + "\n")
     some.write_text("\n".join(names[::10]) + "\n")
-    yield from _trained(s, "ceiling_0", loss="crf", true_masks=every)
+    yield from _trained(s, "supervised_0", loss="crf", ground_truth=every)
     for loss in ("ret", "entropy", "bootstrap"):
         yield from _trained(s, f"{loss}_0", loss=loss)
-    yield from _trained(s, "semi_nal_0", loss="nal", true_masks=some)
+    yield from _trained(s, "semi_nal_0", loss="nal", ground_truth=some)
     weights = s.work / "stage1.pt"
     yield "stage1_weights", lambda: stage1_weights(s, weights)
     for name, more in {
@@ -293,7 +293,7 @@ def segmentation(s: Settings) -> Iterator[Job]:
         "nal": {"loss": "nal"},
         "ignore": {"loss": "ignore"},
         "ret": {"loss": "ret"},
-        "ceiling": {"loss": "crf", "true_masks": every},
+        "supervised": {"loss": "crf", "ground_truth": every},
     }.items():
         yield from _trained(s, f"from_stage1_{name}_0", weights=str(weights), **more)
     yield from _trained(s, "nal_dot_0", loss="nal", classifier="dot")
@@ -308,11 +308,11 @@ def segmentation(s: Settings) -> Iterator[Job]:
                 yield from _trained(s, name, loss="nal", gamma=gamma, balance=balance)
     for loss in ("ret", "entropy", "bootstrap", "semi_nal"):
         for seed in range(1, s.seeds):
-            more = {"true_masks": some} if loss == "semi_nal" else {}
+            more = {"ground_truth": some} if loss == "semi_nal" else {}
             short = loss.removeprefix("semi_")
             yield from _trained(s, f"{loss}_{seed}", loss=short, seed=seed, **more)
     for seed in range(1, s.seeds):
-        yield from _trained(s, f"ceiling_{seed}", loss="crf", true_masks=every, seed=seed)
+        yield from _trained(s, f"supervised_{seed}", loss="crf", ground_truth=every, seed=seed)
         yield from _trained(s, f"nal_dot_{seed}", loss="nal", classifier="dot", seed=seed)
         yield from _trained(s, f"crf_dot_{seed}", loss="crf", classifier="dot", seed=seed)
     for seed in range(s.seeds):
@@ -367,7 +367,7 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
         network="tf_efficientnet_lite0",
         stride=16,
         head="linear",
-        frozen=6,
+        frozen_stages=6,
         align_corners=False,
         channels_last=True,
         batch_size=16,
@@ -397,7 +397,7 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
 PARTS = {
     part.__name__: part
     for part in (
-        *(classifiers, searches, labels, rivals, facts, unseen, conditions),
+        *(classifiers, searches, labels, baselines, facts, unseen, conditions),
         *(grids, segmentation, loose, noisy),
     )
 }

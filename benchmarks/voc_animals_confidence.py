@@ -3,7 +3,7 @@
     python benchmarks/voc_animals_confidence.py --root VOCdevkit/VOC2012 --segmenters runs/a runs/b
 
 For each segmentation network of ``train_segmentation.py``, on images that it was trained on and
-whose true masks are known: how many pixels are not reliable (~S), how often Y_crf and Y_ret are
+whose ground truth is known: how many pixels are not reliable (~S), how often Y_crf and Y_ret are
 right there, and whether the confidence sigma tells right labels from wrong ones: the area under the
 ROC curve, 0.5 for a coin. Also how much of the loss's gradient, with respect to the cosines, comes
 from ~S, and how much of that flows through sigma.
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal import confidence_map, noise_aware_loss
-from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.labelled import LabelledImages, label_folder
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine.series import source
@@ -79,7 +79,7 @@ def look(folder: Path, devkit: Devkit, names: list[str]) -> dict[str, float]:
         norms += torch.stack([one.norm(), (whole - one).norm(), (whole - detached).norm()]).double()
         upsampled = F.interpolate(similarity, first.shape, mode="bilinear", align_corners=False)
         sigma = confidence_map(upsampled, first[None], gamma)[0]
-        known = truth != VOID
+        known = truth != IGNORE_INDEX
         agree = known & (first == second)
         differ = known & (first != second)
         pixels += int(known.sum())

@@ -26,7 +26,7 @@ from bapnal import (
     poly_schedule,
 )
 from bapnal_recipes.data.dataset import BoxDataset, collate
-from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map, write_label_map
 from bapnal_recipes.data.metrics import Segmentation, SegmentationScore
 
 LOSSES = ("plain", "ignore", "nal", "truth")
@@ -247,7 +247,7 @@ def score_labels(
             found = paint_boxes(boxes, labels, (image.shape[1], image.shape[2]))
         elif kind == "both":
             crf, ret = (read_label_map(folder / k / f"{name}.png") for k in ("crf", "ret"))
-            found = crf.masked_fill(crf != ret, VOID)
+            found = crf.masked_fill(crf != ret, IGNORE_INDEX)
         else:
             found = read_label_map(folder / kind / f"{name}.png")
         score.update(found, dataset.devkit.mask(name))
@@ -260,8 +260,8 @@ def _count(dataset: BoxDataset) -> int:
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     scores = F.interpolate(logits, size=target.shape[1:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(scores, target, ignore_index=VOID, reduction="sum")
-    return total / (target != VOID).sum().clamp(min=1)
+    total = F.cross_entropy(scores, target, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (target != IGNORE_INDEX).sum().clamp(min=1)
 
 
 def _batches(dataset: BoxDataset, schedule: Schedule) -> Iterable:

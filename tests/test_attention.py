@@ -205,6 +205,37 @@ def test_grid_cells_partition_the_map(seed, map_size, n):
         assert q[0, rows[p // w] * n + columns[p % w], p] > 0
 
 
+@given(seed=seeds, map_size=sizes, n=grids, share=shares, reduction=reductions)
+def test_a_grid_over_what_is_shown_is_that_of_the_image_alone(seed, map_size, n, share, reduction):
+    """Images of different sizes at different places of one map, and one that is not shown."""
+    features, background, generator = drawn(seed, (9, 8), batch=4, share=share)
+    shown = torch.zeros(4, 9, 8, dtype=torch.bool)
+    places = [(0, 0), (9 - map_size[0], 8 - map_size[1]), (1, 2)]
+    windows = [(slice(y, y + map_size[0]), slice(x, x + map_size[1])) for y, x in places]
+    for b, window in enumerate(windows):
+        shown[(b, *window)] = True
+        if torch.rand((), generator=generator) < 0.5:  # a hole moves no border
+            shown[b, places[b][0] + map_size[0] // 2, places[b][1] + map_size[1] // 2] = True
+    background = background * shown[:, None]
+    options = {"grid_size": n, "reduction": reduction}
+    found = background_attention(features, background, shown=shown, **options)
+    for b, window in enumerate(windows):
+        here = (slice(b, b + 1), slice(None), *window)
+        alone = background_attention(features[here], background[here], **options)
+        close(found.map[here], alone.map)
+        close(found.prototypes[b], alone.prototypes[0])
+        assert torch.equal(found.valid[b], alone.valid[0])
+    finite(found.map, found.prototypes)
+    assert not found.valid[3].any()
+    q, valid = grid_prototypes(features, background, n, shown=shown)
+    assert torch.equal(q, found.prototypes)
+    assert torch.equal(valid, found.valid)
+    whole = background_attention(features, background, shown=torch.ones_like(shown), **options)
+    assert torch.equal(whole.map, background_attention(features, background, **options).map)
+    module = BackgroundAttention(n, reduction=reduction)
+    assert torch.equal(module(features, background, shown).map, found.map)
+
+
 @given(seed=seeds, map_size=sizes, n=grids)
 def test_inside_features_do_not_reach_the_prototypes(seed, map_size, n):
     features, background, _ = drawn(seed, map_size)
@@ -439,6 +470,23 @@ def test_errors():
         ):
             with pytest.raises(kind) as caught:
                 function(*arguments)
+            assert str(caught.value) == text
+    for wrong, kind, text in [
+        (m[:, 0], TypeError, "shown must have dtype torch.bool, got torch.float32"),
+        (m.bool(), ValueError, "shown must have shape (2, 4, 5), got (2, 1, 4, 5)"),
+        (
+            m[:, 0].bool().to("meta"),
+            ValueError,
+            "features, shown must be on one device, got features on cpu, shown on meta",
+        ),
+    ]:
+        for function in (
+            BackgroundAttention(),
+            background_attention,
+            lambda f, b, shown: grid_prototypes(f, b, 4, shown=shown),
+        ):
+            with pytest.raises(kind) as caught:
+                function(x, m, shown=wrong)
             assert str(caught.value) == text
     for wrong, kind, text in [
         (0, ValueError, "grid_size must be >= 1, got 0"),

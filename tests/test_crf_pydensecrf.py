@@ -201,8 +201,8 @@ def smooth_probabilities(seed, classes, size):
 @pytest.mark.parametrize(("xy", "rgb"), [(55, 3), (67, 3), (121, 5), (80, 13)])
 @pytest.mark.parametrize("classes", [2, 4, 8, 21])
 def test_photographs(xy, rgb, classes):
-    """On ``BAPNAL_VOC_PICTURES`` real images, 2 unless told otherwise."""
-    count = int(os.environ.get("BAPNAL_VOC_PICTURES", "2"))
+    """On ``BAPNAL_VOC_IMAGES`` real images, 2 unless told otherwise."""
+    count = int(os.environ.get("BAPNAL_VOC_IMAGES", "2"))
     for seed, image in enumerate(photographs(count)):
         p = smooth_probabilities(seed, classes, tuple(image.shape[1:]))
         settings = {"xy": xy, "rgb": rgb}

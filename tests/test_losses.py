@@ -1,4 +1,4 @@
-"""The noise-aware loss (Eq. 10-14) and its two rivals (suppl. 5): the oracle and the laws."""
+"""The noise-aware loss (Eq. 10-14) and its two baselines (suppl. 5): the oracle and the laws."""
 
 import pickle
 from itertools import pairwise

@@ -412,6 +412,37 @@ def test_padding_changes_nothing(scene):
     close(found.attention[:, 0][shown], plain.attention[:, 0][shown])
 
 
+@given(
+    seed=seeds,
+    kwargs=options,
+    sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3),
+)
+def test_a_padded_image_is_the_image_alone_where_the_grid_leaves_out_the_padding(
+    seed, kwargs, sizes
+):
+    generator = seeded(seed)
+    h, w = (max(side) + 2 for side in zip(*sizes, strict=True))
+    features = torch.randn(len(sizes), 3, h, w, generator=generator, dtype=torch.float64)
+    valid = torch.zeros(len(sizes), 4 * h, 4 * w, dtype=torch.bool)
+    boxes = []
+    for b, (rows, columns) in enumerate(sizes):
+        valid[b, : 4 * rows, : 4 * columns] = True
+        # Not up to the border, beyond which an empty box has its one cell in the padding.
+        boxes.append(random_boxes(generator, 2, (4 * rows - 1, 4 * columns - 1), outside=0.0))
+    kwargs = {**kwargs, "grid_padding": False}
+    found = background_aware_pooling(features, boxes, (4 * h, 4 * w), valid=valid, **kwargs)
+    module = BackgroundAwarePooling(**kwargs)
+    for a, b in zip(module(features, boxes, (4 * h, 4 * w), valid), found, strict=True):
+        assert torch.equal(a, b)
+    for b, (rows, columns) in enumerate(sizes):
+        own = features[b : b + 1, :, :rows, :columns]
+        alone = background_aware_pooling(own, boxes[b : b + 1], (4 * rows, 4 * columns), **kwargs)
+        close(found.foreground[2 * b : 2 * b + 2], alone.foreground)
+        close(found.background[b], alone.background[0])
+        assert torch.equal(found.background_valid[b], alone.background_valid[0])
+        close(found.attention[b, :, :rows, :columns], alone.attention[0])
+
+
 def test_one_worked_image():
     """Background (1, 0); the box holds (3, 4) with A = 0.6 and (0, 1) with A = 0."""
     features = torch.tensor([[[[1.0, 3.0, 0.0]], [[0.0, 4.0, 1.0]]]])
@@ -728,6 +759,7 @@ def test_compiles_without_a_graph_break(backend, form, bins):
         {"min_background": 0.9},
         {"attention": False},
         {"min_background": 0.4, "count_padding": True},
+        {"grid_size": 3, "grid_padding": False},
         {"sampling": "roi_align", "roi_size": 5},
         {"sampling": "roi_align", "attention": False, "output_size": 2},
     ],

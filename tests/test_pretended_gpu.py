@@ -23,6 +23,7 @@ from bapnal import (
     CosineClassifier,
     DenseCRF,
     EntropyRegularizationLoss,
+    FeatureHead,
     MaskHead,
     NoiseAwareLoss,
     PairwiseTerm,
@@ -338,6 +339,13 @@ def test_a_closed_form_classifier():
                 check(reads, ridge.solve(), allowed=ALLOWED["ridge"], at_most=1)
 
 
+def test_a_feature_head():
+    """Not its training, which calls the generator with a callable; that waits, see above."""
+    with gpu() as reads:
+        head = on_gpu(FeatureHead, 3, 7)
+        check(reads, head(features().detach()), head.weight)
+
+
 def zoomed(n=2, h=12, w=10):
     inside = torch.ones(n, h, w, dtype=torch.bool, device="cuda")
     z, images = real(n, h, w), real(n, 3, h, w, dtype=torch.uint8)
@@ -363,6 +371,7 @@ def test_zoomed_boxes_and_a_mask_head():
 def test_every_public_name_is_here():
     source = Path(__file__).read_text(encoding="utf-8")
     exempt = {"Attention", "PooledFeatures", "PseudoLabels"}  # results
+    exempt |= {"fit_feature_head"}  # calls the generator with a callable, which waits
     # Not covered: the way from images to zoomed boxes, whose shapes are the values of boxes.
     elsewhere = ("bapnal.instances", "bapnal.instance_refine", "bapnal._zoom")
     missing = [

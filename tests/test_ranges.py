@@ -19,6 +19,7 @@ from bapnal import (
     box_bins,
     box_cells,
     box_classification_loss,
+    box_targets,
     cosine_similarity,
     definite_background,
     dense_crf,
@@ -328,3 +329,23 @@ def test_unaries_of_features_of_any_size_are_finite(dtype, weighted):
             finite(y.background_unary, y.foreground_unary)
             assert set(y.crf.unique().tolist()) <= {0, 1, 3}
             assert set(y.retrieval.unique().tolist()) <= {0, 1, 3}
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("share", ["one", "all"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_features_that_are_not_finite_still_give_labels_of_the_image(wrong, share, weighted):
+    """NaN has no bin of a histogram; on a GPU an index outside of it ends the process."""
+    labels = torch.tensor([3, 1, 3])
+    boxes = [torch.tensor([[0.0, 0.0, 4.0, 8.0], [4.0, 0.0, 8.0, 8.0], [9.0, 0.0, 12.0, 8.0]])]
+    images = torch.zeros(1, 3, 8, 16, dtype=torch.uint8)
+    weight = torch.randn(4, 3, generator=seeded(2)) if weighted else None
+    x = torch.randn(1, 3, 2, 4, generator=seeded(1))
+    x[(..., 0, 0) if share == "one" else ...] = wrong
+    for options in ({}, PRESETS["paper"], PRESETS["released"]):
+        y = pseudo_labels(images, x, weight, boxes, [labels], crf=None, **options)
+        assert set(y.crf.unique().tolist()) <= {0, 1, 3}
+        assert set(y.retrieval.unique().tolist()) <= {0, 1, 3}
+    targets, known = box_targets(x, boxes, [labels], (8, 16), 4)
+    assert targets.shape == (1, 4, 2, 4)
+    assert known.any()

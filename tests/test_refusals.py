@@ -8,14 +8,18 @@ from bapnal import (
     BootstrappingLoss,
     DenseCRF,
     EntropyRegularizationLoss,
+    MaskHead,
     NoiseAwareLoss,
     PairwiseTerm,
+    PermutohedralLattice,
     background_attention,
     background_aware_pooling,
     bootstrapping_loss,
     box_bins,
     box_cells,
     box_classification_loss,
+    box_log_odds,
+    box_mask_loss,
     confidence_map,
     cosine_similarity,
     definite_background,
@@ -25,6 +29,7 @@ from bapnal import (
     noise_aware_loss,
     paint_boxes,
     pseudo_labels,
+    ridge_weights,
 )
 
 X = torch.rand(1, 3, 4, 4)
@@ -53,6 +58,7 @@ def refuses(kind, text, function, *args, **kwargs):
 
 
 SOURCES = {"boxes.py", "pooling.py", "terms.py", "checks.py", "mean_field.py", "lattice.py"}
+SOURCES |= {"instance_refine.py", "_zoom.py"}
 
 
 @pytest.mark.parametrize("dtype", UNSIGNED)
@@ -255,3 +261,48 @@ def test_numbers_of_classes_on_another_device():
     counts = torch.tensor([2], device="meta")
     text = "num_classes must be on cpu or the CPU, got meta"
     refuses(ValueError, text, dense_crf, IMAGE, EVEN, num_classes=counts)
+
+
+def test_points_without_values():
+    """A lattice is made of values, which tensors on the device meta do not have."""
+    points = torch.zeros(4, 2, device="meta")
+    text = "^features must have values, got a tensor on meta$"
+    for groups in (None, torch.zeros(4, dtype=torch.long, device="meta")):
+        refuses(ValueError, text, PermutohedralLattice, points, groups)
+    image, p = (torch.zeros(1, 3, 4, 5, device="meta") for _ in range(2))
+    refuses(ValueError, "^probabilities must have values, got", dense_crf, image.byte(), p)
+    terms = [PairwiseTerm(1.0, 3.0)]
+    refuses(ValueError, "^probabilities must have values, got", dense_crf, image, p, terms=terms)
+
+
+def test_a_mask_head_and_what_it_learns_from():
+    logits, lab = torch.zeros(2, 28, 28), torch.zeros(2, 3, 28, 28)
+    valid = torch.ones(2, 28, 28, dtype=torch.bool)
+    for wrong, kind, text in [
+        ({"logits": logits.long()}, TypeError, "logits must have a floating-point dtype"),
+        ({"lab": lab.bool()}, TypeError, "lab must have a floating-point dtype"),
+        ({"valid": logits}, TypeError, "valid must have dtype torch.bool, got torch.float32"),
+        ({"valid": valid.to("meta")}, ValueError, "logits, lab, valid must be on one device"),
+        ({"pairs": -1.0}, ValueError, "pairs must be >= 0, got -1.0"),
+        ({"pairs": None}, TypeError, "pairs must be a number, got NoneType"),
+    ]:
+        arguments = {"logits": logits, "lab": lab, "valid": valid, **wrong}
+        refuses(kind, text, box_mask_loss, **arguments)
+    for width in (0, -3, 7, 12):
+        refuses(ValueError, f"width must be a multiple of 8, got {width}", MaskHead, 6, width)
+    refuses(TypeError, "width must be an int, got NoneType", MaskHead, 6, None)
+    refuses(ValueError, "networks must be <= 1000, got 1001", MaskHead, 6, 8, 1001)
+    for wrong in (5, [], torch.zeros(2)):
+        name = type(wrong).__name__
+        for function in (box_log_odds, MaskHead(6, 8)):
+            refuses(TypeError, f"zoomed must be ZoomedBoxes, got {name}", function, wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_half_precision_are_solved_in_float32(dtype):
+    gram, moment = torch.eye(3) + 1, torch.ones(3, 2)
+    expected = ridge_weights(gram, moment, 0.5)
+    assert torch.equal(ridge_weights(gram.to(dtype), moment.to(dtype), 0.5), expected)
+    found = ridge_weights(gram, moment.double(), 0.5)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected.double())

@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+import math
 import pickle
 
 import pytest
@@ -491,6 +492,48 @@ def test_features_of_any_size_give_finite_weights(size):
     dead[:, 1] = 0
     weight = collected(scene.replace(features=dead * size)).solve()
     finite(weight)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e160])
+def test_features_whose_squares_have_no_sum_are_refused_and_leave_the_sums_alone(wrong):
+    scene = fixed()
+    ridge = collected(scene)
+    before = ridge.gram.clone(), ridge.moment.clone()
+    x = scene.features.clone()
+    x[1, 2, 3, 4] = wrong
+    with pytest.raises(ValueError, match=r"^features must be finite, and so must the sums"):
+        update(ridge, scene.replace(features=x))
+    assert torch.equal(ridge.gram, before[0])
+    assert torch.equal(ridge.moment, before[1])
+    ridge.gram[0, 0] = wrong * wrong  # as on a GPU, where nobody looks until the end
+    with pytest.raises(ValueError, match=r"^update must have seen finite features"):
+        ridge.solve()
+
+
+@pytest.mark.parametrize("convert", ["half", "bfloat16", "float", "to", "parent"])
+def test_sums_stay_in_float64_when_a_network_around_them_is_converted(convert):
+    ridge = collected(fixed(), HALVES[0])
+    before = ridge.gram.clone(), ridge.moment.clone()
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2), ridge)
+    if convert == "to":
+        network.to(torch.float16)
+    elif convert == "parent":
+        network.half().float()
+    else:
+        getattr(network, convert)()
+    assert network[0].weight.dtype != torch.float64
+    assert torch.equal(ridge.gram, before[0])
+    assert torch.equal(ridge.moment, before[1])
+    update(ridge, fixed(), HALVES[1])
+    close(ridge.solve(), collected(fixed()).solve(), tolerance=1e-6)
+    assert ridge.to("meta").gram.device.type == "meta"
+    assert ridge.to_empty(device="cpu").gram.dtype == torch.float64
+
+
+def test_what_is_no_sum_of_finite_vectors_is_refused():
+    for gram in (torch.full((3, 3), math.nan), torch.tensor([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])):
+        with pytest.raises(ValueError, match=r"^gram must be a sum of x x\^T of finite vectors"):
+            ridge_weights(gram, torch.ones(3, 2), 1.0)
 
 
 def test_no_vectors_give_no_weights():

@@ -85,13 +85,13 @@ def test_what_is_finished_is_not_run_again(asked, settings):
 
 
 def test_jobs_can_be_named(asked, settings):
-    voc_animals.main(replace(settings, parts=("rivals",), only=("wssl", "box")))
+    voc_animals.main(replace(settings, parts=("baselines",), only=("wssl", "box")))
     assert [one.out.name for one in asked] == [
         *("box", "evaluate_labels_val_box.json"),
         *("wssl", "evaluate_labels_val_wssl.json"),
     ]
-    with pytest.raises(ValueError, match=r"parts must be among classifiers, .*, got rival"):
-        voc_animals.main(replace(settings, parts=("rival",)))
+    with pytest.raises(ValueError, match=r"parts must be among classifiers, .*, got baseline"):
+        voc_animals.main(replace(settings, parts=("baseline",)))
 
 
 def test_what_is_finished_is_told_by_its_result_alone(asked, settings):

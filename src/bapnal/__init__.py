@@ -35,6 +35,7 @@ from bapnal.pooling import (
     box_classification_loss,
 )
 from bapnal.pseudo_labels import PseudoLabelGenerator, PseudoLabels, pseudo_labels
+from bapnal.refine import FeatureHead, fit_feature_head
 from bapnal.ridge import RidgeBoxClassifier, box_targets, ridge_weights
 from bapnal.unaries import PRESETS
 
@@ -57,6 +58,8 @@ __all__ = [
     "RidgeBoxClassifier",
     "box_targets",
     "ridge_weights",
+    "FeatureHead",
+    "fit_feature_head",
     "PseudoLabels",
     "PseudoLabelGenerator",
     "pseudo_labels",

@@ -106,6 +106,13 @@ def boolean(name: str, value: Tensor) -> Tensor:
     return value
 
 
+def with_values(name: str, value: Tensor) -> Tensor:
+    """Check that a tensor has values at all, as those on the device ``meta`` do not."""
+    if value.device.type == "meta" and not isinstance(value, FakeTensor):
+        raise ValueError(f"{name} must have values, got a tensor on meta")
+    return value
+
+
 def same_device(**tensors: Tensor) -> None:
     """Check that all named tensors lie on one device."""
     devices = {name: value.device for name, value in tensors.items()}
@@ -158,6 +165,14 @@ def integer(name: str, value: object, *, minimum: int, maximum: int = LARGEST_IN
     if value > maximum:
         raise ValueError(f"{name} must be <= {maximum}, got {brief(value)}")
     return value
+
+
+def multiple(name: str, value: object, of: int) -> int:
+    """Check a plain integer above 0 that a number divides."""
+    checked = integer(name, value, minimum=-LARGEST_INTEGER)
+    if checked < 1 or checked % of:
+        raise ValueError(f"{name} must be a multiple of {of}, got {checked}")
+    return checked
 
 
 def grid(name: str, value: object) -> int:

@@ -65,11 +65,15 @@ def compare_labels(
 
 
 def check_labels(
-    name: str, labels: Tensor | None, shape: tuple[int | str, ...], classes: int, ignore_index: int
+    name: str,
+    labels: Tensor | None,
+    shape: tuple[int | str, ...],
+    num_classes: int,
+    ignore_index: int,
 ) -> Tensor:
     checked = _checks.integral(name, _checks.shape(name, labels, shape))
     _checks.not_empty(name, checked, 1, 2)
-    _checks.labels_within(name, checked, 0, classes - 1, ignore_index)
+    _checks.labels_within(name, checked, 0, num_classes - 1, ignore_index)
     return checked
 
 

@@ -43,6 +43,12 @@ class ZoomedBoxes(NamedTuple):
     z: Tensor
 
 
+def check_zoomed(zoomed: object) -> None:
+    """Raise ``TypeError`` for anything but :class:`ZoomedBoxes`."""
+    if not isinstance(zoomed, ZoomedBoxes):
+        raise TypeError(f"zoomed must be ZoomedBoxes, got {type(zoomed).__name__}")
+
+
 def influence(extent: Tensor) -> Tensor:
     r"""Tau: how far features lead, from 0 for tiny boxes to 1 for boxes of a quarter of the image.
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from bapnal import _checks
 from bapnal._crops import plan, sample, sample_channels
-from bapnal._zoom import ZoomedBoxes, zoom_boxes
+from bapnal._zoom import ZoomedBoxes, check_zoomed, zoom_boxes
 from bapnal.boxes import pad_boxes
 from bapnal.instances import box_log_odds
 
@@ -27,6 +27,8 @@ POINTS = 28  # along each side
 REACH = 1.3  # of the box that the points cover
 REDUCED = 64  # channels of the features that the network sees
 WIDTH = 64  # channels of a network
+GROUPS = 8  # of channels that are normalised together
+MOST_NETWORKS = 1000
 U_CHANNEL = REDUCED + 3  # changes its sign when an input is mirrored
 ALIKE = 0.3  # colours more similar than this share their label
 NEIGHBOURS = ((0, 2), (2, 0), (2, 2), (2, -2))  # a 3 x 3 window with dilation 2, each pair once
@@ -133,11 +135,14 @@ def box_mask_loss(logits: Tensor, lab: Tensor, valid: Tensor, pairs: float = 1.0
         A scalar.
 
     Raises:
-        ValueError: If a shape does not fit.
+        TypeError: If a dtype does not fit.
+        ValueError: If a shape or ``pairs`` does not fit, or the tensors lie on different devices.
     """
-    _checks.shape("logits", logits, ("n", POINTS, POINTS))
-    _checks.shape("lab", lab, (len(logits), 3, POINTS, POINTS))
-    _checks.shape("valid", valid, (len(logits), POINTS, POINTS))
+    _checks.floating("logits", _checks.shape("logits", logits, ("n", POINTS, POINTS)))
+    _checks.floating("lab", _checks.shape("lab", lab, (len(logits), 3, POINTS, POINTS)))
+    _checks.boolean("valid", _checks.shape("valid", valid, (len(logits), POINTS, POINTS)))
+    _checks.same_device(logits=logits, lab=lab, valid=valid)
+    _checks.number("pairs", pairs, minimum=0)
     line = _line(logits).abs() < 1
     box = line & line[:, None]
     inside = torch.sigmoid(logits) * box
@@ -181,12 +186,16 @@ class MaskHead(nn.Module):
 
     Args:
         channels: D, channels of the features.
-        width: Channels of a network.
+        width: Channels of a network, a multiple of 8.
         networks: How many networks.
 
     Attributes:
         mean: Mean feature, ``(D,)``.
         projection: The first 64 principal components, scaled; ``(D, 64)``.
+
+    Raises:
+        TypeError: If an argument is no integer.
+        ValueError: If an argument is out of range.
     """
 
     mean: Tensor
@@ -195,7 +204,8 @@ class MaskHead(nn.Module):
     def __init__(self, channels: int, width: int = WIDTH, networks: int = 1) -> None:
         super().__init__()
         _checks.integer("channels", channels, minimum=1)
-        _checks.integer("networks", networks, minimum=1)
+        _checks.integer("networks", networks, minimum=1, maximum=MOST_NETWORKS)
+        _checks.multiple("width", width, GROUPS)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("projection", torch.zeros(channels, REDUCED))
         self.networks = nn.ModuleList(_network(width) for _ in range(networks))
@@ -238,6 +248,7 @@ class MaskHead(nn.Module):
 
     def forward(self, zoomed: ZoomedBoxes) -> Tensor:
         """Return log-odds on the pixels of the crops; ``(n, h, w)``."""
+        check_zoomed(zoomed)
         found = self.logits(self.inputs(self.points(zoomed))).to(zoomed.z.dtype)
         x, y = ((along / REACH + 1) / 2 for along in (zoomed.u[:, 0, :], zoomed.v[:, :, 0]))
         own = sample(found, x, y)
@@ -247,7 +258,7 @@ class MaskHead(nn.Module):
 def _network(width: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Conv2d(REDUCED + 9, width, 1), nn.ReLU()]
     for _ in range(3):
-        layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()]
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(GROUPS, width), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(width, 1, 1))
 
 
@@ -291,7 +302,7 @@ def fit_mask_head(
     Raises:
         ValueError: If there are fewer than 16 boxes, or a number is out of range.
     """
-    _checks.integer("networks", networks, minimum=1)
+    _checks.integer("networks", networks, minimum=1, maximum=MOST_NETWORKS)
     _checks.integer("most_boxes", most_boxes, minimum=16)
     _checks.integer("epochs", epochs, minimum=1)
     _checks.number("lr", lr, above=0)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._crops import Crop, coordinates, plan, sample
 from bapnal._math import divide, unit
-from bapnal._zoom import ZoomedBoxes, influence, zoom_boxes
+from bapnal._zoom import ZoomedBoxes, check_zoomed, influence, zoom_boxes
 from bapnal.boxes import Boxes, pad_boxes
 from bapnal.crf import DenseCRF, PairwiseTerm
 from bapnal.pooling import join_labels
@@ -98,7 +98,11 @@ def box_log_odds(zoomed: ZoomedBoxes) -> Tensor:
 
     Returns:
         ``(n, h, w)``.
+
+    Raises:
+        TypeError: If ``zoomed`` is something else.
     """
+    check_zoomed(zoomed)
     tau = influence(zoomed.extent)[:, None, None]
     radius = zoomed.u.square() + zoomed.v.square()
     return (PRIOR - 2 * tau) * (1 - radius) + (1 + tau) * zoomed.z + OFFSET - 0.4 * tau

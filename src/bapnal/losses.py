@@ -1,4 +1,4 @@
-"""Losses for noisy labels: noise-aware (Eq. 10-14), and its two rivals (supplement, Sec. 5).
+"""Losses for noisy labels: noise-aware (Eq. 10-14), and its two baselines (supplement, Sec. 5).
 
 All take the two label maps of a pseudo label generator. Pixels on which the maps agree are reliable
 (S) and enter the cross-entropy of Eq. 10; the losses differ in what they do with the rest (~S).

@@ -1,6 +1,6 @@
 """The mask loss of torchvision's Mask R-CNN on reliable pixels alone (Sec. 4.3, MS-COCO).
 
-Mask R-CNN has a binary loss for each object, and so no correlation map between classes (Eq. 11): the
+Mask R-CNN has a binary loss for each object, so no correlation map between classes (Eq. 11): the
 paper computes its mask loss on the regions S alone, where both pseudo labels agree.
 
 Needs torchvision (the extra ``align``), and is imported by ``import bapnal.mask_rcnn``.

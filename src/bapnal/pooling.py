@@ -61,6 +61,7 @@ def background_aware_pooling(
     sampling: str = "cells",
     roi_size: int = 7,
     count_padding: bool = False,
+    grid_padding: bool = True,
     valid: Tensor | None = None,
 ) -> PooledFeatures:
     r"""Pool what is likely object inside each box (Eq. 4).
@@ -88,6 +89,9 @@ def background_aware_pooling(
             2 points.
         count_padding: Take the mean of M over the padding too, where M is 0, as the authors'
             released code does; then ``min_background`` depends on the size of the batch.
+        grid_padding: Lay the grid over the padding too: a partition of the whole map. False lays it
+            over the smallest rectangle around the cells that show the image, and then an image
+            gives the same alone and padded, as far as its features do.
         valid: ``(B, H, W)`` bool, which pixels show the image; padding is neither box nor
             background.
 
@@ -111,6 +115,7 @@ def background_aware_pooling(
     check_options(grid_size, output_size, min_background, sampling, roi_size)
     _checks.flag("attention", attention)
     _checks.flag("count_padding", count_padding)
+    _checks.flag("grid_padding", grid_padding)
     size = _checks.size("image_size", image_size)
     check_valid(valid, features.shape[0], size, features)
     padded = pad_boxes(boxes, features.shape[0], device=features.device)
@@ -119,12 +124,16 @@ def background_aware_pooling(
         x, zero = widen(features), shortest(features.dtype)
         cells = box_masks(padded, size, (x.shape[2], x.shape[3]), valid)
         background = outside_of(cells, valid)
+        shown = None
+        if valid is not None and not grid_padding:
+            shown = valid_cells(valid, (x.shape[2], x.shape[3]))
         if attention:
-            found = attention_at_full_precision(x, background, grid_size, zero)
+            found = attention_at_full_precision(x, background, grid_size, zero, shown=shown)
             gap = _too_little(background, min_background, None if count_padding else valid)
             a = torch.where(gap[:, None, None, None] & ~background, 0.0, found.map)
         else:
-            found = Attention(background.to(x.dtype), *grid_prototypes(x, background, grid_size))
+            prototypes, known = grid_prototypes(x, background, grid_size, shown=shown)
+            found = Attention(background.to(x.dtype), prototypes, known)
             gap = torch.ones_like(background[:, 0, 0, 0])
             a = found.map
         if sampling == "roi_align":
@@ -218,6 +227,7 @@ class BackgroundAwarePooling(nn.Module):
         sampling: ``"cells"`` or ``"roi_align"``.
         roi_size: Samples along each side of a box with ``sampling="roi_align"``.
         count_padding: Take the mean of M over the padding too.
+        grid_padding: Lay the grid over the padding too.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -241,6 +251,7 @@ class BackgroundAwarePooling(nn.Module):
         sampling: str = "cells",
         roi_size: int = 7,
         count_padding: bool = False,
+        grid_padding: bool = True,
     ) -> None:
         super().__init__()
         check_options(grid_size, output_size, min_background, sampling, roi_size)
@@ -251,6 +262,7 @@ class BackgroundAwarePooling(nn.Module):
         self.sampling = sampling
         self.roi_size = roi_size
         self.count_padding = _checks.flag("count_padding", count_padding)
+        self.grid_padding = _checks.flag("grid_padding", grid_padding)
 
     def forward(
         self,
@@ -271,6 +283,7 @@ class BackgroundAwarePooling(nn.Module):
             sampling=self.sampling,
             roi_size=self.roi_size,
             count_padding=self.count_padding,
+            grid_padding=self.grid_padding,
             valid=valid,
         )
 
@@ -280,7 +293,7 @@ class BackgroundAwarePooling(nn.Module):
             f"grid_size={self.grid_size}, output_size={self.output_size}, "
             f"min_background={self.min_background}, attention={self.attention}, "
             f"sampling={self.sampling!r}, roi_size={self.roi_size}, "
-            f"count_padding={self.count_padding}"
+            f"count_padding={self.count_padding}, grid_padding={self.grid_padding}"
         )
 
 

@@ -7,7 +7,7 @@ the place of those that stage 1 trains (Sec. 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, distributed, nn
@@ -144,12 +144,12 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
         penalty: :math:`\lambda`.
 
     Returns:
-        ``(C, D + 1)``, the bias last.
+        ``(C, D + 1)``, the bias last; float32 for half precision sums.
 
     Raises:
         TypeError: If a sum is not floating, or ``penalty`` not a number.
-        ValueError: If a shape does not fit, ``penalty`` is not above 0, or the sums lie on
-            different devices.
+        ValueError: If a shape does not fit, ``penalty`` is not above 0, the sums lie on different
+            devices, or ``gram`` is not finite (on the CPU) or no such sum.
 
     Example:
         >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
@@ -162,6 +162,10 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     _checks.floating("moment", _checks.shape("moment", moment, (gram.shape[0], "C")))
     _checks.same_device(gram=gram, moment=moment)
     _checks.number("penalty", penalty, above=0)
+    if _checks.readable(gram) and not bool(torch.isfinite(gram).all()):
+        raise ValueError("gram must be a sum of x x^T of finite vectors, got NaN or infinity")
+    kind = torch.promote_types(torch.promote_types(gram.dtype, moment.dtype), torch.float32)
+    gram, moment = gram.to(kind), moment.to(kind)
     g, r = divide(gram, gram[-1, -1]), divide(moment, gram[-1, -1])
     f, y = g[-1, :-1], r[-1]
     # Centred, which is the same but for rounding: the bias has no part in the equations.
@@ -170,7 +174,12 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     rounding = 2**14 * torch.finfo(g.dtype).eps * g.diagonal()[:-1].mean()
     ridge = penalty * torch.maximum(variance, rounding)
     ridge = torch.where(ridge > 0, ridge, 1.0)  # of all zeros; any positive number does
-    slope: Tensor = torch.linalg.solve(covariance + torch.diag(ridge.expand_as(f)), cross)
+    try:
+        slope: Tensor = torch.linalg.solve(covariance + torch.diag(ridge.expand_as(f)), cross)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(
+            "gram must be a sum of x x^T of finite vectors, got a matrix that is none"
+        ) from error
     return torch.cat([slope, (y - f @ slope)[None]]).mT
 
 
@@ -179,7 +188,7 @@ class RidgeBoxClassifier(nn.Module):
 
     Holds sums over cells in float64, ``(D + 1)**2 + (D + 1) (L + 1)`` numbers whatever the number
     of images: they may be collected in any order, on any number of ranks or machines, and added.
-    The sums are the state of the module.
+    The sums are the state of the module, and stay in float64 when a network around it is converted.
 
     Args:
         in_channels: D.
@@ -232,8 +241,8 @@ class RidgeBoxClassifier(nn.Module):
 
         Raises:
             TypeError: If a dtype or a type does not fit.
-            ValueError: If a shape, a box or a size does not fit, or a label is out of range (on
-                the CPU).
+            ValueError: If a shape, a box or a size does not fit, or, on the CPU, a label is out of
+                range or the sums would not be finite. The sums are then as they were.
         """
         _checks.shape("features", features, ("B", self.in_channels, "h", "w"))
         _checks.same_device(features=features, gram=self.gram)
@@ -249,9 +258,15 @@ class RidgeBoxClassifier(nn.Module):
         with full_precision(features):
             x = features.to(self.gram.dtype).movedim(1, -1)
             x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-            x = (x * known[..., None]).flatten(0, 2)
-            self.gram += x.mT @ x
-            self.moment += x.mT @ y.to(x.dtype).movedim(1, -1).flatten(0, 2)
+            x = x.masked_fill(~known[..., None], 0).flatten(0, 2)
+            y = y.masked_fill(~known[:, None], 0).to(x.dtype).movedim(1, -1).flatten(0, 2)
+            gram, moment = x.mT @ x, x.mT @ y
+            if _checks.readable(gram) and not bool(torch.isfinite(gram).all()):
+                raise ValueError(
+                    "features must be finite, and so must the sums of their products in float64"
+                )
+            self.gram += gram
+            self.moment += moment
 
     def add(self, other: RidgeBoxClassifier) -> None:
         """Add the sums that another classifier collected.
@@ -277,14 +292,29 @@ class RidgeBoxClassifier(nn.Module):
         which counts as unseen there.
 
         Raises:
-            ValueError: If no box was seen.
+            ValueError: If no box was seen, or features that are not finite.
         """
         seen = self.moment[-1] > 0
-        if not bool(seen[1:].any()):
+        finite = torch.isfinite(self.gram).all() & torch.isfinite(self.moment).all()
+        # One look at both.
+        boxed, known = torch.stack([seen[1:].any(), finite]).tolist()
+        if not known:
+            raise ValueError("update must have seen finite features, got NaN or infinity")
+        if not boxed:
             raise ValueError("update must have seen a box beside background, got none")
         weight = ridge_weights(self.gram, self.moment, self.penalty)
         most = torch.finfo(torch.float32).max
         return (weight * seen[:, None]).clamp(-most, most).float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RidgeBoxClassifier:
+        """Move the sums as asked, but let no ``half()`` of a network around them cost digits."""
+        sums = {"gram": self.gram, "moment": self.moment}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in sums.items():
+            after = getattr(self, name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
 
     def extra_repr(self) -> str:
         """Name the settings in ``repr``."""

@@ -395,7 +395,8 @@ def otsu_threshold(maps: Tensor, inside: Tensor) -> Tensor:
         none is inside.
     """
     batch = maps.shape[0]
-    bins = (maps.clamp(0, 1) * OTSU_BINS).long().clamp(max=OTSU_BINS - 1).flatten(1)
+    # NaN becomes any integer at all.
+    bins = (maps.clamp(0, 1) * OTSU_BINS).long().clamp(0, OTSU_BINS - 1).flatten(1)
     counts = torch.zeros(batch, OTSU_BINS, dtype=torch.long, device=maps.device)
     # Whole numbers, which add up to the same in any order.
     counts = counts.scatter_add(1, bins, inside.flatten(1).long()).double()

@@ -26,6 +26,16 @@ IMAGES = (torch.rand(2, 3, *SIZE, generator=seeded(1)) * 255).byte()
 P = torch.rand(2, 3, *SIZE, generator=seeded(2)).softmax(1)
 WEIGHT = torch.rand(4, 3, generator=seeded(3))
 Y = torch.randint(0, 3, (2, 8, 10), generator=seeded(4))
+COLOURS = torch.nn.AvgPool2d(8)
+ZOOMED = bapnal.ZoomedBoxes(
+    IMAGES,
+    torch.rand(2, 6, 4, 5, generator=seeded(5)),
+    *(torch.linspace(-1.3, 1.3, 20).expand(2, *SIZE) for _ in range(2)),
+    torch.ones(2, *SIZE, dtype=torch.bool),
+    torch.full((2,), 0.3),
+    torch.randn(2, *SIZE, generator=seeded(6)),
+)
+SMALL = {"crf": bapnal.instance_crf(iterations=1), "side": 32, "batch_size": 2, "stretch": 0.1}
 OUT = bapnal.background_aware_pooling(X, BOXES, SIZE)
 FLAT = {"features": X[:, :, 0, 0], "groups": torch.tensor([0, 1])}
 LOSS = {"logits": X, "similarity": X, "y_crf": Y, "y_ret": Y, "balance": 0.1, "ignore_index": 255}
@@ -78,6 +88,19 @@ CALLS = {
     "NoiseAwareLoss": {"gamma": 7.0, "balance": 0.1, "ignore_index": 255},
     "DenseCRF": CRF,
     "PseudoLabelGenerator": {"crf": None, **GENERATOR},
+    "ridge_weights": {"gram": torch.eye(4) + 1, "moment": torch.ones(4, 2), "penalty": 0.1},
+    "instance_labels": {
+        "images": IMAGES, "boxes": BOXES, "labels": LABELS, "backbone": lambda x: COLOURS(x / 255),
+        "head": None, **SMALL,
+    },
+    "InstanceLabelGenerator": {"backbone": COLOURS, "head": None, **SMALL},
+    "instance_crf": {"iterations": 2, "half_resolution": True},
+    "box_log_odds": {"zoomed": ZOOMED},
+    "MaskHead": {"channels": 6, "width": 8, "networks": 1},
+    "box_mask_loss": {
+        "logits": torch.zeros(2, 28, 28), "lab": torch.zeros(2, 3, 28, 28),
+        "valid": torch.ones(2, 28, 28, dtype=torch.bool), "pairs": 1.0,
+    },
     "RidgeBoxClassifier": {"in_channels": 3, "num_classes": 4, "penalty": 0.1, "grid_size": 4},
     "PermutohedralLattice": FLAT,
 }  # fmt: skip

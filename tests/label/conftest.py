@@ -1,4 +1,4 @@
-"""Four drawn images, annotated in all three formats."""
+"""Four synthetic images, annotated in all three formats."""
 
 import json
 from pathlib import Path

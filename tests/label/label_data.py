@@ -1,4 +1,4 @@
-"""What the tests of the label tool share: where the drawn data set is, and how to change it."""
+"""What the tests of the label tool share: where the synthetic data set is, and how to change it."""
 
 import json
 from pathlib import Path

@@ -54,7 +54,7 @@ class Results:
         found = {kind: self.miou(value) for kind, value in scores.items()}
         if "both" in found:
             found["both"] |= {"coverage": 95.0, "miou_strict": 70.0}
-        found |= {"pictures": self.images[split], "left_out": 0}
+        found |= {"images": self.images[split], "left_out": 0}
         self.evaluation(out / f"{split}.json", "labels", split, found, made)
         return made
 
@@ -66,10 +66,10 @@ class Results:
         settings = replace(
             train_segmentation.PRESETS[preset][1], root=self.root, out=out, **changes
         )
-        scores = {"loss": 1.0, "pictures": counts[0], "true_masks": counts[1]}
+        scores = {"loss": 1.0, "images": counts[0], "ground_truth": counts[1]}
         made = write(out / "result.json", "segmentation", settings, scores, inputs=inputs)
         found = {test: self.miou(value) for test, value in tests.items()}
-        more = {"pictures": self.images["val"], "crf": [4, 121, 5, 3, 3]}
+        more = {"images": self.images["val"], "crf": [4, 121, 5, 3, 3]}
         own = {"scales": [0.5, 1.0], "iterations": 10}
         self.evaluation(out / "val.json", "segmentation", "val", found, made, own, **more)
         return made
@@ -90,7 +90,7 @@ class Results:
             for what, split, scores in (
                 ("cams", "train", {"precision": precision, "recall": {"mean": 50.0}}),
                 ("boxes", "val", {"accuracy": 80.0 + i, "boxes": 9}),
-                ("runtime", "val", {**seconds, "pictures": 20}),
+                ("runtime", "val", {**seconds, "images": 20}),
             ):
                 own = {"background": False, "threshold": 0.5}
                 self.evaluation(self.folder / pool / f"{what}.json", what, split, scores, made, own)

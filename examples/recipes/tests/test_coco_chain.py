@@ -28,7 +28,7 @@ SILENT = Logging(tensorboard=False)
 TINY = DetectorSettings(
     network="test_efficientnet",
     weights="random",
-    frozen=0,
+    frozen_stages=0,
     channels=8,
     head_channels=16,
     anchor=16,
@@ -128,7 +128,7 @@ def test_every_module_writes_its_result(chain):
     assert kinds["classifier"] == "classifier"
     assert kinds["labels bap"] == "coco labels"
     assert kinds["detector both"] == "detector"
-    assert found["labels bap"]["scores"]["pictures"] == 8
+    assert found["labels bap"]["scores"]["images"] == 8
     for name in ("labels bap", "labels box", "labels truth"):
         assert found[name]["scores"]["skipped"] == []
     assert len(list((folder / "labels_bap/instances").glob("*.json"))) == 8

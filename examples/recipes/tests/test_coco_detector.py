@@ -31,7 +31,7 @@ CPU = Machines(accelerator="cpu", workers=0)
 TINY = DetectorSettings(
     network="test_efficientnet",
     weights="random",
-    frozen=0,
+    frozen_stages=0,
     channels=8,
     head_channels=16,
     anchor=16,
@@ -101,8 +101,8 @@ def test_resnet_50_has_the_pyramid_and_anchors_of_torchvision():
 def test_backbones_that_do_not_fit():
     with pytest.raises(ValueError, match="channels must be 256 for resnet50, got 64"):
         build_detector(DetectorSettings(weights="random", channels=64), 3)
-    with pytest.raises(ValueError, match=r"frozen must be 0\.\.5"):
-        build_detector(DetectorSettings(weights="random", frozen=6), 3)
+    with pytest.raises(ValueError, match=r"frozen_stages must be 0\.\.5"):
+        build_detector(DetectorSettings(weights="random", frozen_stages=6), 3)
     with pytest.raises(ValueError, match="timm must have the network by name, got 'nothing'"):
         build_detector(DetectorSettings(network="nothing"), 3)
 

@@ -158,11 +158,11 @@ def test_what_is_missing_or_damaged_is_labelled_again(settings):
     damaged = settings.out / "instances" / names[3]
     damaged.write_text(damaged.read_text()[:30])
     again = main(settings)
-    assert again["scores"]["pictures_timed"] == 2
+    assert again["scores"]["images_timed"] == 2
     assert files_of(settings.out) == before
     third = main(settings)
-    assert third["scores"]["pictures"] == first["scores"]["pictures"] == 6
-    assert third["scores"]["pictures_timed"] == 2  # nothing was left to do
+    assert third["scores"]["images"] == first["scores"]["images"] == 6
+    assert third["scores"]["images_timed"] == 2  # nothing was left to do
     with pytest.raises(ValueError, match="belongs to another run"):
         main(replace(settings, method="box"))
 
@@ -240,8 +240,8 @@ def test_a_killed_run_goes_on(settings, tmp_path):
     assert len(files_of(out)) == 3
     assert not (out / "result.json").exists()
     found = main(replace(settings, out=out))
-    assert found["scores"]["pictures"] == 6
-    assert found["scores"]["pictures_timed"] == 3
+    assert found["scores"]["images"] == 6
+    assert found["scores"]["images_timed"] == 3
     assert len(files_of(out)) == 6
     assert not list(out.rglob("*.part"))
 

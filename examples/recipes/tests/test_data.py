@@ -12,7 +12,7 @@ from PIL import Image
 from bapnal import paint_boxes
 from bapnal_recipes.data.augmentation import Augmentation
 from bapnal_recipes.data.dataset import BoxDataset, Sample, collate, loosen
-from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map, write_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
 
@@ -39,7 +39,7 @@ def root(tmp_path):
     (tmp_path / "ImageSets/Segmentation/val.txt").write_text("a\n")
     mask = np.zeros((10, 20), dtype=np.uint8)
     mask[0, :] = 12
-    mask[1, 0] = VOID
+    mask[1, 0] = IGNORE_INDEX
     Image.fromarray(mask).save(tmp_path / "SegmentationClassAug/a.png")
     return tmp_path
 
@@ -71,7 +71,7 @@ def test_mask_and_splits(root):
     devkit = Devkit(root)
     assert devkit.names("val") == ["a"]
     assert devkit.mask("a")[0].unique().tolist() == [12]
-    assert devkit.mask("a")[1, 0] == VOID
+    assert devkit.mask("a")[1, 0] == IGNORE_INDEX
     (root / "SegmentationClassAug").rename(root / "SegmentationClass")
     assert devkit.mask("a")[0, 0] == 12
 
@@ -235,7 +235,7 @@ def test_label_maps_survive_a_file_and_must_have_the_size_of_the_image(root):
     assert [path.name for path in (root / "maps").iterdir()] == ["a.png"]
     sample = BoxDataset(Devkit(root), ["a"], label_maps=[root / "maps"], masks=True)[0]
     assert torch.equal(sample.maps[0], labels)
-    assert sample.maps[1, 1, 0] == VOID
+    assert sample.maps[1, 1, 0] == IGNORE_INDEX
     write_label_map(root / "maps/a.png", labels[:5])
     data = BoxDataset(Devkit(root), ["a"], label_maps=[root / "maps"])
     with pytest.raises(ValueError, match=r"maps of a must have size \(10, 20\), got \(5, 20\)"):
@@ -260,10 +260,10 @@ def test_augmentation_moves_image_boxes_and_maps_together():
         sample = augment(block_sample())
         assert sample.image.shape == (3, 32, 32)
         bright = sample.valid & (sample.image[0] > 127)
-        assert not sample.valid[sample.maps[0] == VOID].any()
+        assert not sample.valid[sample.maps[0] == IGNORE_INDEX].any()
         disagree = (sample.maps[0] == 1) ^ bright
         assert disagree[sample.valid].float().mean() < 0.05  # nearest against bilinear edges
-        padded += int((sample.maps[0] == VOID).any())
+        padded += int((sample.maps[0] == IGNORE_INDEX).any())
         dropped += int(1 not in sample.labels)
         for box in sample.boxes[sample.labels == 1]:
             x1, y1, x2, y2 = box.round().long().tolist()
@@ -295,7 +295,7 @@ def test_collate_pads_right_and_below_and_marks_it():
     assert batch.valid[0].all()
     assert batch.valid[1].sum() == 24 * 24
     assert batch.valid[1, :24, :24].all()
-    assert (batch.maps[1][:, ~batch.valid[1]] == VOID).all()
+    assert (batch.maps[1][:, ~batch.valid[1]] == IGNORE_INDEX).all()
     assert [len(boxes) for boxes in batch.boxes] == [2, 2]
 
 
@@ -348,12 +348,12 @@ def test_score_is_one_confusion_matrix_over_all_images():
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(0, 4, (5, 9, 9), generator=generator)
     found = torch.where(torch.rand(5, 9, 9, generator=generator) < 0.6, truth, truth.flip(1))
-    truth[0, :3] = VOID
+    truth[0, :3] = IGNORE_INDEX
     score = SegmentationScore(4)
     for one, other in zip(found, truth, strict=True):
         score.update(one, other)
     expected = multiclass_jaccard_index(
-        found, truth, num_classes=4, average="none", ignore_index=VOID
+        found, truth, num_classes=4, average="none", ignore_index=IGNORE_INDEX
     )
     result = score.compute()
     assert result.per_class.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
@@ -362,8 +362,8 @@ def test_score_is_one_confusion_matrix_over_all_images():
 
 
 def test_score_leaves_out_void_on_either_side_and_averages_over_chosen_classes():
-    truth = torch.tensor([[0, 0, 1, 1, 2, VOID]])
-    found = torch.tensor([[0, 1, 1, VOID, 2, 0]])
+    truth = torch.tensor([[0, 0, 1, 1, 2, IGNORE_INDEX]])
+    found = torch.tensor([[0, 1, 1, IGNORE_INDEX, 2, 0]])
     score = SegmentationScore(4, classes=[0, 1, 3])
     score.update(found, truth)
     result = score.compute()
@@ -384,7 +384,7 @@ def test_score_leaves_out_void_on_either_side_and_averages_over_chosen_classes()
 
 def test_score_adds_up_over_processes():
     score = SegmentationScore(2)
-    score.update(torch.tensor([0, 1, VOID]), torch.tensor([0, 0, 1]))
+    score.update(torch.tensor([0, 1, IGNORE_INDEX]), torch.tensor([0, 0, 1]))
     score.add_up(lambda counts: counts + torch.eye(3, dtype=torch.long))
     result = score.compute()
     assert result.per_class.tolist() == [2 / 3, 1 / 2]

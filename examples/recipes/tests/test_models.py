@@ -12,7 +12,7 @@ from torchvision.models import vgg16 as torchvision_vgg16
 
 from bapnal import CosineClassifier, cosine_similarity
 from bapnal.label.backbone import TimmFeatures
-from bapnal_recipes.models import backbones
+from bapnal_recipes.models import weights
 from bapnal_recipes.models.backbones import Resnet101Features, Vgg16Features
 from bapnal_recipes.models.deeplab import Aspp, LargeFov, Segmenter, build_features, build_segmenter
 from bapnal_recipes.models.small import SmallFeatures
@@ -400,9 +400,9 @@ def test_none_asks_torchvision(monkeypatch):
         return torchvision_vgg() if "vgg16" in url else resnet()
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
-    found = backbones.read_vgg16(None)
+    found = weights.read_vgg16(None).state
     assert torch.equal(found["conv1_1.weight"], torchvision_vgg()["features.0.weight"])
-    found = backbones.read_resnet101(None)
+    found = weights.read_resnet101(None).state
     assert torch.equal(found["layer4.2.conv3.weight"], resnet()["layer4.2.conv3.weight"])
     assert [url.rsplit("/", 1)[-1].split("-")[0] for url in asked] == ["vgg16", "resnet101"]
 
@@ -414,8 +414,8 @@ def broken(given, **changes):
 @pytest.mark.parametrize(
     ("build", "content", "message"),
     [
-        (Vgg16Features, {"a": torch.zeros(1)}, "must hold a VGG-16, .* got a$"),
-        (Vgg16Features, {}, "must hold a VGG-16, .* got nothing$"),
+        (Vgg16Features, {"a": torch.zeros(1)}, "must hold a VGG-16, .* first of all a$"),
+        (Vgg16Features, {}, "must hold a VGG-16, .* first of all nothing$"),
         (Vgg16Features, [1, 2], "must hold a state dict, names with tensors$"),
         (
             Vgg16Features,
@@ -425,7 +425,7 @@ def broken(given, **changes):
         (
             Vgg16Features,
             lambda: broken(caffe_vgg(), **{"fc6.weight": torch.zeros(2, 512, 7, 7)}),
-            r"fc6.weight must have shape \(1024, 512, 3, 3\), got \(2, 512, 7, 7\)$",
+            "13 convolutions of 3 x 3, fc6 and fc7, got 13, 0 and 1, and first of all conv1_1",
         ),
         (
             Vgg16Features,
@@ -472,7 +472,7 @@ def learned(module):
 
 
 @pytest.mark.parametrize(
-    ("name", "frozen", "kept", "first"),
+    ("name", "frozen_stages", "kept", "first"),
     [
         ("vgg16", 2, ("conv1_", "conv2_"), "conv3_1."),
         ("test_efficientnet", 2, ("conv_stem", "bn1", "blocks.0.", "blocks.1."), "blocks.2."),
@@ -480,8 +480,8 @@ def learned(module):
         ("test_convnext", 2, ("stem_", "stages_0", "stages_1"), "stages_2"),
     ],
 )
-def test_frozen_blocks_are_not_learned_and_keep_no_graph(name, frozen, kept, first):
-    network = build_features(name, "random", frozen=frozen).train()
+def test_frozen_blocks_are_not_learned_and_keep_no_graph(name, frozen_stages, kept, first):
+    network = build_features(name, "random", frozen_stages=frozen_stages).train()
     inner = getattr(network, "network", network)
     names = dict(inner.named_parameters())
     expected = {key for key in names if not key.startswith(kept)}
@@ -512,7 +512,7 @@ def test_nothing_is_frozen_unless_asked():
 
 def test_frozen_resnet_keeps_batch_normalisation(files, undrawn):
     network = build_segmenter(
-        "deeplab_v2", 3, weights=files / "resnet_torchvision.pth", frozen=2
+        "deeplab_v2", 3, weights=files / "resnet_torchvision.pth", frozen_stages=2
     ).train()
     before = {key: v.clone() for key, v in network.features.named_buffers()}
     kept = ("conv1", "layer1", "layer2")
@@ -540,7 +540,9 @@ def test_random_weights_learn_batch_normalisation():
 def test_rates_of_pretrained_and_new_parameters(classifier):
     for name in ("deeplab_v1", "deeplab_v2", "test_efficientnet"):
         with torch.device("meta"):
-            network = build_segmenter(name, 4, weights="random", classifier=classifier, frozen=1)
+            network = build_segmenter(
+                name, 4, weights="random", classifier=classifier, frozen_stages=1
+            )
         groups = [*network.pretrained_parameters(), *network.new_parameters()]
         assert len(groups) == len({id(p) for p in groups})
         wanted = {id(p) for p in network.parameters() if p.requires_grad}
@@ -640,7 +642,7 @@ def test_dropout_follows_both_layers_of_other_backbones():
 @pytest.mark.parametrize("name", ["deeplab_v1", "test_efficientnet"])
 def test_one_step_changes_what_is_learned(name):
     torch.manual_seed(0)
-    network = build_segmenter(name, 3, weights="random", frozen=1).train()
+    network = build_segmenter(name, 3, weights="random", frozen_stages=1).train()
     before = {key: p.detach().clone() for key, p in network.named_parameters()}
     optimizer = torch.optim.SGD(
         [
@@ -690,17 +692,20 @@ def test_segmenters_and_dilated_features_dilate_where_they_must():
     [
         (lambda: build_features("vgg61"), "timm must have the network by name, got 'vgg61'"),
         (lambda: build_features("vgg16", stride=16), "stride must be 8 for vgg16, got 16"),
-        (lambda: build_features("vgg16", frozen=6), "frozen must be 0..5, the stages"),
-        (lambda: Resnet101Features(frozen=-1), "frozen must be 0..4, the stages"),
         (
-            lambda: build_features("test_resnet", "random", frozen=5),
-            "frozen must be 0..4, the blocks",
+            lambda: build_features("vgg16", frozen_stages=6),
+            "frozen_stages must be 0..5, the stages",
+        ),
+        (lambda: Resnet101Features(frozen_stages=-1), "frozen_stages must be 0..4, the stages"),
+        (
+            lambda: build_features("test_resnet", "random", frozen_stages=5),
+            "frozen_stages must be 0..4, the blocks",
         ),
         (
-            lambda: build_features("densenet121", "random", frozen=1),
-            "frozen must be 0 for densenet121",
+            lambda: build_features("densenet121", "random", frozen_stages=1),
+            "frozen_stages must be 0 for densenet121",
         ),
-        (lambda: build_features("small", frozen=1), "frozen must be 0 for small"),
+        (lambda: build_features("small", frozen_stages=1), "frozen_stages must be 0 for small"),
         (lambda: build_features("small", "a.pth"), "weights must be None or 'random' for small"),
         (lambda: build_features("test_resnet", stride=0), "stride must be at least 1, got 0"),
         (

@@ -24,7 +24,7 @@ from bapnal_recipes.engine.batches import Batches, batch_indices, steps_per_epoc
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.logs import Logging, LoggingOption
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
-from bapnal_recipes.engine.runs import plain
+from bapnal_recipes.engine.runs import as_json
 from bapnal_recipes.engine.stage import RunFolder
 from bapnal_recipes.engine.trainer import Trainer, TrainingPlan
 
@@ -361,7 +361,7 @@ def test_scalars_and_images_are_logged_and_only_once(tmp_path):
     assert same(train(tmp_path, **options), train(tmp_path / "silent"))  # images change nothing
     board = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert [event.step for event in board.Scalars("loss")] == [2, 4, 5, 6, 8, 10, 12]
-    rates = [event.value for event in board.Scalars("rate/last")]
+    rates = [event.value for event in board.Scalars("lr/last")]
     assert rates == pytest.approx([0.2 * (1 - (s - 1) / 12) for s in (2, 4, 5, 6, 8, 10, 12)])
     assert all(event.value > 0 for event in board.Scalars("images per second"))
     assert [event.step for event in board.Images("first")] == [5, 10, 12]
@@ -411,7 +411,7 @@ def test_wandb_gets_what_tensorboard_gets(tmp_path, monkeypatch):
         images=lambda network, batch, step: {"first": batch.images[0]},
     )
     assert [step for step, _ in logged] == [2, 2]
-    assert set(logged[0][1]) == {"loss", "images per second", "rate/first", "rate/last"}
+    assert set(logged[0][1]) == {"loss", "images per second", "lr/first", "lr/last"}
     assert logged[1][1] == {"first": (3, 4, 4)}
     assert ended
 
@@ -425,7 +425,7 @@ def code_of(function, *args):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (ValueError("rate must be\n  above 0"), 1, "rate must be above 0"),
+        (ValueError("lr must be\n  above 0"), 1, "lr must be above 0"),
         (FileNotFoundError("a.jpg does not exist"), 1, "a.jpg does not exist"),
         (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
         (ImportError("needs pydensecrf"), 1, "needs pydensecrf"),
@@ -554,7 +554,7 @@ def test_what_only_rank_zero_does_ends_all_ranks(two_ranks):
 @dataclass(frozen=True)
 class Options:
     out: Path
-    rate: float = 0.1
+    lr: float = 0.1
     scale: tuple[float, float] = (0.5, 1.5)
     machines: MachinesOption = dataclasses.field(default_factory=Machines)
     logging: LoggingOption = dataclasses.field(default_factory=Logging)
@@ -570,9 +570,9 @@ def test_a_folder_is_for_one_run(tmp_path):
     RunFolder(options, "search").claim(Together(launch(Machines("cpu"))))
     elsewhere = dataclasses.replace(options, machines=Machines(devices=8))
     assert finished(elsewhere) is None
-    with pytest.raises(ValueError, match=r"settings\.json belongs to .* \(rate=0\.1 there, 0\.2 n"):
-        finished(dataclasses.replace(options, rate=0.2))
-    stored = {"kind": "search", "settings": plain(options), "scores": {}}
+    with pytest.raises(ValueError, match=r"settings\.json belongs to .* \(lr=0\.1 there, 0\.2 n"):
+        finished(dataclasses.replace(options, lr=0.2))
+    stored = {"kind": "search", "settings": as_json(options), "scores": {}}
     (options.out / "result.json").write_text(json.dumps(stored))
     assert finished(elsewhere) == stored
     with pytest.raises(ValueError, match=r"result\.json belongs to another run \(scale="):
@@ -592,7 +592,7 @@ def test_a_folder_is_for_one_state_of_the_files_that_are_read(tmp_path):
     RunFolder(options, "search", files).claim(together)
     for inputs in (files, {}, None):
         assert RunFolder(options, "search", inputs).stored() is None
-    stored = {"kind": "search", "settings": plain(options), "scores": {}}
+    stored = {"kind": "search", "settings": as_json(options), "scores": {}}
     (options.out / "result.json").write_text(json.dumps(stored))
     assert RunFolder(options, "search", files).stored() == stored
     with pytest.raises(ValueError, match=r"another run \(classifier_sha256='a' there, 'b' now\)"):
@@ -618,7 +618,7 @@ def test_broken_and_foreign_files_are_named(tmp_path, name, content, message):
 
 
 def test_the_command_line_begins_with_a_preset(monkeypatch):
-    presets = {"a": ("first", Options(Path("x"))), "b": ("second", Options(Path("y"), rate=3.0))}
+    presets = {"a": ("first", Options(Path("x"))), "b": ("second", Options(Path("y"), lr=3.0))}
     command = ["script", "b", "--scale", "1", "2", "--devices", "auto", "--num-nodes", "2"]
     command += ["--wandb", "--no-tensorboard", "--log-interval", "7"]
     monkeypatch.setattr(sys, "argv", command)

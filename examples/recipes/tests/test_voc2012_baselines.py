@@ -11,8 +11,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from bapnal import DenseCRF, box_cells, paint_boxes
-from bapnal_recipes.data.label_maps import VOID
-from bapnal_recipes.voc2012 import baselines
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
+from bapnal_recipes.models import baselines
 
 SIZE = (60, 80)
 DISC_BOX = torch.tensor([15.0, 5.0, 65.0, 55.0])
@@ -62,7 +62,7 @@ def painted(first, second, boxes, labels):
                     continue
                 a, b = bool(first[i][y, x]), bool(second[i][y, x])
                 if a or b:
-                    found[y, x] = labels[i] if a and b else VOID
+                    found[y, x] = labels[i] if a and b else IGNORE_INDEX
                     break
     return found
 
@@ -330,7 +330,7 @@ def test_masks_of_objects_are_merged(tmp_path):
 def test_label_map_is_kept_to_the_boxes_of_each_class(tmp_path):
     y, x = np.mgrid[: SIZE[0], : SIZE[1]]
     whole = np.where(x < 30, 3, 5)
-    whole[20:24] = VOID
+    whole[20:24] = IGNORE_INDEX
     write_png(tmp_path / "a.png", whole)
     write_png(tmp_path / "a_0.png", whole)  # the label map counts where there are both
     found = read(tmp_path, BOXES, torch.tensor([3, 5])).numpy()
@@ -338,7 +338,7 @@ def test_label_map_is_kept_to_the_boxes_of_each_class(tmp_path):
     small = (x >= 20) & (x < 40) & (y >= 10) & (y < 30)
     void = (y >= 20) & (y < 24)
     expected = np.where((whole == 3) & large, 3, 0) + np.where((whole == 5) & small, 5, 0)
-    expected[void] = np.where(large | small, VOID, 0)[void]
+    expected[void] = np.where(large | small, IGNORE_INDEX, 0)[void]
     assert np.array_equal(found, expected)
 
 

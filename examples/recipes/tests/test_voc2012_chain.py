@@ -1,4 +1,4 @@
-"""The paper's experiments from the first script to the last, on 12 drawn images."""
+"""The paper's experiments from the first script to the last, on 12 synthetic images."""
 
 from dataclasses import replace
 

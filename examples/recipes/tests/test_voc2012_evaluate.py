@@ -18,7 +18,7 @@ from bapnal_recipes.data.label_maps import read_label_map, voc_palette, write_la
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.engine.commands import run
 from bapnal_recipes.engine.machines import Machines
-from bapnal_recipes.engine.runs import plain
+from bapnal_recipes.engine.runs import as_json
 from bapnal_recipes.models.classifier import Classifier
 from bapnal_recipes.models.deeplab import build_segmenter
 from bapnal_recipes.models.generator import CrfSettings, make_generator
@@ -94,7 +94,7 @@ def test_labels_are_scored_by_one_confusion_matrix(labelled):
     assert scores["both"]["coverage"] == pytest.approx(500 / 7, abs=1e-3)
     # A background pixel and the green one have no label: 2/4, 2/3 and 0/1.
     assert scores["both"]["miou_strict"] == pytest.approx((50 + 200 / 3) / 3, abs=1e-3)
-    assert (scores["pictures"], scores["left_out"]) == (1, 0)
+    assert (scores["images"], scores["left_out"]) == (1, 0)
 
 
 def test_the_result_says_what_was_measured(labelled):
@@ -116,7 +116,7 @@ def test_some_classes_can_be_averaged_and_skipped_images_are_left_out(labelled, 
     )
     found = evaluate.main(chosen)
     assert found["scores"]["crf"]["miou"] == 62.5
-    assert (found["scores"]["pictures"], found["scores"]["left_out"]) == (1, 1)
+    assert (found["scores"]["images"], found["scores"]["left_out"]) == (1, 1)
     assert found["inputs"]["labels"]["settings"] == {"method": "network"}
 
 
@@ -125,7 +125,7 @@ def test_labels_of_other_methods_are_one_map(labelled, tmp_path):
     folder = tmp_path / "box"
     write_maps(folder, labels=[[0, 0, 1, 1], [0, 0, 2, 2]])
     found = evaluate.main(EvaluateLabels(folder, settings.out, settings.root, "val", CLASSES))
-    assert set(found["scores"]) == {"labels", "pictures", "left_out"}
+    assert set(found["scores"]) == {"labels", "images", "left_out"}
     assert found["scores"]["labels"]["miou"] == 100.0
 
 
@@ -277,7 +277,7 @@ def test_what_train_segmentation_wrote_is_read(photos, monkeypatch):
     monkeypatch.undo()
     kept = train_segmentation.Settings(network="small", head="linear", stride=4)
     network = build_segmenter("small", 3, head="linear", stride=4).eval()
-    content = {"settings": plain(kept), "classes": list(CLASSES), "loss": 0.0}
+    content = {"settings": as_json(kept), "classes": list(CLASSES), "loss": 0.0}
     torch.save({**content, "network": network.state_dict()}, photos / "segmenter.pt")
     evaluate.main(segmentation(photos, predictions=photos / "p", modes=("single", "multi")))
     image = Devkit(photos / "devkit").image("b")[None]
@@ -455,7 +455,7 @@ def test_a_box_that_is_half_filled():
 
 
 def test_runtime_has_every_part(colours):
-    options = {"pictures": 1, "warm_up": 1, "crf": CrfSettings(iterations=1)}
+    options = {"images": 1, "warm_up": 1, "crf": CrfSettings(iterations=1)}
     scores = measured(EvaluateRuntime, colours, **options)
     parts = ("features", "unaries", "crf", "retrieval")
     for part in (*parts, "grabcut", "wssl"):
@@ -464,15 +464,15 @@ def test_runtime_has_every_part(colours):
         assert low == high == pytest.approx(scores[part], abs=1e-4)
     assert scores["total"] == pytest.approx(sum(scores[part] for part in parts), abs=1e-4)
     assert scores["labels"] == pytest.approx(scores["total"] - scores["features"], abs=1e-4)
-    with pytest.raises(ValueError, match="pictures must be at most 1"):
-        measured(EvaluateRuntime, colours, pictures=2)
+    with pytest.raises(ValueError, match="images must be at most 1"):
+        measured(EvaluateRuntime, colours, images=2)
 
 
 def test_what_train_classifier_wrote_is_read(colours, monkeypatch):
     monkeypatch.undo()
     kept = train_classifier.Settings(backbone="small", stride=4)
     features, weight = SmallFeatures().eval(), torch.randn(3, 96)
-    content = {"settings": plain(kept), "classes": list(CLASSES), "loss": 0.0, "weight": weight}
+    content = {"settings": as_json(kept), "classes": list(CLASSES), "loss": 0.0, "weight": weight}
     torch.save({**content, "features": features.state_dict()}, colours / "classifier.pt")
     image, annotation = Devkit(colours / "devkit", CLASSES).annotated("a")
     with torch.no_grad():
@@ -489,7 +489,7 @@ def test_what_train_classifier_wrote_is_read(colours, monkeypatch):
 def test_the_numbers_that_stand_for_the_others_are_printed(labelled, capsys):
     evaluate.main(labelled[0])
     printed = capsys.readouterr().out
-    assert "crf: 41.667\nret: 66.667\nboth: 66.667\npictures: 1" in printed
+    assert "crf: 41.667\nret: 66.667\nboth: 66.667\nimages: 1" in printed
 
 
 def test_the_command_line_reaches_every_evaluation(tmp_path):

@@ -13,11 +13,10 @@ import shapes
 from bapnal import paint_boxes
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.engine import page, panels
 from bapnal_recipes.voc2012 import (
     figures,
     generate_labels,
-    page,
-    photographs,
     train_classifier,
     train_segmentation,
 )
@@ -27,7 +26,7 @@ from bapnal_recipes.voc2012.results import Archive, read_results
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A devkit of drawn images, some without boxes, and everything that figures come from."""
+    """A devkit of synthetic images, some without boxes, and everything that figures come from."""
     folder = tmp_path_factory.mktemp("drawn")
     root = shapes.write_shapes(folder / "shapes", 6, 2, 64, seed=3)
     devkit = Devkit(root, shapes.CLASSES)
@@ -65,7 +64,7 @@ def drawn(tmp_path_factory):
     settings = train_segmentation.Settings(
         out=runs / "nal", labels=runs / "network", network="small", head="linear", **where
     )
-    write(runs / "nal/result.json", "segmentation", settings, {"pictures": 4, "true_masks": 0})
+    write(runs / "nal/result.json", "segmentation", settings, {"images": 4, "ground_truth": 0})
     network = train_segmentation.build_segmenter("small", 7, head="linear")
     plain = json.loads(json.dumps(asdict(settings), default=str))
     content = {"settings": plain, "classes": list(shapes.CLASSES), "loss": 1.0}
@@ -77,7 +76,7 @@ def drawn(tmp_path_factory):
     return runs
 
 
-def test_every_figure_is_drawn_from_drawn_images(tmp_path, drawn):
+def test_every_figure_is_drawn_from_synthetic_images(tmp_path, drawn):
     several = animals(tmp_path / "more")
     several.of_classifiers()
     labels = several.labels("base", {"crf": 1.0}, several.classifier("base"))
@@ -90,7 +89,7 @@ def test_every_figure_is_drawn_from_drawn_images(tmp_path, drawn):
     assert [one.reason for one in found] == [""] * len(figures.FIGURES)
     for one in found:
         data = one.path.read_bytes()
-        assert len(data) <= photographs.LARGEST, one.path
+        assert len(data) <= panels.LARGEST, one.path
         if one.path.suffix == ".png":
             with Image.open(one.path) as image:
                 colours = image.convert("RGB").getcolors(1 << 24)
@@ -129,9 +128,9 @@ def test_a_devkit_that_is_elsewhere_leaves_a_reason(tmp_path, drawn):
 
 def test_photographs_stay_small(tmp_path):
     noise = torch.randint(0, 256, (10, 3, 300, 400), dtype=torch.uint8)
-    grid = [[photographs.Panel("Y_crf", noise[i + k]) for i in range(5)] for k in (0, 5)]
-    photographs.grid(tmp_path / "noise.png", grid, {8: "cat", 9: "chair", 10: "cow", 12: "dog"})
-    assert (tmp_path / "noise.png").stat().st_size <= photographs.LARGEST
+    grid = [[panels.Panel("Y_crf", noise[i + k]) for i in range(5)] for k in (0, 5)]
+    panels.grid(tmp_path / "noise.png", grid, {8: "cat", 9: "chair", 10: "cow", 12: "dog"})
+    assert (tmp_path / "noise.png").stat().st_size <= panels.LARGEST
 
 
 def test_plots_are_drawn_from_series(tmp_path):

@@ -1,4 +1,4 @@
-"""Stage 2 on twelve drawn images: what is written, what a rerun does, what is refused."""
+"""Stage 2 on twelve synthetic images: what is written, what a rerun does, what is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scipy.io import savemat
 import bapnal
 import shapes
 from bapnal import DenseCRF, PseudoLabelGenerator, RidgeBoxClassifier, paint_boxes
-from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map, write_label_map
 from bapnal_recipes.data.voc import Devkit
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.machines import Machines
@@ -97,7 +97,9 @@ def outside_of_their_boxes(settings, folder):
         allowed = found == 0
         for box, label in zip(annotation.boxes, annotation.labels, strict=True):
             x1, y1, x2, y2 = box.long().tolist()
-            allowed[y1:y2, x1:x2] |= (found[y1:y2, x1:x2] == label) | (found[y1:y2, x1:x2] == VOID)
+            allowed[y1:y2, x1:x2] |= (found[y1:y2, x1:x2] == label) | (
+                found[y1:y2, x1:x2] == IGNORE_INDEX
+            )
         wrong += int((~allowed).sum())
     return wrong
 
@@ -106,9 +108,9 @@ def test_network_writes_both_maps_where_they_agree_and_the_unaries(settings, cla
     result = main(replace(settings, unaries=True))
     assert result == json.loads((settings.out / "result.json").read_text())
     assert result["kind"] == "labels"
-    assert result["scores"]["pictures"] == 4
+    assert result["scores"]["images"] == 4
     assert result["scores"]["skipped"] == []
-    assert {"features", "labels"} <= result["scores"]["seconds_per_picture"].keys()
+    assert {"features", "labels"} <= result["scores"]["seconds_per_image"].keys()
     assert result["settings"]["crf"]["iterations"] == 2
     trained = load_classifier(classifier)
     generate = PseudoLabelGenerator(DenseCRF(iterations=2))
@@ -124,7 +126,7 @@ def test_network_writes_both_maps_where_they_agree_and_the_unaries(settings, cla
         )
         assert torch.equal(crf, y.crf[0])
         assert torch.equal(ret, y.retrieval[0])
-        assert torch.equal(reliable, y.crf[0].masked_fill(~y.reliable[0], VOID))
+        assert torch.equal(reliable, y.crf[0].masked_fill(~y.reliable[0], IGNORE_INDEX))
         with np.load(settings.out / "unaries" / f"{name}.npz") as arrays:
             assert arrays["background"].dtype == np.float16
             assert np.allclose(arrays["background"], y.background_unary[0], atol=1e-3)
@@ -152,7 +154,7 @@ def test_rerun_makes_what_is_missing_or_broken(settings):
     cut.write_bytes(cut.read_bytes()[:-20])
     untouched = settings.out / "crf" / f"{there[2]}.png"
     before = untouched.stat().st_mtime_ns
-    assert main(settings)["scores"]["pictures_timed"] == 2
+    assert main(settings)["scores"]["images_timed"] == 2
     assert files(settings.out) == whole
     assert untouched.stat().st_mtime_ns == before
 
@@ -212,7 +214,7 @@ def test_two_real_processes(settings, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr
     scores = json.loads((settings.out / "result.json").read_text())["scores"]
-    assert scores["pictures"] == scores["pictures_timed"] == 4
+    assert scores["images"] == scores["images_timed"] == 4
     assert len(scores["seconds_per_rank"]) == 2
     assert files(settings.out) == files(tmp_path / "one")
 
@@ -227,19 +229,19 @@ def test_broken_images_are_skipped_and_counted(settings, tmp_path):
     annotation.write_text(text.replace("<xmax>", "<xmax>99"))
     scores = main(mine)["scores"]
     assert scores["skipped"] == [cut, odd]
-    assert scores["pictures"] == 2
+    assert scores["images"] == 2
     assert "must be an image" in scores["errors"][cut]
     assert "must lie in the image" in scores["errors"][odd]
     assert {path.stem for path in (mine.out / "crf").iterdir()} == set(fine)
     with pytest.raises(ValueError, match=rf"2 of 4 images skipped.*{cut}, {odd}"):
         generate_labels.command(mine)
     kept = json.loads((mine.out / "result.json").read_text())["scores"]
-    assert kept["pictures_timed"] == 2  # the speed of those that were labelled
+    assert kept["images_timed"] == 2  # the speed of those that were labelled
     photo.write_bytes(pixels)
     annotation.write_text(text)
     scores = main(mine)["scores"]
     assert scores["skipped"] == []
-    assert scores["pictures"] == 4
+    assert scores["images"] == 4
     assert len(list((mine.out / "crf").iterdir())) == 4
 
 
@@ -254,7 +256,7 @@ def test_full_disk_ends_the_run(settings, monkeypatch):
         main(settings)
     assert not (settings.out / "result.json").exists()
     monkeypatch.undo()
-    assert main(settings)["scores"]["pictures"] == 4
+    assert main(settings)["scores"]["images"] == 4
 
 
 def test_image_without_boxes_is_background(settings, tmp_path):
@@ -342,7 +344,7 @@ def ridge(settings):
 def test_ridge_fits_itself_and_keeps_what_it_found(ridge, tmp_path, monkeypatch):
     torch.manual_seed(0)
     scores = main(ridge)["scores"]
-    assert scores["pictures"] == 4
+    assert scores["images"] == 4
     assert outside_of_their_boxes(ridge, "crf") == 0
     found = load_classifier(ridge.out / "classifier.pt")
     assert found.features.normalize
@@ -371,7 +373,7 @@ def test_ridge_leaves_out_what_it_cannot_read(ridge, tmp_path, capsys):
     mine = copied(ridge, tmp_path)
     name = Devkit(mine.root, mine.classes).names("train")[3]
     (mine.root / "Annotations" / f"{name}.xml").write_text("<annotation>")
-    assert main(mine)["scores"]["pictures"] == 4
+    assert main(mine)["scores"]["images"] == 4
     assert f"skipped {name}" in capsys.readouterr().err
     refused(replace(mine, fit_split="none", out=tmp_path / "n"), "none.txt does", FileNotFoundError)
 
@@ -398,18 +400,18 @@ def test_agnostic_needs_no_classifier(settings):
         crf=CRF,
         machines=CPU,
     )
-    assert main(mine)["scores"]["pictures"] == 4
+    assert main(mine)["scores"]["images"] == 4
     assert outside_of_their_boxes(mine, "crf") == 0
     assert len(list((mine.out / "ret").iterdir())) == 4
 
 
 def proposals(settings, folder):
-    """MCG's files, with the true masks among the candidates."""
+    """MCG's files, with the ground truth among the candidates."""
     folder.mkdir()
     devkit = Devkit(settings.root, settings.classes)
     for name in names(settings):
         truth = devkit.mask(name).numpy()
-        truth[truth == VOID] = 0
+        truth[truth == IGNORE_INDEX] = 0
         members = np.empty((len(settings.classes), 1), dtype=object)
         for i in range(len(settings.classes)):
             members[i, 0] = np.array([[i + 2]])
@@ -418,7 +420,7 @@ def proposals(settings, folder):
 
 
 def masks(settings, folder):
-    """The true masks as label maps."""
+    """The ground truth as label maps."""
     folder.mkdir()
     for name in names(settings):
         mask = Devkit(settings.root, settings.classes).mask(name)
@@ -435,7 +437,7 @@ def test_baselines_stay_in_their_boxes(settings, method, tmp_path):
         proposals=proposals(settings, tmp_path / "proposals"),
         masks=masks(settings, tmp_path / "masks"),
     )
-    assert main(mine)["scores"]["pictures"] == 4
+    assert main(mine)["scores"]["images"] == 4
     assert outside_of_their_boxes(mine, "labels") == 0
     devkit = Devkit(settings.root, settings.classes)
     found = {name: read_label_map(mine.out / "labels" / f"{name}.png") for name in names(mine)}
@@ -445,13 +447,13 @@ def test_baselines_stay_in_their_boxes(settings, method, tmp_path):
         boxes[name] = paint_boxes(annotation.boxes, annotation.labels, tuple(image.shape[1:]))
     same = [torch.equal(found[name], boxes[name]) for name in found]
     assert all(same) if method == "box" else not all(same)
-    void = sum(int((x == VOID).sum()) for x in found.values())
+    void = sum(int((x == IGNORE_INDEX).sum()) for x in found.values())
     assert (void > 0) == (method == "sdi")
     if method == "masks":
         for name in found:
             truth = devkit.mask(name)
             inside = boxes[name] > 0
-            assert (found[name] == truth)[inside & (truth != VOID)].float().mean() > 0.9
+            assert (found[name] == truth)[inside & (truth != IGNORE_INDEX)].float().mean() > 0.9
 
 
 def test_masks_of_objects_in_the_order_of_the_annotation(settings, tmp_path):

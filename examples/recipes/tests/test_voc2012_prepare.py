@@ -96,7 +96,7 @@ def test_the_result_tells_what_the_devkit_holds(top, root):
     assert found["kind"] == "devkit"
     assert list(found["scores"]["splits"]) == ["train", "train_aug", "val", "all"]
     train, aug, val, everything = found["scores"]["splits"].values()
-    assert [part["pictures"] for part in (train, aug, val, everything)] == [3, 8, 4, 12]
+    assert [part["images"] for part in (train, aug, val, everything)] == [3, 8, 4, 12]
     assert [part["masks"] for part in (train, aug, val, everything)] == [3, 3, 4, 7]
     devkit = Devkit(root, shapes.CLASSES)
     images = [devkit.annotated(name) for name in NAMES[:3]]
@@ -317,9 +317,9 @@ def test_images_of_no_split_and_of_the_test_split_need_no_boxes(top, root):
     write_list(root / "ImageSets/Segmentation/test.txt", ["unseen"])
     found = main(settings(top))["scores"]
     assert found["wrong"] == []
-    assert found["splits"]["test"]["pictures"] == 1
+    assert found["splits"]["test"]["images"] == 1
     assert found["splits"]["test"]["covered_share"] is None
-    assert found["splits"]["all"]["pictures"] == 14
+    assert found["splits"]["all"]["images"] == 14
     break_image(root, "extra")
     (root / "Annotations/lost.xml").write_text("<annotation></annotation>")
     wrong = main(settings(top))["scores"]["wrong"]

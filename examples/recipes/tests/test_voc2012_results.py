@@ -78,7 +78,7 @@ def test_settings_that_a_method_does_not_heed_are_none_of_its_facts(tmp_path):
 def test_what_full_supervision_does_not_use_is_no_fact(tmp_path):
     several = animals(tmp_path)
     labels = several.labels("labels", {"crf": 88.0}, several.classifier("bap"))
-    true = {"true_masks": Path("all.txt")}
+    true = {"ground_truth": Path("all.txt")}
     several.segmentation("full", {"single": 80.0}, labels, (1000, 1000), loss="crf", **true)
     several.segmentation("some", {"single": 70.0}, labels, (1000, 100), **true)
 
@@ -86,8 +86,8 @@ def test_what_full_supervision_does_not_use_is_no_fact(tmp_path):
 
     assert full.facts["stage3.supervision"] == "masks"
     assert not {"stage3.loss", "labels.method", "stage1.pool"} & set(full.facts)
-    assert some.facts["stage3.supervision"] == "some masks"
-    assert some.facts["stage3.true_masks"] == 100
+    assert some.facts["stage3.supervision"] == "some ground truth"
+    assert some.facts["stage3.ground_truth"] == 100
     assert some.facts["stage3.loss"] == "nal"
 
 

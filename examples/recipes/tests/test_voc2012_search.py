@@ -141,7 +141,7 @@ def search_as_rank(fabric, given, names):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "launch", lambda machines: fabric)
         try:
-            search.main(replace(given, pictures=names[fabric.global_rank]))
+            search.main(replace(given, image_list=names[fabric.global_rank]))
             ending = "finished"
         except (OSError, SystemExit) as error:
             ending = repr(error)
@@ -149,15 +149,17 @@ def search_as_rank(fabric, given, names):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("broken", ["pictures", "rows.json"])
+@pytest.mark.parametrize("broken", ["image_list", "rows.json"])
 def test_what_one_process_cannot_read_or_write_ends_all(planted, tmp_path, two_processes, broken):
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(Devkit(planted).names("train")[:2]))
-    names = (listed, tmp_path / "none" if broken == "pictures" else listed)
+    names = (listed, tmp_path / "none" if broken == "image_list" else listed)
     (tmp_path / "out/rows.json").mkdir(parents=True)  # in the way of what is written
     two_processes(search_as_rank, settings(planted, tmp_path / "out", crf=NO_CRF), names)
     zero, one = ((planted / f"rank{rank}").read_text() for rank in range(2))
-    expected = "none does not exist" if broken == "pictures" else r"rows.json could not be written"
+    expected = (
+        "none does not exist" if broken == "image_list" else r"rows.json could not be written"
+    )
     assert re.search(expected, zero)
     assert one == "SystemExit(1)"
 
@@ -246,7 +248,9 @@ def test_images_are_spread_evenly_and_have_masks(planted, tmp_path):
     assert read(planted, tmp_path, count=4).names == [kept[i] for i in (0, 4, 2, 6)]
     listed = tmp_path / "list.txt"
     listed.write_text("\n".join(names[3:6]))
-    assert read(planted, tmp_path, pictures=listed, count=1).names == [names[i] for i in (3, 5, 4)]
+    assert read(planted, tmp_path, image_list=listed, count=1).names == [
+        names[i] for i in (3, 5, 4)
+    ]
 
 
 def test_classes_that_were_left_out_are_not_searched_on(planted, classifier, tmp_path, monkeypatch):

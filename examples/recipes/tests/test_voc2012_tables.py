@@ -12,9 +12,9 @@ from result_files import animals, voc
 
 from bapnal_recipes.engine import series
 from bapnal_recipes.engine.commands import cli
+from bapnal_recipes.engine import page
 from bapnal_recipes.voc2012 import (
     generate_labels,
-    page,
     paper,
     tables,
 )
@@ -141,11 +141,11 @@ def test_deeplab_on_all_of_voc_is_ours(tmp_path):
     runs.segmentation("nal", tests, labels)
     runs.segmentation("left_out", {"single": 61.0}, labels, loss="ignore")
     runs.segmentation("dot", {"single+crf": 67.0}, labels, classifier="dot")
-    runs.segmentation("some", {"single+crf": 70.0}, labels, (9, 3), true_masks=Path("some.txt"))
+    runs.segmentation("some", {"single+crf": 70.0}, labels, (9, 3), ground_truth=Path("some.txt"))
     for weights, score in ((None, 70.0), ("resnet101_COCO.pth", 74.0)):
         v2 = {"preset": "paper-v2", "weights": weights}
         runs.segmentation(f"v2_{weights}", {"single+crf": score}, labels, **v2)
-        masks = {"true_masks": Path("all.txt"), "loss": "crf"}
+        masks = {"ground_truth": Path("all.txt"), "loss": "crf"}
         runs.segmentation(f"full_{weights}", {"single+crf": 80.0}, None, (9, 9), **masks, **v2)
     text = show(tmp_path / "runs", tmp_path / "page")
     crf = "ours: one scale + CRF"
@@ -215,7 +215,7 @@ def test_losses_tests_masks_and_parameters(tmp_path):
     for gamma, balance in ((1.0, 0.1), (7.0, 1.0)):
         name = f"nal_{gamma}_{balance}"
         runs.segmentation(name, {"single": 60.0}, labels, gamma=gamma, balance=balance, **net)
-    true = {"true_masks": Path("list.txt"), **net}
+    true = {"ground_truth": Path("list.txt"), **net}
     runs.segmentation("semi", {"single": 77.0}, labels, (1000, 100), **true)
     runs.segmentation("all", {"single": 80.0}, None, (1000, 1000), loss="crf", **true)
     text = show(tmp_path / "runs", tmp_path / "page")

@@ -14,19 +14,15 @@ from PIL import Image
 import shapes
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.engine import stage
+from bapnal_recipes.engine.box_classification import pooling, schedule
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.logs import Logging
 from bapnal_recipes.engine.machines import Machines
-from bapnal_recipes.engine.runs import plain
+from bapnal_recipes.engine.runs import as_json
 from bapnal_recipes.engine.trainer import TrainingPlan
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import train_classifier
-from bapnal_recipes.voc2012.train_classifier import (
-    PRESETS,
-    Settings,
-    main,
-    schedule,
-)
+from bapnal_recipes.voc2012.train_classifier import PRESETS, Settings, main
 
 SCRIPT = Path(train_classifier.__file__)
 CPU = Machines(accelerator="cpu", workers=0)
@@ -48,7 +44,7 @@ def settings(root, tmp_path):
         backbone="small",
         crop=48,
         batch_size=4,
-        head_rate=0.01,
+        head_lr=0.01,
         iterations=3,
         machines=CPU,
         logging=SILENT,
@@ -66,7 +62,7 @@ def pretrained(settings, tmp_path):
         backbone="test_efficientnet",
         weights=str(tmp_path / "weights.pt"),
         stride=8,
-        rate=0.01,
+        lr=0.01,
     )
 
 
@@ -78,12 +74,12 @@ def test_the_presets_hold_the_numbers_of_the_paper_and_of_its_code():
     _, paper = PRESETS["paper"]
     _, released = PRESETS["released"]
     assert (paper.backbone, paper.stride, paper.pool, paper.grid_size) == ("vgg16", 8, "bap", 4)
-    assert (paper.rate, paper.head_rate, paper.bias_factor) == (1e-4, 1e-3, 1)
+    assert (paper.lr, paper.head_lr, paper.bias_factor) == (1e-4, 1e-3, 1)
     assert (paper.momentum, paper.weight_decay, paper.batch_size) == (0.9, 5e-4, 20)
     assert (paper.crop, paper.scale, paper.classes) == (321, (0.5, 1.5), VOC_CLASSES)
     assert (paper.output_size, paper.min_background, paper.difficult) == (1, 0, True)
     assert schedule(paper, 10_582) == (15 * 529, 10 * 529)
-    assert (released.rate, released.head_rate, released.bias_factor) == (1e-3, 1e-2, 2)
+    assert (released.lr, released.head_lr, released.bias_factor) == (1e-3, 1e-2, 2)
     assert (released.decay_biases, released.jitter, released.hue) == (False, 0.5, 0)
     assert (released.momentum, released.weight_decay, released.batch_size) == (0.9, 5e-4, 20)
     assert (released.backbone, released.fifth_pooling) == ("vgg16", True)
@@ -114,7 +110,7 @@ def finished(root, tmp_path_factory):
         backbone="small",
         crop=48,
         batch_size=4,
-        head_rate=0.01,
+        head_lr=0.01,
         iterations=30,
         machines=CPU,
         logging=Logging(interval=5),
@@ -126,8 +122,8 @@ def test_the_result_says_what_was_run(finished):
     settings, found = finished
     assert found == json.loads((settings.out / "result.json").read_text())
     assert found["kind"] == "classifier"
-    assert found["settings"] == plain(settings)
-    assert found["scores"]["pictures"] == 8
+    assert found["settings"] == as_json(settings)
+    assert found["scores"]["images"] == 8
     assert found["scores"]["steps"] == 30
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"]["host"] > 0
@@ -139,10 +135,10 @@ def test_it_learns_and_the_classifier_comes_back(finished, root):
     settings, _ = finished
     classifier = load_classifier(settings.out / "classifier.pt")
     assert classifier.classes == shapes.CLASSES
-    assert classifier.settings == plain(settings)
+    assert classifier.settings == as_json(settings)
     assert classifier.weight.shape == (7, classifier.features.channels)
     assert not classifier.features.training
-    pool = train_classifier.pooling(settings)
+    pool = pooling(settings)
     devkit = Devkit(root, shapes.CLASSES)
     with torch.no_grad():
         losses = []
@@ -217,13 +213,13 @@ def test_two_processes_train_what_one_does(pretrained, tmp_path, two_processes):
 
 
 def groups(settings):
-    run = train_classifier.ClassifierStage(settings)
+    run = train_classifier.VocClassifierStage(settings)
     network = run.build_network()
     return network, run.optimizer(network).param_groups
 
 
 def test_learning_rates_by_kind_of_layer(pretrained):
-    network, found = groups(change(pretrained, rate=0.1, head_rate=0.3, bias_factor=2.0))
+    network, found = groups(change(pretrained, lr=0.1, head_lr=0.3, bias_factor=2.0))
     assert {group["name"]: group["lr"] for group in found} == {
         "features": 0.1,
         "features biases": 0.2,
@@ -236,7 +232,7 @@ def test_learning_rates_by_kind_of_layer(pretrained):
 
 
 def test_random_features_learn_as_fast_as_the_classifier_and_biases_faster(settings):
-    network, found = groups(change(settings, head_rate=0.3, bias_factor=2.0))
+    network, found = groups(change(settings, head_lr=0.3, bias_factor=2.0))
     rates = {group["name"]: group["lr"] for group in found}
     assert rates == {"features": 0.3, "features biases": 0.6, "classifier": 0.3}
     biases = {id(p) for name, p in network.named_parameters() if name.endswith("bias")}
@@ -256,7 +252,7 @@ def test_weight_decay_of_biases(settings, decay):
 
 def test_frozen_blocks_keep_their_weights(pretrained):
     start, _ = groups(pretrained)
-    end = weights_of(change(pretrained, frozen=1, iterations=1))
+    end = weights_of(change(pretrained, frozen_stages=1, iterations=1))
     moved = {
         name
         for name, value in start.features.state_dict().items()
@@ -384,8 +380,8 @@ def test_what_is_wrong_with_the_data_is_one_line(settings, few, capsys):
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"iterations": 0}, "iterations must be above 0, got 0"),
         ({"drop_after": -1.0}, "drop_after must be above 0, got -1.0"),
-        ({"rate": 0.0}, "rate must be above 0, got 0.0"),
-        ({"head_rate": float("nan")}, "head_rate must be above 0, got nan"),
+        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
+        ({"head_lr": float("nan")}, "head_lr must be above 0, got nan"),
         ({"crop": 0}, "crop must be at least 1, got 0"),
         ({"scale": (1.5, 0.5)}, "scale must be two numbers, 0 < low <= high, got (1.5, 0.5)"),
         ({"grid_size": 0}, "grid_size must be >= 1, got 0"),
@@ -395,7 +391,10 @@ def test_what_is_wrong_with_the_data_is_one_line(settings, few, capsys):
         ({"leave_out": shapes.CLASSES}, "split train without arrow, crescent, key, ladder, ring, "),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"backbone": "resnet9000"}, "timm must have the network by name, got 'resnet9000'"),
-        ({"frozen": 9, "backbone": "test_efficientnet", "weights": "random"}, "frozen must be 0.."),
+        (
+            {"frozen_stages": 9, "backbone": "test_efficientnet", "weights": "random"},
+            "frozen_stages must be 0..",
+        ),
         ({"fifth_pooling": True}, "fifth_pooling must be off for small"),
         ({"weights": "no/such.pt"}, "weights must be None or 'random' for small"),
         ({"machines": Machines(devices=0)}, "devices must be at least 1, got 0"),

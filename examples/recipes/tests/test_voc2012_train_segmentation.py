@@ -1,4 +1,4 @@
-"""Stage 3 as a script: presets, losses, true masks, confidence maps, interruptions, errors."""
+"""Stage 3 as a script: presets, losses, ground truth, confidence maps, interruptions, errors."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import shapes
 from bapnal import bootstrapping_loss, entropy_regularization_loss, noise_aware_loss
-from bapnal_recipes.data.label_maps import VOID, read_label_map, write_label_map
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map, write_label_map
 from bapnal_recipes.data.labelled import LabelledImages
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.engine import stage
@@ -55,7 +55,7 @@ def labels(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("labels")
     devkit = Devkit(root, shapes.CLASSES)
     for name in devkit.names("train"):
-        mask = devkit.mask(name).masked_fill(devkit.mask(name) == VOID, 0)
+        mask = devkit.mask(name).masked_fill(devkit.mask(name) == IGNORE_INDEX, 0)
         grown = F.max_pool2d(mask[None].float(), 5, 1, 2)[0].long()
         shrunk = -F.max_pool2d(-mask[None].float(), 3, 1, 1)[0].long()
         write_label_map(folder / "crf" / f"{name}.png", grown)
@@ -75,7 +75,7 @@ def settings(root, labels, tmp_path):
         head="linear",
         crop=32,
         batch_size=4,
-        head_rate=0.01,
+        head_lr=0.01,
         iterations=3,
         machines=CPU,
         logging=SILENT,
@@ -114,9 +114,9 @@ def test_the_presets_hold_the_numbers_of_the_paper():
         assert (one.bias_factor, one.decay_biases) == (2, False)
         assert one.iterations is None
     assert (v1.network, v1.epochs, v1.batch_size) == ("deeplab_v1", 45, 20)
-    assert (v1.rate, v1.head_rate, v1.align_corners) == (1e-3, 1e-2, True)
+    assert (v1.lr, v1.head_lr, v1.align_corners) == (1e-3, 1e-2, True)
     assert (v2.network, v2.epochs, v2.batch_size) == ("deeplab_v2", 20, 10)
-    assert (v2.rate, v2.head_rate, v2.align_corners) == (2.5e-4, 2.5e-3, False)
+    assert (v2.lr, v2.head_lr, v2.align_corners) == (2.5e-4, 2.5e-3, False)
     assert v1.epochs * steps_per_epoch(10_582, v1.batch_size) == 45 * 529
 
 
@@ -129,7 +129,7 @@ def test_the_presets_of_the_released_code_hold_its_numbers():
     assert (v1.network, v1.iterations, v1.batch_size) == ("deeplab_v1", 23_805, 20)
     assert v1.spatial_dropout
     assert (v2.network, v2.iterations, v2.batch_size) == ("deeplab_v2", 20_000, 10)
-    assert (v2.rate, v2.head, v2.train_batch_norm) == (2.5e-4, "aspp_relu", True)
+    assert (v2.lr, v2.head, v2.train_batch_norm) == (2.5e-4, "aspp_relu", True)
     with torch.device("meta"):
         third = build_segmenter("deeplab_v1", 21, weights="random", spatial_dropout=True)
         resnet = build_segmenter("deeplab_v2", 21, weights="random", head=v2.head)
@@ -141,14 +141,14 @@ def test_the_presets_of_the_released_code_hold_its_numbers():
 
 
 def test_the_command_line_begins_with_a_preset(monkeypatch):
-    words = "paper-v2 --loss ret --classifier dot --true-masks list.txt --confidence-of a b"
+    words = "paper-v2 --loss ret --classifier dot --ground-truth list.txt --confidence-of a b"
     words += " --devices 2 --log-interval 5"
     monkeypatch.setattr(sys, "argv", ["train_segmentation.py", *words.split()])
     assert cli("", PRESETS) == change(
         PRESETS["paper-v2"][1],
         loss="ret",
         classifier="dot",
-        true_masks=Path("list.txt"),
+        ground_truth=Path("list.txt"),
         confidence_of=("a", "b"),
         machines=Machines(devices=2),
         logging=Logging(interval=5),
@@ -162,7 +162,7 @@ def scores_and_maps():
     generator = seeded(0)
     logits = torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64)
     first, second = torch.randint(4, (2, 2, 9, 9), generator=generator)
-    first[0, :3] = VOID
+    first[0, :3] = IGNORE_INDEX
     return logits, logits.tanh(), first, second
 
 
@@ -176,9 +176,9 @@ def test_every_loss_is_the_one_of_its_name():
     logits, similarity, first, second = scores_and_maps()
     both = (logits, similarity, first, second)
     full = F.interpolate(logits, size=(9, 9), mode="bilinear", align_corners=False)
-    agreed = torch.where(first == second, first, VOID)
+    agreed = torch.where(first == second, first, IGNORE_INDEX)
     expected = {
-        "ignore": F.cross_entropy(full, agreed, ignore_index=VOID),
+        "ignore": F.cross_entropy(full, agreed, ignore_index=IGNORE_INDEX),
         "entropy": entropy_regularization_loss(*both, balance=0.3),
         "bootstrap": bootstrapping_loss(*both, 0.7**0.9, balance=0.3),
         "nal": noise_aware_loss(*both, gamma=3.0, balance=0.3),
@@ -186,7 +186,7 @@ def test_every_loss_is_the_one_of_its_name():
     found = {loss: loss_of(loss, (first, second), balance=0.3, gamma=3.0) for loss in expected}
     # What is read for these is one map alone, which then is both.
     for loss, labels in (("crf", first), ("ret", second)):
-        expected[loss] = F.cross_entropy(full, labels, ignore_index=VOID)
+        expected[loss] = F.cross_entropy(full, labels, ignore_index=IGNORE_INDEX)
         found[loss] = loss_of(loss, (labels, labels), balance=0.3, gamma=3.0)
     assert set(found) == set(LOSSES)
     for loss in LOSSES:
@@ -222,9 +222,9 @@ def test_every_loss_trains_and_is_kept(settings, loss, classifier):
     found = main(change(settings, loss=loss, classifier=classifier))
     assert found["kind"] == "segmentation"
     assert found["settings"]["loss"] == loss
-    assert found["scores"]["pictures"] == 8
+    assert found["scores"]["images"] == 8
     assert (found["scores"]["steps"], found["scores"]["steps_per_epoch"]) == (3, 2)
-    assert found["scores"]["true_masks"] == 0
+    assert found["scores"]["ground_truth"] == 0
     assert found["scores"]["loss"] > 0
     assert json.loads((settings.out / "result.json").read_text()) == found
     network, classes, trained = load_segmenter(settings.out / "segmenter.pt")
@@ -250,22 +250,22 @@ def test_it_learns(settings):
         masks = torch.stack([devkit.mask(name) for name in names_of(settings)])
         with torch.no_grad():
             logits = F.interpolate(network(images)[0], size=masks.shape[1:], mode="bilinear")
-        objects = (masks > 0) & (masks != VOID)
+        objects = (masks > 0) & (masks != IGNORE_INDEX)
         return float((logits.argmax(1) == masks)[objects].float().mean())
 
-    settings = change(settings, crop=SIDE, scale=(1.0, 1.0), batch_size=8, head_rate=0.05)
+    settings = change(settings, crop=SIDE, scale=(1.0, 1.0), batch_size=8, head_lr=0.05)
     main(change(settings, iterations=1, out=settings.out / "a"))
     main(change(settings, iterations=25, out=settings.out / "b"))
     assert right(settings.out / "b") > right(settings.out / "a") + 0.3
 
 
-# ------------------------------------------------------------------------------------- true masks
+# ------------------------------------------------------------------------------------- ground truth
 
 
-def test_the_true_mask_stands_for_both_maps(settings, tmp_path):
+def test_ground_truth_stands_for_both_maps(settings, tmp_path):
     first, *others = names_of(settings)
     path = write_list(tmp_path / "list.txt", [first])
-    data = training_images(change(settings, true_masks=path))
+    data = training_images(change(settings, ground_truth=path))
     plain = LabelledImages(data.devkit, data.names, data.folders, data.true)
     mask = data.devkit.mask(first)
     for labels in plain[0].maps:
@@ -279,8 +279,8 @@ def test_the_true_mask_stands_for_both_maps(settings, tmp_path):
 
 def test_full_supervision_needs_no_label_maps(settings, tmp_path):
     path = settings.root / "ImageSets/Segmentation/train.txt"
-    found = main(change(settings, labels=tmp_path / "none", true_masks=path))
-    assert found["scores"]["true_masks"] == found["scores"]["pictures"] == 8
+    found = main(change(settings, labels=tmp_path / "none", ground_truth=path))
+    assert found["scores"]["ground_truth"] == found["scores"]["images"] == 8
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_numbers_and_images_are_logged(settings):
     events = EventAccumulator(str(settings.out / "logs"))
     events.Reload()
     tags = events.Tags()
-    for tag in ("loss", "rate/features", "share unreliable", "sigma on unreliable"):
+    for tag in ("loss", "lr/features", "share unreliable", "sigma on unreliable"):
         assert [event.step for event in events.Scalars(tag)] == [2, 4], tag
     assert 0 < events.Scalars("share unreliable")[0].value < 0.6
     assert 0 < events.Scalars("sigma on unreliable")[0].value < 1
@@ -404,7 +404,7 @@ def pretrained(settings, tmp_path):
         settings,
         network="test_efficientnet",
         weights=str(tmp_path / "weights.pt"),
-        rate=0.001,
+        lr=0.001,
         iterations=2,
     )
 
@@ -440,7 +440,7 @@ def test_batch_normalisation_is_trained_on_request(pretrained, train):
 
 
 def test_the_first_blocks_may_stay_as_they_are(pretrained):
-    main(change(pretrained, frozen=1))
+    main(change(pretrained, frozen_stages=1))
     before = SegmentationStage(pretrained).build_network().state_dict()
     after = load_segmenter(pretrained.out / "segmenter.pt")[0].state_dict()
     same = {key for key in before if torch.equal(before[key], after[key])}
@@ -492,9 +492,12 @@ MISTAKES = [
     ({"balance": -1.0}, "balance must be at least 0, got -1.0"),
     ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ({"iterations": 0}, "iterations must be at least 1, got 0"),
-    ({"rate": 0.0}, "rate must be above 0, got 0.0"),
+    ({"lr": 0.0}, "lr must be above 0, got 0.0"),
     ({"scale": (1.5, 0.5)}, "scale must be two numbers, 0 < low <= high, got"),
-    ({"frozen": 1, "train_batch_norm": True}, "frozen must be 0 where batch norm is trained"),
+    (
+        {"frozen_stages": 1, "train_batch_norm": True},
+        "frozen_stages must be 0 where batch norm is trained",
+    ),
     ({"root": Path("no/devkit")}, "no/devkit must hold a folder JPEGImages, has none"),
     ({"split": "most"}, "most.txt does not exist; splits there: train, val"),
     ({"confidence_of": ("0000_000099",)}, "confidence_of must name images of train, got"),
@@ -506,7 +509,7 @@ MISTAKES = [
         {"labels": Path("none"), "loss": "ret"},
         "none/ret or ret must be a folder with the label maps that loss 'ret' ",
     ),
-    ({"true_masks": Path("none.txt")}, "true_masks none.txt does not exist"),
+    ({"ground_truth": Path("none.txt")}, "ground_truth none.txt does not exist"),
 ]
 
 
@@ -530,17 +533,17 @@ def test_lists_and_label_maps_that_do_not_fit_are_named(settings, own_labels, tm
     fails(
         ValueError,
         "list.txt must name images of train, but 2 of 3 are not, the first of them 'cat'",
-        true_masks=path,
+        ground_truth=path,
     )
     path = write_list(tmp_path / "list.txt", [first, first])
-    fails(ValueError, f"must hold each name once, got '{first}' 2 times", true_masks=path)
+    fails(ValueError, f"must hold each name once, got '{first}' 2 times", ground_truth=path)
     for name in (second, third):
         (own_labels / f"ret/{name}.png").unlink()
     missing = f"ret must hold a label map for each image, has none for 2 of 8, .* {second}"
     fails(FileNotFoundError, missing)
     main(change(settings, loss="crf", out=tmp_path / "one map"))
     true = write_list(tmp_path / "list.txt", [second, third])
-    main(change(settings, true_masks=true, out=tmp_path / "some masks"))
+    main(change(settings, ground_truth=true, out=tmp_path / "some ground truth"))
     write_label_map(own_labels / f"crf/{first}.png", torch.zeros(SIDE, SIDE - 8))
     fails(ValueError, rf"{first}.png must have the size of its image, 48 x 48, got 40 x 48",
           loss="crf")  # fmt: skip
@@ -556,19 +559,19 @@ def test_a_mask_of_another_size_is_named(settings, root, tmp_path):
     write_label_map(copy / f"SegmentationClassAug/{name}.png", torch.zeros(9, 8))
     path = write_list(tmp_path / "list.txt", [name])
     with pytest.raises(ValueError, match=f"Aug/{name}.png must have the size .*, got 8 x 9"):
-        main(change(settings, root=copy, true_masks=path))
+        main(change(settings, root=copy, ground_truth=path))
     (copy / f"SegmentationClassAug/{name}.png").unlink()
     with pytest.raises(FileNotFoundError, match=f"{name}.png does not exist"):
-        main(change(settings, root=copy, true_masks=path))
+        main(change(settings, root=copy, ground_truth=path))
     assert not settings.out.exists()
 
 
-def test_other_label_maps_or_true_masks_in_the_same_place_are_another_run(
+def test_other_label_maps_or_ground_truth_in_the_same_place_are_another_run(
     settings, own_labels, tmp_path
 ):
     first, second, *_ = names_of(settings)
     true = write_list(tmp_path / "list.txt", [first])
-    settings = change(settings, labels=own_labels, true_masks=true, iterations=1)
+    settings = change(settings, labels=own_labels, ground_truth=true, iterations=1)
     found = main(settings)
     assert main(settings) == found
 
@@ -588,7 +591,7 @@ def test_other_label_maps_or_true_masks_in_the_same_place_are_another_run(
     another("labels_sha256")
     (own_labels / "settings.json").unlink()
     write_list(true, [second])
-    another("true_masks_sha256")
+    another("ground_truth_sha256")
     write_list(true, [first])
     write_label_map(own_labels / f"crf/{first}.png", torch.zeros(SIDE, SIDE))  # which is not read
     assert main(settings) == found

@@ -27,6 +27,7 @@ def check_inputs(images: Tensor, probabilities: Tensor, valid: Tensor | None) ->
     if images.dtype != torch.uint8 and images.dtype not in _checks.FLOATING:
         raise TypeError(f"images must have dtype torch.uint8 or floating, got {images.dtype}")
     _checks.same_device(images=images, probabilities=probabilities)
+    _checks.with_values("probabilities", probabilities)
     if classes == 0 or height == 0 or width == 0:
         raise ValueError(
             "probabilities must have at least one class and one pixel, got "

@@ -229,7 +229,7 @@ class PermutohedralLattice:
 
     def __init__(self, features: Tensor, groups: Tensor | None = None) -> None:
         _checks.floating("features", _checks.shape("features", features, ("n", "d")))
-        _checks.not_mapped("features", features)
+        _checks.with_values("features", _checks.not_mapped("features", features))
         if features.shape[1] == 0:
             raise ValueError(f"features must have at least one column, got {features.shape[1]}")
         if _checks.readable(features) and not bool(torch.isfinite(features).all()):

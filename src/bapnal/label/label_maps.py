@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bapnal.label.images import open_image, write_image
 
-VOID = 255  # ignored: neither counted nor learned from
+IGNORE_INDEX = 255  # ignored: neither counted nor learned from
 
 
 def read_label_map(path: Path) -> Tensor:
@@ -69,4 +69,4 @@ def label_map(image: Tensor, labels: Tensor) -> Tensor:
     colours = torch.from_numpy(class_colours())[labels].permute(2, 0, 1).float()
     dimmed = 0.45 * image.float().mean(0, keepdim=True).expand(3, -1, -1)
     shown = torch.where(labels == 0, dimmed, 0.25 * dimmed + 0.85 * colours)
-    return torch.where(labels == VOID, 255.0, shown).clamp(0, 255).to(torch.uint8)
+    return torch.where(labels == IGNORE_INDEX, 255.0, shown).clamp(0, 255).to(torch.uint8)

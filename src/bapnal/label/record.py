@@ -23,7 +23,7 @@ from bapnal.label.export import (
 )
 from bapnal.label.files import one_line, write_json
 from bapnal.label.images import MAX_PIXELS, read_rgb
-from bapnal.label.label_maps import VOID, read_label_map, write_label_map
+from bapnal.label.label_maps import IGNORE_INDEX, read_label_map, write_label_map
 from bapnal.label.labeler import BACKBONE, Cut, Labeler, clip
 from bapnal.label.sources import LabelledImage
 from bapnal.label.suspicious import MOST_LISTED, Suspicion, counted, suspicious
@@ -127,7 +127,7 @@ def label_image(out: Path, image: LabelledImage, labeler: Labeler, options: Opti
     record_path(out, image.name).unlink(missing_ok=True)
     labels, unreliable, thumbnail = _map_paths(out, image.name)
     write_label_map(labels, cut.semantic)
-    write_label_map(unreliable, cut.semantic.masked_fill(cut.unreliable, VOID))
+    write_label_map(unreliable, cut.semantic.masked_fill(cut.unreliable, IGNORE_INDEX))
     corners = [(entry["label"], entry["corners"]) for entry in record["boxes"]]
     write_thumbnail(thumbnail, pixels, cut.semantic, corners)
     return _export(out, record, cut.semantic, options.exports)

@@ -25,7 +25,7 @@ from bapnal_recipes.data.instances import run_lengths
 from bapnal_recipes.engine.commands import at_least
 from bapnal_recipes.engine.labelling import Clock, gather, label_share, skipped
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
-from bapnal_recipes.engine.runs import Meter, digest, expecting, inputs, plain, result
+from bapnal_recipes.engine.runs import Meter, as_json, digest, expecting, inputs, result
 from bapnal_recipes.models.detector import SavedDetector, load_detector, masks_in_boxes
 
 MOST = 100  # results per image that COCO takes
@@ -94,7 +94,7 @@ def evaluate_detector(settings: EvaluateDetector) -> dict[str, Any]:
                 write_archive(s.archive, s.split, _all_results(folder, boxes))
     made = inputs(detector=s.detector)
     told = {"what": "coco detector", "split": s.split, "inputs": made}
-    return result("evaluation", plain(s), scores, meter, **told)
+    return result("evaluation", as_json(s), scores, meter, **told)
 
 
 def _require_all(errors: dict[str, str]) -> None:

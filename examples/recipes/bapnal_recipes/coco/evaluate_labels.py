@@ -26,7 +26,7 @@ from bapnal_recipes.data.instances import instance_path, read_instances, run_len
 from bapnal_recipes.engine.commands import at_least
 from bapnal_recipes.engine.labelling import gather
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
-from bapnal_recipes.engine.runs import Meter, inputs, plain, read_result, result
+from bapnal_recipes.engine.runs import Meter, as_json, inputs, read_result, result
 
 CHUNK = 500  # images whose masks are in memory at the same time
 
@@ -108,7 +108,7 @@ def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
         scores = {kind: summarise(tally, boxes, seen, s.resamples) for kind, tally in total.items()}
     return result(
         "evaluation",
-        plain(s),
+        as_json(s),
         {"images": len(names), "seen": list(seen), **scores},
         meter,
         what="coco labels",

@@ -162,7 +162,7 @@ def main(settings: Settings) -> dict[str, Any]:
     shares = [share for share, _ in parts]
     errors = skipped(shares)
     scores: dict[str, Any] = {
-        "pictures": len(boxes.files) - len(errors),
+        "images": len(boxes.files) - len(errors),
         "skipped": list(errors),
         "errors": errors,
         **_known(settings, boxes),
@@ -213,7 +213,7 @@ def _check(settings: Settings) -> CocoBoxes:
 
 def _noted(settings: Settings) -> dict[str, object]:
     """What the labels depend on."""
-    found = runs.plain(settings)
+    found = runs.as_json(settings)
     if settings.classifier is not None:  # the same name may hold another one
         found["classifier_sha256"] = runs.digest(settings.classifier)
     for key in ("machines", "out", "annotations"):

@@ -94,7 +94,7 @@ class Settings:
 MINI = Settings(
     detector=DetectorSettings(
         network="tf_efficientnet_lite0",
-        frozen=1,
+        frozen_stages=1,
         channels=64,
         head_channels=256,
         anchor=16,
@@ -137,7 +137,7 @@ def check(settings: Settings) -> None:
         at_least(name, getattr(s, name), least)
     for name in ("channels", "head_channels", "anchor", "max_size", "samples"):
         at_least(f"detector.{name}", getattr(d, name), 1)
-    at_least("detector.frozen", d.frozen, 0)
+    at_least("detector.frozen_stages", d.frozen_stages, 0)
     above("lr", s.lr, 0)
     if not d.min_size or min(d.min_size) < 1 or max(d.min_size) > d.max_size:
         raise ValueError(

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from bapnal import box_coverage
 from bapnal_recipes.data.dataset import Sample
-from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 
 GREY = (124, 116, 104)  # what padding is filled with: the mean of natural images
 
@@ -43,7 +43,7 @@ class Augmentation:
         """Return a varied copy of ``sample``."""
         height, width = sample.image.shape[1:]
         # Padding is labelled 255 everywhere, so one more map of zeros tells where the image is.
-        everywhere = torch.cat([(~sample.valid).long()[None] * VOID, sample.maps])
+        everywhere = torch.cat([(~sample.valid).long()[None] * IGNORE_INDEX, sample.maps])
         parts = (
             tv_tensors.Image(sample.image),
             tv_tensors.BoundingBoxes(sample.boxes, format="XYXY", canvas_size=(height, width)),
@@ -58,7 +58,7 @@ class Augmentation:
         boxes, maps = boxes.as_subclass(Tensor), maps.as_subclass(Tensor).long()
         left = (boxes[:, 2:] - boxes[:, :2]).amin(1) >= self.min_side
         image = image.as_subclass(Tensor)
-        valid = (maps[0] != VOID) & ~self._lost(boxes[~left], boxes[left])
+        valid = (maps[0] != IGNORE_INDEX) & ~self._lost(boxes[~left], boxes[left])
         return Sample(sample.name, image, boxes[left], sample.labels[left], valid, maps[1:])
 
     def _lost(self, dropped: Tensor, kept: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Augmentation:
         return lost & ~covered
 
     def _compose(self) -> v2.Transform:
-        fill = {tv_tensors.Image: GREY, tv_tensors.Mask: VOID, "others": 0}
+        fill = {tv_tensors.Image: GREY, tv_tensors.Mask: IGNORE_INDEX, "others": 0}
         steps: list[v2.Transform] = [v2.RandomCrop(self.crop, pad_if_needed=True, fill=fill)]
         if self.flip:
             steps.append(v2.RandomHorizontalFlip())

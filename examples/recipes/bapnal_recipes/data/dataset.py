@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from bapnal_recipes.data.label_maps import VOID, read_label_map
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
 from bapnal_recipes.data.voc import Annotation
 
 
@@ -75,7 +75,7 @@ class BoxDataset(Dataset[Sample]):
         names: Which of them.
         augment: How to vary them; None leaves them as they are.
         label_maps: Folders of PNG label maps ``NAME.png`` to go with each image.
-        masks: Whether the true masks go with each image, after ``label_maps``.
+        masks: Whether the ground truth goes with each image, after ``label_maps``.
         keep: Keep what was read in memory, for data sets that fit there.
         difficult: Whether to keep the boxes that are marked as difficult.
         margin: By how much to loosen the boxes; see :func:`loosen`.
@@ -154,7 +154,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         [sample.boxes for sample in samples],
         [sample.labels for sample in samples],
         torch.stack([pad(sample.valid, False) for sample in samples]),
-        torch.stack([pad(sample.maps, VOID) for sample in samples]),
+        torch.stack([pad(sample.maps, IGNORE_INDEX) for sample in samples]),
     )
 
 

@@ -1,7 +1,7 @@
 """Label maps: files of class indices, and their colours; by :mod:`bapnal.label.label_maps`."""
 
 from bapnal.label.label_maps import (
-    VOID,
+    IGNORE_INDEX,
     class_colours,
     grey_map,
     label_map,
@@ -11,7 +11,7 @@ from bapnal.label.label_maps import (
 )
 
 __all__ = [
-    "VOID",
+    "IGNORE_INDEX",
     "class_colours",
     "grey_map",
     "label_map",

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from bapnal_recipes.data.dataset import Sample
 from bapnal_recipes.data.images import image_head
-from bapnal_recipes.data.label_maps import VOID, read_label_map
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
 from bapnal_recipes.data.voc import Devkit
 
 
@@ -19,10 +19,10 @@ class LabelledImages(Dataset[Sample]):
     """Images with their label maps, without boxes.
 
     Args:
-        devkit: Where the images and the true masks are.
+        devkit: Where the images and the ground truth are.
         names: Which images.
         folders: Of label maps ``NAME.png``.
-        true: Images whose true mask stands for each of the label maps.
+        true: Images whose ground truth stands for each of the label maps.
         augment: How to vary them; None leaves them as they are.
     """
 
@@ -83,9 +83,11 @@ class LabelledImages(Dataset[Sample]):
     def _labels(self, path: Path) -> Tensor:
         labels = read_label_map(path)
         classes = len(self.devkit.classes)
-        wrong = labels[(labels > classes) & (labels != VOID)]
+        wrong = labels[(labels > classes) & (labels != IGNORE_INDEX)]
         if wrong.numel():
-            raise ValueError(f"{path} must hold 0..{classes} or {VOID}, got {int(wrong[0])}")
+            raise ValueError(
+                f"{path} must hold 0..{classes} or {IGNORE_INDEX}, got {int(wrong[0])}"
+            )
         return labels
 
 

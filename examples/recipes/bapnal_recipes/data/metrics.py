@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 
 
 class Segmentation(NamedTuple):
@@ -62,7 +62,7 @@ class SegmentationScore:
         self.confusion.update(self._counted("predicted", predicted), self._counted("truth", truth))
 
     def _counted(self, name: str, labels: Tensor) -> Tensor:
-        void = labels.cpu() == VOID
+        void = labels.cpu() == IGNORE_INDEX
         known = labels.cpu().masked_fill(void, 0)
         if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < self.num_classes:
             wrong = known[(known < 0) | (known >= self.num_classes)][0]

@@ -1,6 +1,6 @@
 """Read images, boxes and masks from a folder in the layout of the PASCAL VOC devkit.
 
-Training reads images and boxes. Masks are for evaluation (and for a ceiling to compare with).
+Training reads images and boxes. Masks are for evaluation (and for fully supervised training).
 
     ROOT/JPEGImages/NAME.jpg                  (or .png)
     ROOT/Annotations/NAME.xml                 boxes, 1-based with inclusive corners
@@ -23,7 +23,7 @@ from defusedxml import DefusedXmlException, ElementTree
 from torch import Tensor
 
 from bapnal_recipes.data.images import image_head, open_image
-from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -194,7 +194,7 @@ class Devkit:
         if image.mode not in ("P", "L"):
             raise ValueError(f"{path} must hold class indices, got an image of mode {image.mode}")
         mask = torch.from_numpy(np.array(image)).long()
-        wrong = mask[(mask > len(self.classes)) & (mask != VOID)]
+        wrong = mask[(mask > len(self.classes)) & (mask != IGNORE_INDEX)]
         if wrong.numel():
             raise ValueError(f"{path} must hold 0..{len(self.classes)} or 255, got {int(wrong[0])}")
         if size is not None and tuple(mask.shape) != size:

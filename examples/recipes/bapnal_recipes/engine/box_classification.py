@@ -22,7 +22,7 @@ from bapnal_recipes.engine.logs import Logging, LoggingOption
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
 from bapnal_recipes.engine.optimizers import parameter_groups
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
-from bapnal_recipes.models.deeplab import Features, build_features
+from bapnal_recipes.models.deeplab import Features, build_features, known_weights, origin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,9 @@ class ClassifierOptions:
     Args:
         backbone: "vgg16", "small", or the name of a network of timm.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
+        caffe_weights: Take a VGG-16 under torchvision's names for Caffe's, which look the same.
+        trained_on: "imagenet" or "coco": what the weights were trained on, where their layout does
+            not tell.
         fifth_pooling: Let "vgg16" pool twice more after its fifth convolutions.
         stride: Pixels from one feature to the next.
         frozen_stages: How many of the backbone's first blocks keep their weights.
@@ -66,6 +69,8 @@ class ClassifierOptions:
 
     backbone: str = "vgg16"
     weights: str | None = None
+    caffe_weights: bool = False
+    trained_on: Literal["imagenet", "coco"] | None = None
     fifth_pooling: bool = False
     stride: int = 8
     frozen_stages: int = 0
@@ -217,10 +222,17 @@ class ClassifierStage(Stage[S, BoxDataset, BoxClassifier]):
     def build_network(self) -> BoxClassifier:
         """Return features and a classifier on them."""
         s = self.settings
+        weights = known_weights(
+            s.backbone, s.weights, caffe=s.caffe_weights, trained_on=s.trained_on
+        )
         features = build_features(
-            s.backbone, s.weights, s.stride, s.frozen_stages, fifth_pooling=s.fifth_pooling
+            s.backbone, weights, s.stride, s.frozen_stages, fifth_pooling=s.fifth_pooling
         )
         return BoxClassifier(features, len(self.classes()) + 1)
+
+    def origin(self, network: BoxClassifier) -> dict[str, str]:
+        """Return where the backbone's weights are from."""
+        return origin(network.features, self.settings.weights, self.settings.trained_on)
 
     def optimizer(self, network: BoxClassifier) -> torch.optim.Optimizer:
         """Return SGD."""

@@ -131,9 +131,9 @@ def speed(shares: list[Share]) -> dict[str, object]:
     means = {part: sum(one[part] for one in timed) / len(timed) for part in parts}
     longest = max(share.seconds for share in shares)
     return {
-        "pictures_timed": len(timed),
-        "seconds_per_picture": {part: round(mean, 5) for part, mean in means.items()},
-        "pictures_per_second": round(len(timed) / longest, 3) if longest else None,
+        "images_timed": len(timed),
+        "seconds_per_image": {part: round(mean, 5) for part, mean in means.items()},
+        "images_per_second": round(len(timed) / longest, 3) if longest else None,
         "seconds_per_rank": [share.seconds for share in shares],
     }
 
@@ -147,9 +147,9 @@ def report(scores: dict[str, Any], where: object, results: object) -> None:
     left = scores["skipped"]
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         sys.exit(bool(left))  # rank zero says it for all
-    Console(stderr=True).print(f"{scores['pictures']} images labelled in {where}")
+    Console(stderr=True).print(f"{scores['images']} images labelled in {where}")
     if left:
         raise ValueError(
-            f"{len(left)} of {len(left) + scores['pictures']} images skipped, the reasons "
+            f"{len(left)} of {len(left) + scores['images']} images skipped, the reasons "
             f"are in {results}: {', '.join(left[:5])}" + ", ..." * (len(left) > 5)
         )

@@ -22,7 +22,7 @@ class Logging:
     """What is written on the way, to the folder logs of the output.
 
     Args:
-        tensorboard: Loss, rates, images per second and images for TensorBoard.
+        tensorboard: Loss, learning rates, images per second and images for TensorBoard.
         wandb: The same for Weights & Biases; needs the package wandb.
         interval: Steps from one entry to the next.
     """
@@ -66,7 +66,7 @@ class Log(AbstractContextManager["Log"]):
         self.step, self.time = step, now
         entries = {**numbers, "images per second": speed}
         for i, group in enumerate(optimizer.param_groups):
-            entries[f"rate/{group.get('name', i)}"] = group["lr"]
+            entries[f"lr/{group.get('name', i)}"] = group["lr"]
         with self._writing():
             for name, value in entries.items() if self.board else ():
                 self.board.add_scalar(name, value, step)

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from bapnal_recipes.engine.commands import EXPECTED, at_least
-from bapnal_recipes.engine.runs import plain
+from bapnal_recipes.engine.runs import as_json
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def launch(machines: Machines) -> Fabric:
             precision=machines.precision,  # type: ignore[arg-type]
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in plain(machines).items())
+        given = ", ".join(f"{key}={value!r}" for key, value in as_json(machines).items())
         raise ValueError(f"machines must fit what there is, got {given}: {error}") from error
     fabric.launch()
     return fabric

@@ -146,7 +146,7 @@ def summary(made: dict[str, Any]) -> dict[str, Any]:
     """
     scores = made.get("scores", {})
     numbers = {name: x for name, x in scores.items() if isinstance(x, (int, float))}
-    told = ("kind", "settings", "seconds", "about", "inputs")
+    told = ("kind", "settings", "seconds", "about", "inputs", "weights")
     return {**{name: made[name] for name in told if name in made}, "scores": numbers}
 
 
@@ -192,7 +192,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def plain(settings: Any) -> dict[str, Any]:
+def as_json(settings: Any) -> dict[str, Any]:
     """Return the settings in a dataclass as they come back from a JSON file."""
     found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     return found

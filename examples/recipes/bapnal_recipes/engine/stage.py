@@ -15,7 +15,7 @@ from bapnal.label.files import read_json, require_same_run, write_json
 from bapnal_recipes.engine.batches import length
 from bapnal_recipes.engine.logs import Logging
 from bapnal_recipes.engine.machines import Machines, Together, launch
-from bapnal_recipes.engine.runs import Meter, inputs, plain, read_result, result
+from bapnal_recipes.engine.runs import Meter, as_json, inputs, read_result, result
 from bapnal_recipes.engine.trainer import (
     CHECKPOINT,
     Trained,
@@ -79,7 +79,7 @@ class RunFolder:
     def __init__(self, settings: HasOut, kind: str, inputs: dict[str, str] | None = None) -> None:
         self.folder = settings.out
         self.kind = kind
-        self.settings = {k: v for k, v in plain(settings).items() if k not in PLACES}
+        self.settings = {k: v for k, v in as_json(settings).items() if k not in PLACES}
         self.inputs = inputs or {}
 
     @property
@@ -161,6 +161,10 @@ class Stage(ABC, Generic[S, Data, Network]):
         """Return the network; random numbers are seeded, and it may fetch weights."""
 
     @abstractmethod
+    def origin(self, network: Network) -> dict[str, str]:
+        """Return where the weights are from: ``source``, one line, and ``trained_on``."""
+
+    @abstractmethod
     def optimizer(self, network: Network) -> torch.optim.Optimizer:
         """Return what changes the network; every group has an ``initial_lr``."""
 
@@ -217,24 +221,27 @@ class Stage(ABC, Generic[S, Data, Network]):
         torch.manual_seed(settings.seed)
         # Before other processes start, which then find the weights that this may have to fetch.
         network = self.build_network()
+        origin = self.origin(network)
         fabric = launch(settings.machines)
         together = Together(fabric)
+        if fabric.is_global_zero:
+            print(f"weights: {origin['source']}")
         folder.claim(together)
         with Meter() as meter:
             trained = self._train(fabric, together, network, data)
         meter.seconds += trained.earlier
         content = {
-            "settings": plain(settings),
+            "settings": as_json(settings),
             "classes": list(self.classes()),
             **self.state(network),
             "loss": trained.loss,
         }
         write_whole(together, settings.out / self.file, content)
         count = length(data)
-        scores = {"loss": trained.loss, "pictures": count, "steps": self.steps(count)}
+        scores = {"loss": trained.loss, "images": count, "steps": self.steps(count)}
         scores |= self.facts(data)
         made = inputs(**self.made_from())
-        found = result(self.kind, plain(settings), scores, meter, inputs=made)
+        found = result(self.kind, as_json(settings), scores, meter, inputs=made, weights=origin)
         if fabric.is_global_zero:
             write_json(folder.result_path, found)
             (settings.out / CHECKPOINT).unlink()  # half of it is the optimiser's, for going on

@@ -66,16 +66,16 @@ class TrainingPlan:
     workers: int = 0
     channels_last: bool = False
 
-    def check(self, pictures: int, ranks: int) -> None:
+    def check(self, images: int, ranks: int) -> None:
         """Raise ValueError if a number is out of range, or there are too few images."""
         for name, least in (("seed", 0), ("batch_size", 1), ("steps", 1)):
             at_least(name, getattr(self, name), least)
         at_least("checkpoint_interval", self.checkpoint_interval, 1)
         at_least("workers", self.workers, 0)
-        if min(self.batch_size, pictures) < ranks:
+        if min(self.batch_size, images) < ranks:
             raise ValueError(
                 f"batches must hold an image for each of {ranks} devices, got "
-                f"{pictures} images in batches of {self.batch_size}"
+                f"{images} images in batches of {self.batch_size}"
             )
 
 
@@ -234,7 +234,7 @@ class Trainer:
             "seed": plan.seed,
             "batch_size": plan.batch_size,
             "steps": plan.steps,
-            "pictures": length(self.batches.dataset),
+            "images": length(self.batches.dataset),
         }
 
     def _finite_mean(self) -> float:

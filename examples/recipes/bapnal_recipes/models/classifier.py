@@ -8,9 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bapnal.label.backbone import TimmFeatures
+from bapnal.label.backbone import TimmFeatures, read_state
+from bapnal_recipes.data.voc import VOC_CLASSES
 from bapnal_recipes.engine.runs import expecting
+from bapnal_recipes.models.backbones import Vgg16Features
 from bapnal_recipes.models.deeplab import Features, build_features
+from bapnal_recipes.models.weights import Weights, vgg16_weights
+
+# Settings of stage 1 in the authors' released code, as far as later stages read them.
+PUBLISHED = {
+    **{"backbone": "vgg16", "stride": 8, "fifth_pooling": True, "sampling": "roi_align"},
+    **{"channels_last": False, "classes": list(VOC_CLASSES)},
+}
 
 
 class Classifier(NamedTuple):
@@ -61,7 +70,11 @@ def untrained_features(backbone: str, weights: str | Path | None, stride: int) -
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Load a ``classifier.pt`` of train_classifier.py, or of ``generate_labels ridge``.
+    """Load a ``classifier.pt`` of train_classifier or ``generate_labels``, or the authors' own.
+
+    The authors publish ``ClsNet.pt``, a bare state dict: a VGG-16 in which fc6 and fc7 are cut
+    down, and the weights of 21 classes. Its layers are recognised by their shapes, under any names.
+    It is taken to be what the preset ``released`` trains on VOC's classes, from Caffe's weights.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -72,6 +85,8 @@ def load_classifier(path: Path) -> Classifier:
         raise FileNotFoundError(f"{path} does not exist")
     with expecting(path, "a classifier.pt of train_classifier.py"):
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if "settings" not in content:
+            return _published(path)
         settings, state, weight = (content[key] for key in ("settings", "features", "weight"))
         classes = tuple(content["classes"])
         backbone, stride = settings["backbone"], settings["stride"]
@@ -89,3 +104,26 @@ def load_classifier(path: Path) -> Classifier:
         if settings["channels_last"]:
             features = features.to(memory_format=torch.channels_last)
     return Classifier(features.eval(), weight, classes, settings)
+
+
+def _published(path: Path) -> Classifier:
+    """Load the authors' ``ClsNet.pt``."""
+    weights = published_vgg16(path)
+    features = Vgg16Features(weights, fifth_pooling=True).eval()
+    assert weights.head is not None  # was checked
+    return Classifier(features, weights.head, VOC_CLASSES, dict(PUBLISHED))
+
+
+def published_vgg16(path: Path) -> Weights:
+    """Read a network that the authors publish: a VGG-16 with weights of VOC's classes.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    weights = vgg16_weights(read_state(path), str(path), caffe=True)
+    want = (len(VOC_CLASSES) + 1, 1024)
+    got = None if weights.head is None else tuple(weights.head.shape)
+    if got != want:
+        raise ValueError(f"{path} must hold one classifier of shape {want}, got {got}")
+    print(weights.source)
+    return weights

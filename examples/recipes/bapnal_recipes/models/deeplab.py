@@ -12,6 +12,7 @@ from bapnal import CosineClassifier, cosine_similarity
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.models.backbones import Resnet101Features, Vgg16Features, zero_bias
 from bapnal_recipes.models.small import SmallFeatures
+from bapnal_recipes.models.weights import Weights, read_resnet101, read_vgg16
 
 Features = Vgg16Features | Resnet101Features | SmallFeatures | TimmFeatures
 """Modules with ``channels`` and ``pretrained`` that give features of images."""
@@ -23,9 +24,9 @@ SMALL_STRIDE = 4
 
 def build_features(
     name: str,
-    weights: str | Path | None = None,
+    weights: str | Path | Weights | None = None,
     stride: int = 8,
-    frozen: int = 0,
+    frozen_stages: int = 0,
     *,
     dilated: bool = False,
     fifth_pooling: bool = False,
@@ -36,11 +37,11 @@ def build_features(
         name: ``"vgg16"`` as in AffinityNet, ``"small"`` (a few convolutions at stride 4, whatever
             ``stride`` says, untrained), or a name of timm's, of a network that takes images of
             any size: its last three stages, brought to one stride and joined.
-        weights: Path of a state dict; None for the network's ImageNet weights, which torchvision
-            or timm fetch; ``"random"`` for none.
+        weights: Path of a state dict, or what :func:`known_weights` returns; None for the network's
+            ImageNet weights, which torchvision or timm fetch; ``"random"`` for none.
         stride: Pixels from one feature to the next; VGG-16 is made for 8.
-        frozen: How many of the first stages (of VGG-16) or blocks (of timm's, stem included) keep
-            their weights.
+        frozen_stages: How many of the first stages (of VGG-16) or blocks (of timm's, stem
+            included) keep their weights.
         dilated: Bring timm's networks to ``stride`` by dilation, 8 or 16, rather than by resampling
             each stage. VGG-16 is dilated anyway.
         fifth_pooling: Let VGG-16 pool twice more after the fifth convolutions, as in the authors'
@@ -58,10 +59,10 @@ def build_features(
         raise ValueError(f"fifth_pooling must be off for {name}, only vgg16 has it")
     if name == "vgg16":
         _require_stride_8(name, stride)
-        return Vgg16Features(weights, fifth_pooling=fifth_pooling, frozen=frozen)
+        return Vgg16Features(weights, fifth_pooling=fifth_pooling, frozen_stages=frozen_stages)
     if name == "small":
-        return _small(weights, frozen)
-    return _timm(name, weights, stride, frozen, stride if dilated else None)
+        return _small(weights, frozen_stages)
+    return _timm(name, weights, stride, frozen_stages, stride if dilated else None)
 
 
 def build_segmenter(
@@ -69,10 +70,10 @@ def build_segmenter(
     num_classes: int,
     *,
     classifier: str = "cosine",
-    weights: str | Path | None = None,
+    weights: str | Path | Weights | None = None,
     stride: int = 8,
     head: str = "largefov",
-    frozen: int = 0,
+    frozen_stages: int = 0,
     spatial_dropout: bool = False,
 ) -> Segmenter:
     """Build the segmentation network of stage 3.
@@ -87,12 +88,12 @@ def build_segmenter(
             is dilated to ``stride`` where its own is larger, its last three stages joined.
         num_classes: L + 1.
         classifier: ``"cosine"`` (scale 20) or ``"dot"``, products without bias.
-        weights: As in :func:`build_features`; for ``"deeplab_v2"`` also a DeepLab-V2 trained on
-            COCO, of which the ResNet is taken.
+        weights: As in :func:`build_features`; for ``"deeplab_v2"`` also ``"coco"``, or a DeepLab
+            trained on COCO, of which the ResNet is taken.
         stride: Pixels from one feature to the next.
         head: ``"largefov"``, ``"aspp"``, ``"aspp_relu"`` or ``"linear"``, which is none; of no
             meaning to ``"deeplab_v1"``, and ``"deeplab_v2"`` has one of the two ``aspp``.
-        frozen: How many of the first stages or blocks, stem included, keep their weights.
+        frozen_stages: How many of the first stages or blocks, stem included, keep their weights.
         spatial_dropout: Whether the dropout of ``"deeplab_v1"`` sets whole channels to 0.
 
     Raises:
@@ -109,21 +110,63 @@ def build_segmenter(
             fc6_dilation=12,
             fifth_pooling=True,
             spatial_dropout=spatial_dropout,
-            frozen=frozen,
+            frozen_stages=frozen_stages,
         )
         top, channels = nn.Identity(), features.channels
     elif name == "deeplab_v2":
         _require_stride_8(name, stride)
-        features = Resnet101Features(weights, frozen=frozen)
+        features = Resnet101Features(weights, frozen_stages=frozen_stages)
         pyramid = head if head.startswith("aspp") else "aspp"
         top, channels = _head(pyramid, features.channels, stride)
     elif name == "small":
-        features = _small(weights, frozen)
+        features = _small(weights, frozen_stages)
         top, channels = _head(head, features.channels, SMALL_STRIDE)
     else:
-        features = _dilated(name, weights, stride, frozen)
+        features = _dilated(name, weights, stride, frozen_stages)
         top, channels = _head(head, features.channels, stride)
     return Segmenter(features, top, _classifier(classifier, channels, num_classes))
+
+
+def known_weights(
+    name: str, weights: str | None, *, caffe: bool = False, trained_on: str | None = None
+) -> str | Weights | None:
+    """Read the weights of a VGG-16 or a ResNet-101 with what its file does not tell.
+
+    Args:
+        name: As in :func:`build_features` or :func:`build_segmenter`.
+        weights: Likewise.
+        caffe: Whether a VGG-16 under torchvision's names is Caffe's.
+        trained_on: ``"imagenet"`` or ``"coco"``, where the layout does not tell.
+
+    Returns:
+        What both take as ``weights``; for other networks ``weights`` as it is.
+
+    Raises:
+        ValueError: If the file holds something else.
+        FileNotFoundError: If there is no such file.
+    """
+    if weights != "random" and name in ("vgg16", "deeplab_v1"):
+        return read_vgg16(weights, caffe=caffe, trained_on=trained_on)
+    if caffe:
+        raise ValueError(f"caffe_weights must be off for {name}, only VGG-16 has it")
+    if weights != "random" and name == "deeplab_v2":
+        return read_resnet101(weights, trained_on=trained_on)
+    return weights
+
+
+def origin(features: Features, weights: str | None, trained_on: str | None) -> dict[str, str]:
+    """Say where the weights of a network are from.
+
+    Returns:
+        ``source``, one line, and ``trained_on``: ``"imagenet"``, ``"coco"``, ``"random"`` or
+        ``"unknown"``.
+    """
+    if isinstance(features, (Vgg16Features, Resnet101Features)):
+        return {"source": features.source, "trained_on": features.trained_on}
+    if not features.pretrained:
+        return {"source": "random", "trained_on": "random"}
+    told = "imagenet" if weights is None else trained_on or "unknown"
+    return {"source": getattr(features, "source", "timm"), "trained_on": told}
 
 
 def _check_segmenter(head: str, classifier: str, num_classes: int) -> None:
@@ -283,23 +326,35 @@ def _require_stride_8(name: str, stride: int) -> None:
         raise ValueError(f"stride must be 8 for {name}, got {stride}")
 
 
-def _small(weights: str | Path | None, frozen: int) -> SmallFeatures:
+def _small(weights: str | Path | Weights | None, frozen_stages: int) -> SmallFeatures:
     if weights not in (None, "random"):
         raise ValueError(f"weights must be None or 'random' for small, got {str(weights)!r}")
-    if frozen:
-        raise ValueError(f"frozen must be 0 for small, whose weights are random, got {frozen}")
+    if frozen_stages:
+        raise ValueError(
+            f"frozen_stages must be 0 for small, whose weights are random, got {frozen_stages}"
+        )
     return SmallFeatures()
 
 
-def _dilated(name: str, weights: str | Path | None, stride: int, frozen: int) -> TimmFeatures:
+def _dilated(
+    name: str, weights: str | Path | Weights | None, stride: int, frozen_stages: int
+) -> TimmFeatures:
     """A network of timm's, dilated where it is coarser than it shall be."""
     info: Any = TimmFeatures(name, "random").network.feature_info
-    return _timm(name, weights, stride, frozen, stride if stride < max(info.reduction()) else None)
+    return _timm(
+        name, weights, stride, frozen_stages, stride if stride < max(info.reduction()) else None
+    )
 
 
 def _timm(
-    name: str, weights: str | Path | None, stride: int, frozen: int, output_stride: int | None
+    name: str,
+    weights: str | Path | Weights | None,
+    stride: int,
+    frozen_stages: int,
+    output_stride: int | None,
 ) -> TimmFeatures:
+    if isinstance(weights, Weights):
+        raise TypeError(f"weights must be a file for {name}, got {weights.source}")
     if stride < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     # The statistics that belong to random weights have to be learned with them.
@@ -310,5 +365,5 @@ def _timm(
         stride,
         freeze_batch_norm=not learned,
         output_stride=output_stride,
-        frozen=frozen,
+        frozen_stages=frozen_stages,
     )

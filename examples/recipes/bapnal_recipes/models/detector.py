@@ -22,7 +22,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from bapnal.label.backbone import TimmFeatures, read_state
 from bapnal.mask_rcnn import ValidRoIHeads
 from bapnal_recipes.engine.runs import expecting
-from bapnal_recipes.models.backbones import TORCHVISION, plain_names
+from bapnal_recipes.models.weights import TORCHVISION
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # those of torchvision
 LEAST_STRIDE = 4  # of the maps that the pyramid is made of
@@ -35,8 +35,8 @@ class DetectorSettings:
     Args:
         network: "resnet50" or another ResNet of torchvision's, or the name of a network of timm.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
-        frozen: How many of the backbone's first stages (ResNet, stem included) or blocks (timm)
-            keep their weights.
+        frozen_stages: How many of the backbone's first stages (of a ResNet, stem included) or
+            blocks (of timm's) keep their weights.
         channels: Of the feature pyramid, and of the mask head.
         head_channels: Of the box head.
         anchor: Side of the smallest anchors, in pixels of the resized image.
@@ -48,7 +48,7 @@ class DetectorSettings:
 
     network: str = "resnet50"
     weights: str | None = None
-    frozen: int = 2
+    frozen_stages: int = 2
     channels: int = 256
     head_channels: int = 1024
     anchor: int = 32
@@ -114,12 +114,14 @@ def _backbone(settings: DetectorSettings) -> tuple[nn.Module, int, list[float], 
     """The pyramid, how many levels without the pooled one, and mean and deviation of images."""
     s = settings
     if s.network in RESNETS:
-        if not 0 <= s.frozen <= 5:
-            raise ValueError(f"frozen must be 0..5, the stem and four stages, got {s.frozen}")
+        if not 0 <= s.frozen_stages <= 5:
+            raise ValueError(
+                f"frozen_stages must be 0..5, the stem and four stages, got {s.frozen_stages}"
+            )
         own = None if s.weights is not None else "DEFAULT"
         # torchvision's layers keep the frozen statistics that they come with
         pyramid = resnet_fpn_backbone(
-            backbone_name=s.network, weights=own, trainable_layers=5 - s.frozen
+            backbone_name=s.network, weights=own, trainable_layers=5 - s.frozen_stages
         )
         if s.channels != pyramid.out_channels:
             raise ValueError(f"channels must be 256 for {s.network}, got {s.channels}")
@@ -130,7 +132,7 @@ def _backbone(settings: DetectorSettings) -> tuple[nn.Module, int, list[float], 
     features = TimmFeatures(
         s.network,
         s.weights,
-        frozen=s.frozen,
+        frozen_stages=s.frozen_stages,
         freeze_batch_norm=s.weights != "random",
     )
     info: Any = features.network.feature_info
@@ -147,7 +149,7 @@ def _backbone(settings: DetectorSettings) -> tuple[nn.Module, int, list[float], 
 def _load(body: nn.Module, weights: str) -> None:
     """Load the state dict of a ResNet of torchvision's, its classifier apart."""
     wanted = body.state_dict()
-    given = plain_names(read_state(Path(weights)))
+    given = read_state(Path(weights))
     lacking = [name for name in wanted if name not in given]
     if lacking:
         raise ValueError(f"{weights} must hold {lacking[0]}, is without it")

@@ -145,7 +145,7 @@ def summary(checks: Sequence[ImageCheck], classes: Sequence[str]) -> dict[str, A
     shares = [share for check in checks for share in check.shares]
     covered = [check.covered for check in checks if check.covered is not None]
     return {
-        "pictures": len(checks),
+        "images": len(checks),
         "without_boxes": sum(not check.labels for check in checks),
         "masks": sum(check.mask for check in checks),
         "boxes": len(labels),

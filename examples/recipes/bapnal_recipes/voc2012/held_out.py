@@ -1,4 +1,4 @@
-"""Images with true masks that search.py measures labels on, in memory with their features."""
+"""Images with ground truth that search.py measures labels on, in memory with their features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal_recipes.data.dataset import BoxDataset
-from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import Devkit, read_names
 from bapnal_recipes.engine.machines import total
@@ -53,7 +53,7 @@ class Bench(NamedTuple):
         names: Of all images.
         images: Those of this process.
         weight: Of the classifier, or None.
-        classes: Number of classes, background included.
+        num_classes: Number of classes, background included.
         chosen: Which of them to average over.
         fabric: Adds up what the processes count.
     """
@@ -61,7 +61,7 @@ class Bench(NamedTuple):
     names: list[str]
     images: list[HeldOut]
     weight: Tensor | None
-    classes: int
+    num_classes: int
     chosen: list[int]
     fabric: Fabric
 
@@ -104,18 +104,18 @@ def read_bench(settings: Settings, fabric: Fabric) -> Bench:
 
 def held_out(settings: Settings, devkit: Devkit, left_out: set[int]) -> list[str]:
     """Names of the images; none that hold a class which the classifier was not to see."""
-    if settings.pictures is not None:
-        if not settings.pictures.is_file():
-            raise FileNotFoundError(f"pictures {settings.pictures} does not exist")
-        names = read_names(settings.pictures)
+    if settings.image_list is not None:
+        if not settings.image_list.is_file():
+            raise FileNotFoundError(f"image_list {settings.image_list} does not exist")
+        names = read_names(settings.image_list)
     else:
         names = [name for name in devkit.names(settings.split) if devkit.has_mask(name)]
     if left_out:
         names = [x for x in names if not left_out & set(devkit.annotation(x).labels.tolist())]
     if not names:
-        source = settings.pictures or f"the split {settings.split}"
+        source = settings.image_list or f"the split {settings.split}"
         raise ValueError(f"{source} must name images with masks, has none that serve")
-    count = len(names) if settings.pictures else min(settings.count, len(names))
+    count = len(names) if settings.image_list else min(settings.count, len(names))
     names = [names[i * len(names) // count] for i in range(count)]
     return names[::2] + names[1::2]  # the first half is spread evenly too
 
@@ -146,7 +146,7 @@ def measure(
     """
     generate = make_generator(generator, crf)
     kinds = ("miou", "retrieval", "both") if parts else ("miou",)
-    scores = {kind: SegmentationScore(bench.classes, bench.chosen) for kind in kinds}
+    scores = {kind: SegmentationScore(bench.num_classes, bench.chosen) for kind in kinds}
     fabric = bench.fabric
     wanted = range(fabric.global_rank, first or len(bench.names), fabric.world_size)
     for entry in bench.images[: len(wanted)]:
@@ -157,7 +157,7 @@ def measure(
         scores["miou"].update(y.crf[0], truth)
         if parts:
             scores["retrieval"].update(y.retrieval[0], truth)
-            scores["both"].update(y.crf[0].masked_fill(~y.reliable[0], VOID), truth)
+            scores["both"].update(y.crf[0].masked_fill(~y.reliable[0], IGNORE_INDEX), truth)
     for score in scores.values():
         score.add_up(partial(total, fabric))
     found = {kind: score.compute() for kind, score in scores.items()}

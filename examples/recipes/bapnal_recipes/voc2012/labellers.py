@@ -15,11 +15,12 @@ from torch import Tensor
 from bapnal import DenseCRF, paint_boxes
 from bapnal_recipes.data.dataset import Sample
 from bapnal_recipes.data.images import image_head
-from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.engine.labelling import Clock
+from bapnal_recipes.models import baselines
 from bapnal_recipes.models.classifier import load_classifier, untrained_features
 from bapnal_recipes.models.generator import make_crf, make_generator
-from bapnal_recipes.voc2012 import baselines
 
 if TYPE_CHECKING:
     from bapnal_recipes.voc2012.generate_labels import Settings
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 CLASSIFIER = "classifier.pt"  # that "ridge" keeps beside its labels
 TWO_MAPS = ("network", "ridge", "agnostic")  # the methods that give Y_crf and Y_ret
 LabelMaps = dict[str, Tensor | dict[str, np.ndarray]]
-Clock = Callable[[str], None]  # called with the name of the part that has just ended
 Labeller = Callable[[Sample, Clock], LabelMaps]
 
 
@@ -193,7 +193,11 @@ class _NetworkLabeller:
         y = self.generate(images, features, self.weight, boxes, labels)
         crf, ret = y.crf[0].cpu(), y.retrieval[0].cpu()
         clock("labels")
-        found: LabelMaps = {"crf": crf, "ret": ret, "reliable": crf.masked_fill(crf != ret, VOID)}
+        found: LabelMaps = {
+            "crf": crf,
+            "ret": ret,
+            "reliable": crf.masked_fill(crf != ret, IGNORE_INDEX),
+        }
         if self.unaries:
             found["unaries"] = {
                 "background": y.background_unary[0].cpu().numpy().astype(np.float16),

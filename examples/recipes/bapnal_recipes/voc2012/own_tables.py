@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bapnal_recipes.data.voc import VOC_CLASSES
+from bapnal_recipes.engine.page import table
 from bapnal_recipes.voc2012.measurements import Facts, Measurement, fits, group, varying
-from bapnal_recipes.voc2012.page import table
 from bapnal_recipes.voc2012.wording import (
     LOSSES,
     METHODS,
@@ -29,7 +29,7 @@ OF_TEST += ("evaluation.half_resolution",)
 TOLD: dict[Callable[[Facts], str], frozenset[str]] = {
     pool_name: frozenset(("stage1.pool", "pool", "stage1.min_background")),
     loss_name: frozenset(
-        f"stage3.{x}" for x in ("loss", "supervision", "true_masks", "classifier")
+        f"stage3.{x}" for x in ("loss", "supervision", "ground_truth", "classifier")
     ),
 }
 TOLD[label_name] = TOLD[pool_name] | {"labels.method", "method", "made elsewhere", "map"}

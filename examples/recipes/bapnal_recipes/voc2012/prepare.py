@@ -385,7 +385,7 @@ def _table(settings: Settings, summaries: dict[str, dict[str, Any]]) -> Table:
     def share(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f} %"
 
-    add("pictures", lambda facts: f"{facts['pictures']:,}")
+    add("images", lambda facts: f"{facts['images']:,}")
     add("  with a mask", lambda facts: f"{facts['masks']:,}")
     add("  without boxes", lambda facts: f"{facts['without_boxes']:,}")
     add("boxes", boxes)

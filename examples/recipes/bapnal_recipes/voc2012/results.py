@@ -8,9 +8,9 @@ generate_labels, ``stage3.`` of train_segmentation, ``evaluation.`` of evaluate.
     whole                        whether those are all of VOC 2012's, as in the paper
     map                          which label map: "crf", "ret", "both" or "labels"
     test                         which mode of a segmentation network
-    stage1.initial               "imagenet", "coco" or "random": what the backbone starts from;
-                                 stage3.initial likewise
-    stage3.supervision           "boxes", "some masks" or "masks"
+    stage1.initial               "imagenet", "coco", "random" or "unknown": what the weights were
+                                 trained on that the backbone starts from; stage3.initial likewise
+    stage3.supervision           "boxes", "some ground truth" or "masks"
 
 What ``search`` chose is one fact, ``labels.generator`` and ``labels.crf`` are "searched".
 """
@@ -32,7 +32,8 @@ KINDS = (*STAGES, "devkit", "search", "evaluation")
 PLACES = frozenset(
     (
         *("root", "out", "split", "machines", "logging", "seed", "checkpoint_interval"),
-        *("classes", "search", "labels", "unaries", "true_masks", "channels_last"),
+        *("classes", "search", "labels", "unaries", "ground_truth", "channels_last"),
+        *("caffe_weights", "trained_on"),
         *("proposals", "masks", "confidence_of", "confidence_every"),
     )
 )
@@ -154,7 +155,7 @@ def measure(content: Mapping[str, Any], sizes: Mapping[Any, int]) -> list[Measur
     if kind in STAGES:
         facts = {"kind": kind, "split": settings.get("split"), **facts}
         scores = floats(content["scores"])
-        images = scores.pop("images", scores.pop("pictures", None))
+        images = scores.pop("images", None)
         memory = content.get("peak_memory_bytes") or {}
         more["memory"] = {name: size for name, size in memory.items() if size}
         return [Measurement("runs", facts, seeds, scores, images and int(images), more)]
@@ -199,9 +200,9 @@ def _images(content: Mapping[str, Any]) -> int | None:
     """How many images an evaluation saw, where it says so."""
     scores = content["scores"]
     if content.get("what") == "segmentation":
-        return content.get("images", content.get("pictures"))
+        return content.get("images")
     if content.get("what") == "labels":
-        return scores.get("images", scores.get("pictures", 0)) + scores.get("left_out", 0)
+        return scores.get("images", 0) + scores.get("left_out", 0)
     return None
 
 
@@ -217,9 +218,7 @@ def follow(inputs: Mapping[str, Any]) -> tuple[Facts, tuple[tuple[str, Any], ...
             _labels(facts, settings, further)
         else:
             seeds.append((STAGES[kind], settings.get("seed")))
-            weights = str(settings.get("weights") or "").lower()
-            initial = next((name for name in ("coco", "random") if name in weights), "imagenet")
-            facts[f"{STAGES[kind]}.initial"] = initial
+            facts[f"{STAGES[kind]}.initial"] = _initial(settings, made)
         if kind == "classifier" and settings.get("pool") == "gap":
             facts.pop("stage1.min_background", None)
         if kind == "segmentation":
@@ -230,6 +229,14 @@ def follow(inputs: Mapping[str, Any]) -> tuple[Facts, tuple[tuple[str, Any], ...
         more, others = follow(further)
         facts, seeds = {**more, **facts}, [*others, *seeds]
     return facts, tuple(seeds)
+
+
+def _initial(settings: Mapping[str, Any], made: Mapping[str, Any]) -> str:
+    """On what the weights were trained that a network started from, as its result says."""
+    if "weights" in made:
+        return str(made["weights"]["trained_on"])
+    weights = settings.get("weights")  # results of before 0.2 do not say it
+    return {None: "imagenet", "random": "random"}.get(weights, UNKNOWN)
 
 
 def _labels(facts: Facts, settings: Mapping[str, Any], inputs: dict[str, Any]) -> None:
@@ -268,11 +275,11 @@ def _supervision(facts: Facts, settings: Mapping[str, Any], scores: Mapping[str,
     if loss in ("crf", "ret", "ignore"):
         facts.pop("stage3.balance", None)
     facts["stage3.supervision"] = "boxes"
-    if settings.get("true_masks"):
-        count = scores.get("true_masks")
-        every = count is not None and count == scores.get("images", scores.get("pictures"))
-        facts["stage3.supervision"] = "masks" if every else "some masks"
-        facts["stage3.true_masks"] = count
+    if settings.get("ground_truth"):
+        count = scores.get("ground_truth")
+        every = count is not None and count == scores.get("images")
+        facts["stage3.supervision"] = "masks" if every else "some ground truth"
+        facts["stage3.ground_truth"] = count
     full = facts["stage3.supervision"] == "masks"
     for name in ("loss", "gamma", "balance", "first", "second") if full else ():
         facts.pop(f"stage3.{name}", None)

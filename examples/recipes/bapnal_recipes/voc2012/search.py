@@ -1,4 +1,4 @@
-"""Find the settings of the label generator and its CRF on a few images with true masks.
+"""Find the settings of the label generator and its CRF on a few images with ground truth.
 
     python -m bapnal_recipes.voc2012.search standard --classifier runs/voc2012/bap/classifier.pt \
         --out runs/voc2012/search
@@ -36,7 +36,7 @@ from bapnal_recipes.data.voc import VOC_CLASSES, default_root
 from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
-from bapnal_recipes.engine.runs import Meter, digest, plain, result
+from bapnal_recipes.engine.runs import Meter, as_json, digest, result
 from bapnal_recipes.engine.stage import RunFolder
 from bapnal_recipes.models.generator import (
     PAPER,
@@ -76,7 +76,7 @@ class Settings:
         out: Where to write.
         split: Where the images are taken from.
         count: How many of its images with masks to take, evenly spread.
-        pictures: File with the names of the images instead, one per line.
+        image_list: File with the names of the images instead, one per line.
         method: "network" or "agnostic", as in generate_labels.py.
         classifier: File classifier.pt of train_classifier.py.
         backbone: Network of "agnostic" without a classifier.
@@ -106,7 +106,7 @@ class Settings:
     out: Path = Path("runs/voc2012/search")
     split: str = "train_aug"
     count: int = 100
-    pictures: Path | None = None
+    image_list: Path | None = None
     method: Literal["network", "agnostic"] = "network"
     classifier: Path | None = None
     backbone: str = "tf_efficientnet_lite0"
@@ -163,7 +163,7 @@ def main(settings: Settings) -> dict[str, Any]:
         ValueError: If a setting does not fit, or ``out`` holds a search with other settings.
     """
     _check(settings)
-    files = {"classifier": settings.classifier, "pictures": settings.pictures}
+    files = {"classifier": settings.classifier, "image_list": settings.image_list}
     inputs = {f"{x}_sha256": digest(path) for x, path in files.items() if path and path.is_file()}
     folder = RunFolder(settings, "search", inputs)
     stored = folder.stored()
@@ -177,9 +177,9 @@ def main(settings: Settings) -> dict[str, Any]:
         folder.claim(together)
         rows = Rows(settings.out / "rows.json", bench, together)
         best = search(settings, bench, rows)
-    scores = {"best": best, "rows": rows.rows, "pictures": bench.names}
+    scores = {"best": best, "rows": rows.rows, "images": bench.names}
     made = runs.inputs(classifier=settings.classifier)
-    found = result("search", plain(settings), scores, meter, inputs=made)
+    found = result("search", as_json(settings), scores, meter, inputs=made)
     if fabric.is_global_zero:
         write_json(folder.result_path, found)
         rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")

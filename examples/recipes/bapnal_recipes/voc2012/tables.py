@@ -21,9 +21,9 @@ import tyro
 
 from bapnal.label.files import whole
 from bapnal_recipes.engine.commands import run
+from bapnal_recipes.engine.page import slug, to_html
 from bapnal_recipes.voc2012 import figures, paper
 from bapnal_recipes.voc2012.own_tables import own_tables
-from bapnal_recipes.voc2012.page import slug, to_html
 from bapnal_recipes.voc2012.results import Archive, read_results
 
 

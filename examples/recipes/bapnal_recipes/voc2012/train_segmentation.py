@@ -5,9 +5,9 @@
         --out runs/voc2012/ignore
     python -m bapnal_recipes.voc2012.train_segmentation paper-v2 --weights resnet101_coco.pth
 
-With ``--true-masks`` and a list of images, their true masks stand for both label maps: one of
+With ``--ground-truth`` and a list of images, their ground truth stands for both label maps: one of
 ``ImageSets/Segmentation/train.txt`` for semi-supervised training, with all images of the split
-for the fully supervised ceiling, which needs no label maps.
+for the fully supervised network, which needs no label maps.
 
 Writes ``OUT/segmenter.pt`` and ``OUT/result.json``, and of the images of ``--confidence-of`` the
 map of sigma, 0..255, as it is after several numbers of steps: ``OUT/confidence/NAME_STEPS.png``.
@@ -33,7 +33,7 @@ from bapnal import (
     poly_schedule,
 )
 from bapnal_recipes.data.dataset import Batch
-from bapnal_recipes.data.label_maps import VOID, grey_map, label_map
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, grey_map, label_map
 from bapnal_recipes.data.labelled import LabelledImages
 from bapnal_recipes.data.voc import VOC_CLASSES, default_root
 from bapnal_recipes.engine.batches import steps_per_epoch
@@ -42,7 +42,7 @@ from bapnal_recipes.engine.logs import Logging, LoggingOption
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together
 from bapnal_recipes.engine.optimizers import parameter_groups
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
-from bapnal_recipes.models.deeplab import Segmenter, build_segmenter
+from bapnal_recipes.models.deeplab import Segmenter, build_segmenter, known_weights, origin
 from bapnal_recipes.voc2012.confidence import ConfidenceKeeper, moments, sigma_of, upsample
 from bapnal_recipes.voc2012.training_labels import fingerprints, training_images
 
@@ -61,15 +61,19 @@ class Settings:
         labels: Output of generate_labels.py.
         first: Folder in ``labels`` with Y_crf, or the path of one elsewhere.
         second: Folder in ``labels`` with Y_ret, or the path of one elsewhere.
-        true_masks: List of images whose true mask stands for both label maps.
+        ground_truth: List of images whose ground truth stands for both label maps.
         split: Which images: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
         network: "deeplab_v1" (VGG-16), "deeplab_v2" (ResNet-101), "small", or a name of timm's.
-        weights: What the network starts from: a file, "random", or none for its ImageNet weights.
+        weights: What the network starts from: a file, "random", or none for its ImageNet weights;
+            "coco" lets torchvision fetch a ResNet-101 trained on COCO.
+        caffe_weights: Take a VGG-16 under torchvision's names for Caffe's, which look the same.
+        trained_on: "imagenet" or "coco": what the weights were trained on, where their layout does
+            not tell.
         stride: Pixels from one position of the result to the next.
         head: On a backbone of timm's: "largefov", "aspp", "aspp_relu" (branches without bias, and a
             ReLU after their sum) or "linear"; of "deeplab_v2" one of the two "aspp".
-        frozen: How many of the first blocks keep their weights.
+        frozen_stages: How many of the first blocks keep their weights.
         train_batch_norm: Train batch normalisation, over all devices together; otherwise it keeps
             the statistics and scales that it came with.
         spatial_dropout: Let the dropout of "deeplab_v1" set whole channels to 0.
@@ -87,8 +91,8 @@ class Settings:
         batch_size: Images in a batch, of all devices together.
         epochs: How often to go through the images.
         iterations: Number of batches, in place of ``epochs``.
-        rate: Learning rate of the pretrained layers at the start; it falls to 0 with the power 0.9.
-        head_rate: That of head and classifier, and of a backbone that was not pretrained.
+        lr: Learning rate of the pretrained layers at the start; it falls to 0 with the power 0.9.
+        head_lr: That of head and classifier, and of a backbone that was not pretrained.
         momentum: Of SGD.
         weight_decay: Of all weights, biases apart unless ``decay_biases`` is on.
         bias_factor: Learning rate of biases, as a multiple of their layer's.
@@ -107,14 +111,16 @@ class Settings:
     labels: Path = Path("runs/voc2012/labels")
     first: str = "crf"
     second: str = "ret"
-    true_masks: Path | None = None
+    ground_truth: Path | None = None
     split: str = "train_aug"
     classes: tuple[str, ...] = VOC_CLASSES
     network: str = "deeplab_v1"
     weights: str | None = None
+    caffe_weights: bool = False
+    trained_on: Literal["imagenet", "coco"] | None = None
     stride: int = 8
     head: str = "largefov"
-    frozen: int = 0
+    frozen_stages: int = 0
     train_batch_norm: bool = False
     spatial_dropout: bool = False
     classifier: Literal["cosine", "dot"] = "cosine"
@@ -129,8 +135,8 @@ class Settings:
     batch_size: int = 20
     epochs: int = 45
     iterations: int | None = None
-    rate: float = 1e-3
-    head_rate: float = 1e-2
+    lr: float = 1e-3
+    head_lr: float = 1e-2
     momentum: float = 0.9
     weight_decay: float = 5e-4
     bias_factor: float = 2.0
@@ -152,8 +158,8 @@ _V2 = Settings(
     head="aspp",
     batch_size=10,
     epochs=20,
-    rate=2.5e-4,
-    head_rate=2.5e-3,
+    lr=2.5e-4,
+    head_lr=2.5e-3,
 )
 PRESETS = {
     "paper": ("DeepLab-V1 (VGG-16, LargeFOV) as in the paper", _V1),
@@ -207,7 +213,7 @@ class Objective:
         """
         s = self.settings
         common: dict[str, Any] = {
-            "ignore_index": VOID,
+            "ignore_index": IGNORE_INDEX,
             "align_corners": s.align_corners,
             "across_ranks": True,
         }
@@ -231,9 +237,9 @@ class Objective:
     def _look(self, similarity: Tensor, first: Tensor, second: Tensor) -> dict[str, float]:
         """How much of this rank's batch is unreliable, and how confident the network is there."""
         s = self.settings
-        unreliable = (first != second) & (first != VOID)
+        unreliable = (first != second) & (first != IGNORE_INDEX)
         sigma = sigma_of(similarity, first, s.gamma, s.align_corners)
-        share = unreliable.sum() / (first != VOID).sum().clamp(min=1)
+        share = unreliable.sum() / (first != IGNORE_INDEX).sum().clamp(min=1)
         mean = (sigma * unreliable).sum() / unreliable.sum().clamp(min=1)
         return {"share unreliable": float(share), "sigma on unreliable": float(mean)}
 
@@ -247,19 +253,30 @@ def check(settings: Settings) -> None:
         **dict.fromkeys(("gamma", "crop", "batch_size", "epochs", "confidence_every"), 1),
         **dict.fromkeys(("stride", "checkpoint_interval"), 1),
         **dict.fromkeys(
-            ("balance", "frozen", "jitter", "bias_factor", "momentum", "weight_decay", "seed"), 0
+            (
+                "balance",
+                "frozen_stages",
+                "jitter",
+                "bias_factor",
+                "momentum",
+                "weight_decay",
+                "seed",
+            ),
+            0,
         ),
     }.items():
         at_least(name, getattr(s, name), least)
     if s.iterations is not None:
         at_least("iterations", s.iterations, 1)
-    above("rate", s.rate, 0)
-    above("head_rate", s.head_rate, 0)
+    above("lr", s.lr, 0)
+    above("head_lr", s.head_lr, 0)
     low, high = s.scale
     if not 0 < low <= high < math.inf:
         raise ValueError(f"scale must be two numbers, 0 < low <= high, got {s.scale}")
-    if s.train_batch_norm and s.frozen:
-        raise ValueError(f"frozen must be 0 where batch norm is trained, got {s.frozen}")
+    if s.train_batch_norm and s.frozen_stages:
+        raise ValueError(
+            f"frozen_stages must be 0 where batch norm is trained, got {s.frozen_stages}"
+        )
 
 
 class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
@@ -269,7 +286,7 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
     file = "segmenter.pt"
 
     def inputs(self) -> dict[str, str]:
-        """Return fingerprints of label maps and of the list of true masks."""
+        """Return fingerprints of label maps and of the list of images with ground truth."""
         return fingerprints(self.settings)
 
     def made_from(self) -> dict[str, Path | None]:
@@ -287,28 +304,35 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
     def build_network(self) -> Segmenter:
         """Return the network."""
         s = self.settings
+        weights = known_weights(
+            s.network, s.weights, caffe=s.caffe_weights, trained_on=s.trained_on
+        )
         network = build_segmenter(
             s.network,
             len(s.classes) + 1,
             classifier=s.classifier,
-            weights=s.weights,
+            weights=weights,
             stride=s.stride,
             head=s.head,
-            frozen=s.frozen,
+            frozen_stages=s.frozen_stages,
             spatial_dropout=s.spatial_dropout,
         )
         if s.train_batch_norm:
             train_batch_norm(network.features)
         return network
 
+    def origin(self, network: Segmenter) -> dict[str, str]:
+        """Return where the weights are from that the network starts with."""
+        return origin(network.features, self.settings.weights, self.settings.trained_on)
+
     def optimizer(self, network: Segmenter) -> torch.optim.Optimizer:
         """Return SGD."""
         s = self.settings
         options: dict[str, Any] = {"bias_factor": s.bias_factor, "decay_biases": s.decay_biases}
-        rate = s.rate if network.features.pretrained else s.head_rate
+        rate = s.lr if network.features.pretrained else s.head_lr
         new = [*network.head.named_parameters(), *network.classifier.named_parameters()]
         groups = parameter_groups("features", network.features.named_parameters(), rate, **options)
-        groups += parameter_groups("head", new, s.head_rate, **options)
+        groups += parameter_groups("head", new, s.head_lr, **options)
         return torch.optim.SGD(groups, momentum=s.momentum, weight_decay=s.weight_decay)
 
     def steps(self, count: int) -> int:
@@ -372,9 +396,9 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
         return {"network": state_on_cpu(network)}
 
     def facts(self, data: LabelledImages) -> dict[str, int]:
-        """Return the length of an epoch, and the number of true masks."""
+        """Return the length of an epoch, and the number of images with ground truth."""
         epoch = steps_per_epoch(len(data), self.settings.batch_size)
-        return {"steps_per_epoch": epoch, "true_masks": len(data.true)}
+        return {"steps_per_epoch": epoch, "ground_truth": len(data.true)}
 
 
 def main(settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What stage 3 trains on: label maps, true masks, and a look for all that does not fit."""
+"""What stage 3 trains on: label maps, ground truth, and a look for all that does not fit."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def training_images(settings: Settings) -> LabelledImages:
     """Return what to train on, after a look for all that is missing or does not fit.
 
     Raises:
-        FileNotFoundError: If an image, a list, a label map or a true mask is missing.
+        FileNotFoundError: If an image, a list, a label map or ground truth is missing.
         ValueError: If a list names other images, or sizes differ.
     """
     s = settings
     devkit = Devkit(s.root, s.classes)
     names = devkit.names(s.split)
-    true = _true_masks(s, names)
+    true = _ground_truth(s, names)
     for name in s.confidence_of:
         if name not in names:
             raise ValueError(f"confidence_of must name images of {s.split}, got {name!r}")
@@ -70,12 +70,12 @@ def fingerprints(settings: Settings) -> dict[str, str]:
     no longer there, as after a finished run, they have no fingerprint.
     """
     names = Devkit(settings.root, settings.classes).names(settings.split)
-    true = _true_masks(settings, names)
+    true = _ground_truth(settings, names)
     labelled = [f"{name}.png" for name in names if name not in true]
     folders = _folders(settings)
     found = {}
     if true:
-        found["true_masks_sha256"] = _digest(sorted(true))
+        found["ground_truth_sha256"] = _digest(sorted(true))
     if labelled and all(folder.is_dir() for folder in folders):
         facts: list[object] = []
         for folder in folders:
@@ -105,19 +105,19 @@ def _same_classes(settings: Settings, folder: Path) -> None:
             )
 
 
-def _true_masks(settings: Settings, names: Sequence[str]) -> frozenset[str]:
-    """Read the list of images with true masks."""
-    path = settings.true_masks
+def _ground_truth(settings: Settings, names: Sequence[str]) -> frozenset[str]:
+    """Read the list of images with ground truth."""
+    path = settings.ground_truth
     if path is None:
         return frozenset()
     if not path.is_file():
-        raise FileNotFoundError(f"true_masks {path} does not exist")
+        raise FileNotFoundError(f"ground_truth {path} does not exist")
     listed = read_names(path)
     known = set(names)
     unknown = [name for name in listed if name not in known]
     if unknown:
         raise ValueError(
-            f"true_masks {path} must name images of {settings.split}, but {len(unknown)} of "
+            f"ground_truth {path} must name images of {settings.split}, but {len(unknown)} of "
             f"{len(listed)} are not, the first of them {unknown[0]!r}"
         )
     return frozenset(listed)

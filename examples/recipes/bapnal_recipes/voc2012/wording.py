@@ -77,8 +77,8 @@ def loss_name(facts: Facts) -> str:
     if facts.get("stage3.supervision") == "masks":
         return "fully supervised"
     name = LOSSES.get(str(facts.get("stage3.loss")), "unknown loss")
-    if facts.get("stage3.supervision") == "some masks":
-        name += f", {facts.get('stage3.true_masks')} images with ground truth"
+    if facts.get("stage3.supervision") == "some ground truth":
+        name += f", {facts.get('stage3.ground_truth')} images with ground truth"
     return name + (", dot product" if facts.get("stage3.classifier") == "dot" else "")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch, total
 from bapnal_recipes.engine.runs import Meter
@@ -30,8 +30,8 @@ class EvaluateCams:
     """Measure class activation maps (suppl. Table 2): the precision of what they activate.
 
     A pixel is activated for a class that the image shows where the map of Eq. 5, which is 0
-    outside the boxes of the class, is above a threshold. Right is what lies in the true mask of the
-    class; pixels without a truth do not count.
+    outside the boxes of the class, is above a threshold. Right is what the ground truth gives to
+    the class; pixels without a truth do not count.
 
     Args:
         classifier: The ``classifier.pt`` of train_classifier.py.
@@ -106,6 +106,6 @@ def activated(u_c: Tensor, truth: Tensor, label: int, threshold: float) -> Tenso
         label: The class.
         threshold: Above which a pixel is activated.
     """
-    active = (u_c > threshold) & (truth != VOID)
+    active = (u_c > threshold) & (truth != IGNORE_INDEX)
     own = truth == label
     return torch.stack([(active & own).sum(), active.sum(), own.sum()])

@@ -17,10 +17,10 @@ from rich.progress import track
 from torch import Tensor
 
 from bapnal.label.files import write_json
-from bapnal_recipes.data.label_maps import VOID, read_label_map
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.engine.machines import Together, total
-from bapnal_recipes.engine.runs import Meter, plain, result, summary
+from bapnal_recipes.engine.runs import Meter, as_json, result, summary
 
 
 class EvaluationSettings(Protocol):
@@ -91,7 +91,7 @@ def write(
     """Put the result together, write it and print the numbers that stand for all others; once."""
     found = result(
         "evaluation",
-        plain(settings),
+        as_json(settings),
         scores,
         meter,
         what=what,
@@ -123,14 +123,14 @@ def score_classes(chosen: Sequence[int], classes: Sequence[str], *, first: int) 
 
 
 def labels_of(folder: Path, name: str, truth: Tensor, num_classes: int) -> Tensor:
-    """Read a label map that must fit its true mask."""
+    """Read a label map that must fit its ground truth."""
     path = folder / f"{name}.png"
     labels = read_label_map(path)
     if labels.shape != truth.shape:
         raise ValueError(f"{path} must have size {tuple(truth.shape)}, got {tuple(labels.shape)}")
-    largest = int(labels.masked_fill(labels == VOID, 0).max())
+    largest = int(labels.masked_fill(labels == IGNORE_INDEX, 0).max())
     if largest > num_classes:
-        raise ValueError(f"{path} must hold 0..{num_classes} or {VOID}, got {largest}")
+        raise ValueError(f"{path} must hold 0..{num_classes} or {IGNORE_INDEX}, got {largest}")
     return labels
 
 

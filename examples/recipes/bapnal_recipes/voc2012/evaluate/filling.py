@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from bapnal import box_cells
-from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
 from bapnal_recipes.engine.runs import Meter
 from bapnal_recipes.voc2012.evaluate.common import bar, labels_of, score_classes, subject, write
@@ -105,5 +105,5 @@ def filling_rate(labels: Tensor, box: Tensor, label: int, truth: Tensor) -> floa
         The share in [0, 1], or None where no pixel of the box has a truth.
     """
     size = (truth.shape[0], truth.shape[1])
-    counted = box_cells(box, size, size) & (truth != VOID)
+    counted = box_cells(box, size, size) & (truth != IGNORE_INDEX)
     return round(float((labels[counted] == label).double().mean()), 5) if counted.any() else None

@@ -1,4 +1,4 @@
-"""Pixel labels against true masks."""
+"""Pixel labels against ground truth."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bapnal_recipes.data.label_maps import VOID
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
 from bapnal_recipes.engine.runs import Meter
 from bapnal_recipes.voc2012.evaluate.common import (
@@ -41,7 +41,7 @@ class EvaluateLabels:
 
 
 def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
-    """Measure label maps against true masks; see :class:`EvaluateLabels`.
+    """Measure label maps against ground truth; see :class:`EvaluateLabels`.
 
     The scores have an entry for each kind of label map: ``miou``, ``per_class`` (None for classes
     that occur nowhere), ``coverage``, and where labels do not cover everything ``miou_strict``,
@@ -67,9 +67,9 @@ def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
                 for kind in kinds
             }
             if "both" in tallies:
-                maps["both"] = maps["crf"].masked_fill(maps["crf"] != maps["ret"], VOID)
+                maps["both"] = maps["crf"].masked_fill(maps["crf"] != maps["ret"], IGNORE_INDEX)
             for kind, labels in maps.items():
                 tallies[kind].score.update(labels, truth)
     scores: dict[str, object] = {kind: tally.compute() for kind, tally in tallies.items()}
-    scores |= {"pictures": len(measured), "left_out": len(names) - len(measured)}
+    scores |= {"images": len(measured), "left_out": len(names) - len(measured)}
     return write("labels", settings, found, scores, meter)

@@ -15,9 +15,9 @@ from bapnal import DenseCRF, PseudoLabelGenerator
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine.machines import Machines, MachinesOption, launch
 from bapnal_recipes.engine.runs import Meter
+from bapnal_recipes.models.baselines import box_crf, grab_cut, stack_masks
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.models.generator import PAPER, CrfSettings, GeneratorSettings, make_crf
-from bapnal_recipes.voc2012.baselines import box_crf, grab_cut, stack_masks
 from bapnal_recipes.voc2012.evaluate.common import bar, subject, write
 
 
@@ -30,11 +30,11 @@ class EvaluateRuntime:
         out: Result file.
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
         split: Which images; the paper's are "val".
-        pictures: How many of those with boxes are timed.
+        images: How many of those with boxes are timed.
         warm_up: How many are worked on before, untimed.
         generator: Settings of the labels.
         crf: Settings of the CRF.
-        rivals: Which other ways to labels are timed too.
+        baselines: Which other ways to labels are timed too.
         machines: Where it runs; one device.
     """
 
@@ -42,11 +42,11 @@ class EvaluateRuntime:
     out: Path
     root: Path = field(default_factory=default_root)
     split: str = "val"
-    pictures: int = 20
+    images: int = 20
     warm_up: int = 2
     generator: GeneratorSettings = PAPER
     crf: CrfSettings = field(default_factory=CrfSettings)
-    rivals: tuple[Literal["grabcut", "wssl"], ...] = ("grabcut", "wssl")
+    baselines: tuple[Literal["grabcut", "wssl"], ...] = ("grabcut", "wssl")
     machines: MachinesOption = field(default_factory=Machines)
 
 
@@ -57,12 +57,12 @@ def evaluate_runtime(settings: EvaluateRuntime) -> dict[str, Any]:
     The scores are seconds per image, the mean over the images: ``features``, ``unaries``,
     ``crf``, ``retrieval``, their sum ``total``, ``labels`` (all but the features) and the
     baselines.
-    ``quartiles`` has the first and the third of each, ``pictures`` how many were timed.
+    ``quartiles`` has the first and the third of each, ``images`` how many were timed.
     """
-    if settings.pictures < 1 or settings.warm_up < 0:
+    if settings.images < 1 or settings.warm_up < 0:
         raise ValueError(
-            "pictures must be at least 1 and warm_up at least 0, got "
-            f"{settings.pictures} and {settings.warm_up}"
+            "images must be at least 1 and warm_up at least 0, got "
+            f"{settings.images} and {settings.warm_up}"
         )
     classifier = load_classifier(settings.classifier)
     devkit = Devkit(settings.root, classifier.classes)
@@ -88,11 +88,11 @@ def evaluate_runtime(settings: EvaluateRuntime) -> dict[str, Any]:
             stopwatch.stop("features")
             generate(images, found, weight, boxes, labels)
             stopwatch.stop("retrieval")
-            for baseline in settings.rivals:
+            for baseline in settings.baselines:
                 RIVALS[baseline](images[0], annotation.boxes, annotation.labels, crf)
                 stopwatch.stop(baseline)
             rows.append(stopwatch.seconds)
-    timed = rows[-settings.pictures :]
+    timed = rows[-settings.images :]
     own = ("unaries", "crf", "retrieval")
     for row in timed:
         row["labels"] = sum(row[part] for part in own)
@@ -106,7 +106,7 @@ def evaluate_runtime(settings: EvaluateRuntime) -> dict[str, Any]:
         part: [round(x, 5) for x in column.quantile(quarters).tolist()]
         for part, column in columns.items()
     }
-    scores["pictures"] = len(timed)
+    scores["images"] = len(timed)
     return write("runtime", settings, subject(settings.classifier.parent), scores, meter)
 
 
@@ -150,11 +150,11 @@ def _with_boxes(devkit: Devkit, names: Sequence[str], settings: EvaluateRuntime)
     for name in names:
         if len(devkit.annotation(name).labels):
             found.append(name)
-        if len(found) == settings.pictures:
+        if len(found) == settings.images:
             return found[: settings.warm_up] + found
     raise ValueError(
-        f"pictures must be at most {len(found)}, the number with boxes in the split "
-        f"{settings.split}, got {settings.pictures}"
+        f"images must be at most {len(found)}, the number with boxes in the split "
+        f"{settings.split}, got {settings.images}"
     )
 
 

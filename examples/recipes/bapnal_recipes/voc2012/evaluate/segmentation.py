@@ -74,7 +74,7 @@ class EvaluateSegmentation:
 
 
 def evaluate_segmentation(settings: EvaluateSegmentation) -> dict[str, Any]:
-    """Measure predictions against true masks, and write them; see :class:`EvaluateSegmentation`.
+    """Measure predictions against ground truth, and write them; see :class:`EvaluateSegmentation`.
 
     The scores have ``miou`` and ``per_class`` for each mode; they are empty for a split without
     masks.
@@ -112,7 +112,7 @@ def evaluate_segmentation(settings: EvaluateSegmentation) -> dict[str, Any]:
             results = f"{settings.competition}_{settings.split}"
             write_archive(settings.archive, last, names, results)
     made, crf = subject(settings.segmenter.parent), list(_crf_weights(settings, trained))
-    more = {"pictures": len(names), "crf": crf}
+    more = {"images": len(names), "crf": crf}
     return write("segmentation", settings, made, scores, meter, together, **more)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bapnal import box_cells, paint_boxes
-from bapnal_recipes.data.label_maps import VOID, read_label_map
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
 
 Array = np.ndarray
 
@@ -141,7 +141,7 @@ def stack_agreeing(
     one, other = _stacked(first, size), _stacked(second, size)
     # Each box twice: where its masks agree, and where they differ.
     masks = torch.stack([one & other, one ^ other], 1).flatten(0, 1)
-    values = torch.stack([labels, torch.full_like(labels, VOID)], 1).flatten()
+    values = torch.stack([labels, torch.full_like(labels, IGNORE_INDEX)], 1).flatten()
     return paint_boxes(boxes.repeat_interleave(2, 0), values, size, masks=masks)
 
 
@@ -335,7 +335,7 @@ def read_masks(
     if [path.stem for path in files] != [name]:
         return stack_masks([found > 0 for found in maps], boxes, labels, size)
     found = maps[0]
-    wrong = found[(found > num_classes) & (found != VOID)]
+    wrong = found[(found > num_classes) & (found != IGNORE_INDEX)]
     if wrong.numel():
         raise ValueError(f"{files[0]} must hold 0..{num_classes} or 255, got {int(wrong[0])}")
     return keep_to_boxes(found, boxes, labels)
@@ -346,6 +346,6 @@ def keep_to_boxes(found: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
     size = (found.shape[0], found.shape[1])
     kept = torch.zeros_like(found)
     for box, label in zip(boxes, labels, strict=True):
-        inside = box_cells(box, size, size) & ((found == label) | (found == VOID))
+        inside = box_cells(box, size, size) & ((found == label) | (found == IGNORE_INDEX))
         kept[inside] = found[inside]
     return kept
