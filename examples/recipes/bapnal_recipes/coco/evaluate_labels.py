@@ -90,7 +90,7 @@ def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"seen must name classes of COCO, got {', '.join(unknown)}")
     seen = s.seen or tuple(made["scores"].get("seen", ()))
-    names = _labelled(s.folder, boxes)
+    names = _labelled(s.folder, boxes, made["settings"].get("images", 0))
     kinds = kinds_of(method)[:2]
     fabric = launch(s.machines)
     with Meter() as meter:
@@ -117,19 +117,20 @@ def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
     )
 
 
-def _labelled(folder: Path, boxes: CocoBoxes) -> list[str]:
-    """The images that have a file of masks.
+def _labelled(folder: Path, boxes: CocoBoxes, count: int) -> list[str]:
+    """The images that were to be labelled.
 
     Raises:
         FileNotFoundError: If some have none.
     """
-    lacking = [name for name in boxes.names if not instance_path(folder, name).is_file()]
+    names = boxes.spread(count)
+    lacking = [name for name in names if not instance_path(folder, name).is_file()]
     if lacking:
         raise FileNotFoundError(
-            f"{folder} must hold masks of every image, {len(lacking)} of {len(boxes.files)} are "
+            f"{folder} must hold masks of every image, {len(lacking)} of {len(names)} are "
             f"missing: {', '.join(lacking[:5])}"
         )
-    return boxes.names
+    return names
 
 
 def _add(

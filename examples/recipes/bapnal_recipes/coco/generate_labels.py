@@ -75,6 +75,7 @@ class Settings:
         prepared: Folder that prepare.py wrote.
         out: Where to write.
         split: Which images, "train" or "val".
+        images: How many of them, evenly spread; 0 for all.
         method: "network": class activation maps and attention of a trained classifier, of COCO's
             classes or of VOC's. "ridge": the same by a classifier in closed form, fitted to boxes
             on the features of a backbone that was never trained on boxes. "agnostic": without class
@@ -100,6 +101,7 @@ class Settings:
     prepared: Path = Path("runs/coco/prepare")
     out: Path = Path("runs/coco/labels")
     split: str = "train"
+    images: int = 0
     method: Method = "network"
     classifier: Path | None = None
     fit_split: str = "train"
@@ -162,7 +164,7 @@ def main(settings: Settings) -> dict[str, Any]:
     shares = [share for share, _ in parts]
     errors = skipped(shares)
     scores: dict[str, Any] = {
-        "images": len(boxes.files) - len(errors),
+        "images": len(boxes.spread(settings.images)) - len(errors),
         "skipped": list(errors),
         "errors": errors,
         **_known(settings, boxes),
@@ -201,6 +203,7 @@ def _check(settings: Settings) -> CocoBoxes:
             "'cam'"
         )
     at_least("rounds", s.rounds, 1)
+    at_least("images", s.images, 0)
     make_generator(s.generator, s.crf)
     boxes = read_prepared(s.root, s.prepared, s.split)
     unknown = [name for name in s.leave_out if name not in boxes.classes]
@@ -263,7 +266,7 @@ def _label_share(
 
     torch.manual_seed(settings.seed)
     label = make_labeller(settings, fabric, boxes.classes)
-    dataset = BoxDataset(boxes, boxes.names)
+    dataset = BoxDataset(boxes, boxes.spread(settings.images))
     workers = settings.machines.workers
     return label_share(fabric, dataset, label, write, is_labelled, workers), empty
 
