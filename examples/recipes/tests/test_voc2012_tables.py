@@ -10,9 +10,8 @@ import pytest
 import tyro
 from result_files import animals, voc
 
-from bapnal_recipes.engine import series
+from bapnal_recipes.engine import page, series
 from bapnal_recipes.engine.commands import cli
-from bapnal_recipes.engine import page
 from bapnal_recipes.voc2012 import (
     generate_labels,
     paper,

@@ -21,7 +21,18 @@ METHODS = {
 }
 KINDS = {"crf": "Y_crf", "ret": "Y_ret", "both": "Y_crf and Y_ret, loss on S"}
 SAME = (
-    *("what", "data", "split", "labels", "direction", "known", "mask", "classes", "backbone"),
+    *(
+        "what",
+        "data",
+        "split",
+        "images",
+        "labels",
+        "direction",
+        "known",
+        "mask",
+        "classes",
+        "backbone",
+    ),
     *("iterations", "seed"),
 )
 
