@@ -34,7 +34,7 @@ from bapnal_recipes.engine.machines import Machines, MachinesOption
 from bapnal_recipes.engine.optimizers import parameter_groups
 from bapnal_recipes.engine.runs import digest, read_result
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
-from bapnal_recipes.models.detector import DetectorSettings, build_detector
+from bapnal_recipes.models.detector import DetectorSettings, build_detector, detector_origin
 
 WARMUP = 1e-3  # factor of the learning rate at the first step
 
@@ -190,6 +190,10 @@ class DetectorStage(Stage[Settings, InstanceDataset, MaskRCNN]):
     def build_network(self) -> MaskRCNN:
         """Return Mask R-CNN."""
         return build_detector(self.settings.detector, len(self._classes) + 1)
+
+    def origin(self, network: MaskRCNN) -> dict[str, str]:
+        """Return where the backbone's weights are from."""
+        return detector_origin(self.settings.detector, network)
 
     def optimizer(self, network: MaskRCNN) -> torch.optim.Optimizer:
         """Return SGD."""

@@ -22,6 +22,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from bapnal.label.backbone import TimmFeatures, read_state
 from bapnal.mask_rcnn import ValidRoIHeads
 from bapnal_recipes.engine.runs import expecting
+from bapnal_recipes.models.deeplab import origin
 from bapnal_recipes.models.weights import TORCHVISION
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")  # those of torchvision
@@ -161,6 +162,18 @@ def _load(body: nn.Module, weights: str) -> None:
             f"{tuple(given[name].shape)}"
         )
     body.load_state_dict({name: given[name] for name in wanted})
+
+
+def detector_origin(settings: DetectorSettings, network: MaskRCNN) -> dict[str, str]:
+    """Say where the weights of the backbone are from: ``source``, one line, and ``trained_on``."""
+    body = network.backbone.body
+    if isinstance(body, TimmStages):
+        return origin(body.features, settings.weights, None)
+    if settings.weights == "random":
+        return {"source": "random", "trained_on": "random"}
+    own = settings.weights is None
+    source = f"torchvision's {settings.network}" if own else str(settings.weights)
+    return {"source": source, "trained_on": "imagenet" if own else "unknown"}
 
 
 @torch.inference_mode()
