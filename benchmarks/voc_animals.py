@@ -64,8 +64,8 @@ class Settings:
         work: Where weights and label maps are kept.
         out: Where results of evaluations go.
         series: Folder of the series that all numbers are added to.
-        parts: Which parts, in their order: classifiers, searches, labels, baselines, facts, unseen,
-            conditions, grids, segmentation, loose, noisy.
+        parts: Which parts, in their order: classifiers, searches, labels, presets, baselines,
+            facts, unseen, conditions, grids, segmentation, loose, noisy.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.
         workers: Processes that read images.
@@ -76,8 +76,8 @@ class Settings:
     out: Path = Path("runs/voc_animals/evaluations")
     series: Path = Path("benchmarks/results/voc_animals")
     parts: tuple[str, ...] = (
-        *("classifiers", "searches", "labels", "baselines", "facts", "unseen", "conditions"),
-        *("grids", "segmentation", "loose", "noisy"),
+        *("classifiers", "searches", "labels", "presets", "baselines", "facts", "unseen"),
+        *("conditions", "grids", "segmentation", "loose", "noisy"),
     )
     only: tuple[str, ...] = ()
     seeds: int = 3
@@ -175,6 +175,24 @@ def _labels(
         score_classes=score_classes,
     )
     yield f"evaluate_labels_{name}", lambda: evaluate.main(evaluation)
+
+
+def presets(s: Settings) -> Iterator[Job]:
+    """Table 1's rows of both presets: u_0 is A, or the background's map."""
+    for name in _classifiers(s):
+        for kind, generator in {
+            "_paper": replace(PAPER, align_corners=False),
+            "_released": replace(RELEASED, align_corners=False),
+            "_paper_cam": replace(PAPER, align_corners=False, background="cam"),
+        }.items():
+            settings = generate_labels.Settings(
+                root=s.root,
+                out=s.work / f"labels_val/{name}{kind}",
+                split="val",
+                classifier=s.work / "classifier" / name / "classifier.pt",
+                generator=generator,
+            )
+            yield from _labels(s, f"val_{name}{kind}", settings)
 
 
 def baselines(s: Settings) -> Iterator[Job]:
@@ -397,7 +415,7 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
 PARTS = {
     part.__name__: part
     for part in (
-        *(classifiers, searches, labels, baselines, facts, unseen, conditions),
+        *(classifiers, searches, labels, presets, baselines, facts, unseen, conditions),
         *(grids, segmentation, loose, noisy),
     )
 }

@@ -31,7 +31,7 @@ import stages
 from bapnal import DenseCRF, PseudoLabelGenerator
 from bapnal.label.backbone import TimmFeatures
 from bapnal.label.cli import one_line_errors
-from bapnal.label.files import claim, whole, write_json
+from bapnal.label.files import claim, expecting, one_line, only_one, whole, write_json
 from bapnal_recipes.data.augmentation import Augmentation
 from bapnal_recipes.data.dataset import BoxDataset, collate
 from bapnal_recipes.data.label_maps import grey_map, label_map
@@ -62,6 +62,7 @@ MEANINGS = [
     ("Prediction", "What the network trained with NAL says of this image, without its boxes."),
     ("Ground truth", "For measuring only."),
 ]
+EARLIER = "of an earlier run with these settings: remove it"
 WARM_START = (
     "All segmentation networks, the fully supervised one too, start from the features that BAP "
     "trained on boxes."
@@ -236,10 +237,12 @@ def _classifier(
     path = folder / f"{kind}.pt"
     bar = bars(f"seed {seed}, stage 1: boxes, {kind.upper()}")
     if path.is_file():
-        saved = torch.load(path, map_location=plan.device, weights_only=True)
-        network.load_state_dict(saved["network"])
+        with expecting(path, EARLIER):
+            saved = torch.load(path, map_location=plan.device, weights_only=True)
+            network.load_state_dict(saved["network"])
+            weight = saved["weight"]
         bar(plan.first.steps, plan.first.steps)
-        return network, saved["weight"]
+        return network, weight
     weight = stages.train_classifier(
         network,
         BoxDataset(plan.devkit, plan.train, plan.augment, keep=plan.keep),
@@ -266,8 +269,8 @@ def _segmentation(
     path = folder / f"segmentation_{loss}.pt"
     bar = bars(f"seed {seed}, stage 3: pixels, {loss}")
     if path.is_file():
-        saved = torch.load(path, map_location=plan.device, weights_only=True)
-        network.load_state_dict(saved)
+        with expecting(path, EARLIER):
+            network.load_state_dict(torch.load(path, map_location=plan.device, weights_only=True))
         bar(plan.third.steps, plan.third.steps)
         return network
     truth = loss == "truth"
@@ -402,13 +405,18 @@ def main(
     Returns:
         The rows of the table.
     """
+    settings = {k: v for k, v in locals().items() if k in SETTINGS}
     if min(seeds, steps) < 1:
         raise ValueError(f"seeds and steps must be >= 1, got {seeds} and {steps}")
+    if examples < 0:
+        raise ValueError(f"examples must be at least 0, got {examples}")
+    _check_device(device)
+    if root is None:
+        shapes.check_numbers(images, validation, size)
     started = time.monotonic()
-    settings = {k: v for k, v in locals().items() if k in SETTINGS}
-    claim(output / "settings.json", settings, option="--output")
     console = Console()
-    with progress_bars(console) as bars:
+    with only_one(output), progress_bars(console) as bars:
+        claim(output / "settings.json", settings, option="--output")
         if root is None:
             data = output / "shapes"
             shapes.write_shapes(data, images, validation, size, 0, bars("making images"))
@@ -417,13 +425,20 @@ def main(
             names = (train_split, val_split, classes, network, weights)
             plan = plan_devkit(root, *names, steps, crf_backend, device)
         runs = [run_seed(plan, seed, output / f"seed{seed}", bars) for seed in range(seeds)]
-    rows = collect_rows([run[0] for run in runs])
+        rows = collect_rows([run[0] for run in runs])
+        seconds = time.monotonic() - started
+        panels = draw_examples(plan, plan.val[:examples], *runs[0][1:])
+        write_results(output, plan, settings, rows, panels, seconds)
     print_table(console, rows, seeds)
-    seconds = time.monotonic() - started
-    panels = draw_examples(plan, plan.val[:examples], *runs[0][1:])
-    write_results(output, plan, settings, rows, panels, seconds)
-    console.print(f"{seconds:.0f} s; see {output / 'report.html'}")
+    print(one_line(f"{seconds:.0f} s; see {output / 'report.html'}"))
     return rows
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.ones(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device must be one that torch can use here, got {device!r}") from error
 
 
 SETTINGS = (

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import report
 import shapes
 import stages
 from bapnal import PseudoLabelGenerator
+from bapnal.label.files import only_one
 from bapnal_recipes.data.dataset import BoxDataset
 from bapnal_recipes.data.label_maps import class_colours, read_label_map, write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
@@ -265,3 +267,40 @@ def test_what_a_user_does_wrong_ends_as_one_line(tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert "absent must hold a folder JPEGImages" in done.stderr
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"hello"),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:2000]),
+    "list": lambda path: torch.save([1, 2], path),
+    "other network": lambda path: torch.save({"network": {}, "weight": torch.zeros(1)}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["seed0/bap.pt", "seed0/segmentation_nal.pt"])
+def test_a_damaged_file_of_an_earlier_run_is_named(tmp_path, finished, file, damage):
+    shutil.copytree(finished[0], tmp_path / "output")
+    DAMAGES[damage](tmp_path / "output" / file)
+    with pytest.raises(ValueError, match=rf"{file} must be of an earlier run .*: remove it") as all:
+        quickstart.main(tmp_path / "output", **TINY)
+    assert "\n" not in str(all.value)
+
+
+def test_odd_names_odd_numbers_and_a_folder_in_use(tmp_path, capsys):
+    once = {**TINY, "seeds": 1}
+    quickstart.main(tmp_path / "a[" / "b]", **once)
+    quickstart.main(tmp_path / "[/b]", **{**once, "examples": 0})
+    assert "[/b]" in capsys.readouterr().out.replace("\n", "")
+    for wrong, message in [
+        ({"device": "nowhere"}, "device must be one that torch can use here, got 'nowhere'"),
+        ({"device": "meta"}, "device must be one that torch can use here, got 'meta'"),
+        ({"examples": -1}, "examples must be at least 0, got -1"),
+        ({"images": 2**70}, "images must be at most 1000000, got"),
+        ({"size": 2**40}, "size must be in 48..4096, got"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            quickstart.main(tmp_path / "never", **{**once, **wrong})
+    with only_one(tmp_path / "taken"), pytest.raises(OSError, match="is being written to by"):
+        quickstart.main(tmp_path / "taken", **once)

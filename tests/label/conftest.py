@@ -69,3 +69,26 @@ def drawn(tmp_path_factory):
 def copy(tmp_path):
     """The same, to be changed."""
     return write_data_set(tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def many(drawn, tmp_path_factory):
+    """The four images six times, in COCO's format and in YOLO's; not to be changed."""
+    root = tmp_path_factory.mktemp("many")
+    content = json.loads((drawn / "coco.json").read_text())
+    images, boxes = content["images"], content["annotations"]
+    content |= {"images": [], "annotations": []}
+    (root / "images").mkdir()
+    (root / "yolo/labels/train").mkdir(parents=True)
+    (root / "yolo/data.yaml").write_bytes((drawn / "yolo/data.yaml").read_bytes())
+    for i in range(24):
+        old, new = images[i % 4]["file_name"], f"image{i}.jpg"
+        (root / "images" / new).write_bytes((drawn / "images" / old).read_bytes())
+        text = (drawn / "yolo/labels/train" / old).with_suffix(".txt").read_text()
+        (root / f"yolo/labels/train/image{i}.txt").write_text(text)
+        content["images"].append({**images[i % 4], "id": i, "file_name": new})
+        own = [box for box in boxes if box["image_id"] == images[i % 4]["id"]]
+        for n, box in enumerate(own):
+            content["annotations"].append({**box, "id": 100 * i + n, "image_id": i})
+    (root / "coco.json").write_text(json.dumps(content))
+    return root

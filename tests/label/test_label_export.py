@@ -9,7 +9,6 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from label_data import QUICK, label
 from PIL import Image, ImageDraw
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
@@ -17,6 +16,7 @@ from pycocotools.coco import COCO
 from bapnal.label.export import decode, encode, object_map, yolo_lines
 from bapnal.label.label_maps import read_label_map
 from bapnal.label.polygons import area, joined, mask_polygons, outlines, simplify
+from label_data import QUICK, label
 
 # Of pycocotools, when it decodes.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -180,11 +180,17 @@ def test_all_formats_hold_the_same_masks(drawn, exported):
 def test_yolo_finds_images_and_names(drawn, exported):
     content = yaml.safe_load((exported / "yolo/data.yaml").read_text())
     assert content == {
-        "train": "images",
-        "val": "images",
+        "train": "images.txt",
+        "val": "images.txt",
         "names": {0: "bar", 1: "disc", 2: "ring"},
     }
-    for path in (exported / "yolo/images").iterdir():
+    # Readers resolve the path of the list, but not those in it, so that the link stays.
+    listed = (exported / "yolo/images.txt").resolve()
+    lines = listed.read_text().splitlines()
+    assert [Path(line).name for line in lines] == [f"image{i}.jpg" for i in range(4)]
+    for line in lines:
+        path = str(listed.parent / line.removeprefix("./"))
+        assert Path(path).is_file()
         there = str(path).replace("/images/", "/labels/").rsplit(".", 1)[0] + ".txt"
         assert Path(there).read_text()
     assert (exported / "voc/ImageSets/Segmentation/labelled.txt").read_text().split() == [

@@ -38,9 +38,10 @@ class Results:
             train_classifier.PRESETS["paper"][1], root=self.root, backbone=backbone, **classifier
         )
 
-    def classifier(self, name, **changes):
+    def classifier(self, name, more=None, **changes):
         settings = replace(self.first, out=self.folder / name, **changes)
-        return write(self.folder / name / "result.json", "classifier", settings, {"loss": 0.5})
+        path = self.folder / name / "result.json"
+        return write(path, "classifier", settings, {"loss": 0.5}, **(more or {}))
 
     def labels(self, name, scores, classifier=None, split="val", inputs=None, **changes):
         """Labels with one evaluation: mIoU by map."""
@@ -58,7 +59,16 @@ class Results:
         self.evaluation(out / f"{split}.json", "labels", split, found, made)
         return made
 
-    def segmentation(self, name, tests, labels=None, counts=(3, 0), preset="paper", **changes):
+    def segmentation(
+        self,
+        name,
+        tests,
+        labels=None,
+        counts=(3, 0),
+        preset="paper",
+        trained_on="imagenet",
+        **changes,
+    ):
         out, inputs = self.folder / name, {}
         if labels is not None:
             changes["labels"] = Path(labels["settings"]["out"])
@@ -67,9 +77,10 @@ class Results:
             train_segmentation.PRESETS[preset][1], root=self.root, out=out, **changes
         )
         scores = {"loss": 1.0, "images": counts[0], "ground_truth": counts[1]}
-        made = write(out / "result.json", "segmentation", settings, scores, inputs=inputs)
+        origin = {"weights": {"source": "a file", "trained_on": trained_on}}
+        made = write(out / "result.json", "segmentation", settings, scores, inputs=inputs, **origin)
         found = {test: self.miou(value) for test, value in tests.items()}
-        more = {"images": self.images["val"], "crf": [4, 121, 5, 3, 3]}
+        more = {"crf": [4, 121, 5, 3, 3]}
         own = {"scales": [0.5, 1.0], "iterations": 10}
         self.evaluation(out / "val.json", "segmentation", "val", found, made, own, **more)
         return made
@@ -78,6 +89,7 @@ class Results:
         settings = {"root": self.root, "out": path, "split": split, **(own or {})}
         settings["score_classes"] = self.score_classes
         more |= {"inputs": {made["kind"]: summary(made)}, "what": what, "split": split}
+        more["images"] = self.images[split]
         return write(path, "evaluation", settings, scores, **more)
 
     def of_classifiers(self):
@@ -86,7 +98,15 @@ class Results:
             made = self.classifier(pool, pool=pool)
             precision = {"mean": 70.0 + i, "per_class": dict.fromkeys(VOC_CLASSES, 60.0 + i)}
             precision["per_class"]["bus"] = None
-            seconds = {"features": 0.2, "labels": 0.3, "total": 0.5, "grabcut": 1.5, "wssl": 0.4}
+            seconds = {
+                "features": 0.2,
+                "labels": 0.3,
+                "total": 0.5,
+                "network": 0.1,
+                "crf": 0.4,
+                "grabcut": 1.5,
+                "wssl": 0.4,
+            }
             for what, split, scores in (
                 ("cams", "train", {"precision": precision, "recall": {"mean": 50.0}}),
                 ("boxes", "val", {"accuracy": 80.0 + i, "boxes": 9}),

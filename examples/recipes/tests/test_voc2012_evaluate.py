@@ -33,6 +33,7 @@ from bapnal_recipes.voc2012.evaluate import (
     EvaluateSegmentation,
 )
 from bapnal_recipes.voc2012.evaluate.filling import filling_rate
+from bapnal_recipes.voc2012.evaluate.runtime import on_cpu
 from bapnal_recipes.voc2012.evaluate.segmentation import MODES, Predictor
 
 CLASSES = ("red", "green")
@@ -129,6 +130,37 @@ def test_labels_of_other_methods_are_one_map(labelled, tmp_path):
     assert found["scores"]["labels"]["miou"] == 100.0
 
 
+def test_images_of_a_list_are_left_out(labelled, tmp_path):
+    """What settings were searched on does not count."""
+    settings, found = labelled
+    assert found["excluded"] == 0
+    write_image(settings.root, "b", black(2, 4), [[2] * 4] * 2)
+    for kind in ("crf", "ret"):
+        write_label_map(settings.folder / kind / "b.png", torch.zeros(2, 4, dtype=torch.long))
+    worse = evaluate.main(settings)
+    assert worse["scores"]["crf"]["miou"] < found["scores"]["crf"]["miou"]
+    (tmp_path / "images.txt").write_text("b\n")
+    without = evaluate.main(replace(settings, exclude=tmp_path / "images.txt"))
+    assert without["scores"] == found["scores"]
+    assert without["excluded"] == 1
+    with pytest.raises(FileNotFoundError, match=r"exclude .*nothing\.txt does not exist"):
+        evaluate.main(replace(settings, exclude=tmp_path / "nothing.txt"))
+    (tmp_path / "images.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="must leave images of val, leaves none"):
+        evaluate.main(replace(settings, exclude=tmp_path / "images.txt"))
+
+
+def test_label_folders_of_others_are_measured(labelled, tmp_path):
+    settings, found = labelled
+    for theirs, ours in (("Y_crf", "crf"), ("Y_ret", "ret")):
+        (settings.folder / ours).rename(tmp_path / "labels" / theirs)
+    (settings.folder / "settings.json").unlink(missing_ok=True)
+    assert evaluate.main(settings)["scores"] == found["scores"]
+    alone = evaluate.main(replace(settings, folder=settings.folder / "Y_crf"))
+    assert alone["scores"]["labels"] == found["scores"]["crf"]
+    assert alone["inputs"] == {}
+
+
 def test_labels_that_do_not_fit_are_refused(labelled, tmp_path):
     settings, _ = labelled
     empty = tmp_path / "empty"
@@ -137,7 +169,9 @@ def test_labels_that_do_not_fit_are_refused(labelled, tmp_path):
     def of(folder, **options):
         return EvaluateLabels(folder, settings.out, settings.root, "val", CLASSES, **options)
 
-    with pytest.raises(FileNotFoundError, match="must hold folders crf and ret, or labels"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must hold folders crf and ret .or Y_crf and Y_ret., or labels"
+    ):
         evaluate.main(of(empty))
     with pytest.raises(ValueError, match=r"out must be a file such as result.json, got the folder"):
         evaluate.main(replace(of(settings.folder), out=empty))
@@ -387,6 +421,31 @@ def test_boxes_can_be_pooled_without_what_looks_like_background(colours, monkeyp
     assert measured(EvaluateBoxes, colours, background=True)["accuracy"] == 100.0
 
 
+def test_boxes_can_be_cut_out(colours, monkeypatch):
+    """Of a network that looks at its whole image, only the box counts then."""
+
+    class Whole(nn.Module):
+        channels = 3
+
+        def forward(self, images):
+            means = (images.float() / 255).mean((2, 3), keepdim=True)
+            return means.expand(-1, -1, *images.shape[2:])
+
+    pixels = np.zeros((6, 8, 3))
+    pixels[...] = (0, 100, 0)
+    pixels[1:3, 2:4] = (180, 0, 0)
+    (colours / "devkit/ImageSets/Segmentation/val.txt").unlink()
+    write_image(colours / "devkit", "b", pixels, None, [(2, 1, 4, 3, "red")])
+    loaded = evaluate.boxes.load_classifier(None)._replace(features=Whole())
+    use_classifier(monkeypatch, loaded)
+    assert measured(EvaluateBoxes, colours)["accuracy"] == 0.0
+    assert measured(EvaluateBoxes, colours, cropped=True)["accuracy"] == 100.0
+    write_image(colours / "devkit", "c", pixels, None)
+    assert measured(EvaluateBoxes, colours, cropped=True)["boxes"] == 1
+    with pytest.raises(ValueError, match="background must be off with cropped"):
+        measured(EvaluateBoxes, colours, cropped=True, background=True)
+
+
 def test_filling_rates(colours):
     labels = np.zeros((6, 8), int)
     labels[1:3, 1:5] = 1  # the upper half of the first box, three of its pixels without a truth
@@ -464,8 +523,21 @@ def test_runtime_has_every_part(colours):
         assert low == high == pytest.approx(scores[part], abs=1e-4)
     assert scores["total"] == pytest.approx(sum(scores[part] for part in parts), abs=1e-4)
     assert scores["labels"] == pytest.approx(scores["total"] - scores["features"], abs=1e-4)
+    assert scores["network"] == pytest.approx(scores["total"] - scores["crf"], abs=1e-4)
     with pytest.raises(ValueError, match="images must be at most 1"):
         measured(EvaluateRuntime, colours, images=2)
+
+
+def test_the_crf_is_timed_on_the_cpu_as_in_the_paper():
+    places = []
+
+    def crf(images, probabilities):
+        places.append((images.device.type, probabilities.device.type))
+        return probabilities
+
+    marginals = on_cpu(crf)(torch.zeros(1, 3, 2, 2), torch.ones(1, 2, 2, 2))
+    assert places == [("cpu", "cpu")]
+    assert marginals.shape == (1, 2, 2, 2)
 
 
 def test_what_train_classifier_wrote_is_read(colours, monkeypatch):

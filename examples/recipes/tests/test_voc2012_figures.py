@@ -13,10 +13,11 @@ import shapes
 from bapnal import paint_boxes
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import Devkit
-from bapnal_recipes.engine import page, panels
 from bapnal_recipes.voc2012 import (
     figures,
     generate_labels,
+    page,
+    photographs,
     train_classifier,
     train_segmentation,
 )
@@ -51,6 +52,9 @@ def drawn(tmp_path_factory):
             (out / "unaries").mkdir(exist_ok=True)
             maps = {"background": np.zeros(size, np.float16), "classes": np.array([1])}
             np.savez(out / f"unaries/{name}.npz", foreground=np.ones((1, *size), "float16"), **maps)
+    some = devkit.names("val")[0]  # the test set has neither boxes nor masks
+    devkit.image_path(some).with_stem("test_0").write_bytes(devkit.image_path(some).read_bytes())
+    (root / "ImageSets/Segmentation/test.txt").write_text("test_0\n")
     for pool in ("gap", "bap"):
         settings = train_classifier.Settings(
             out=runs / pool, pool=pool, backbone="small", channels_last=False, **where
@@ -89,7 +93,7 @@ def test_every_figure_is_drawn_from_synthetic_images(tmp_path, drawn):
     assert [one.reason for one in found] == [""] * len(figures.FIGURES)
     for one in found:
         data = one.path.read_bytes()
-        assert len(data) <= panels.LARGEST, one.path
+        assert len(data) <= photographs.LARGEST, one.path
         if one.path.suffix == ".png":
             with Image.open(one.path) as image:
                 colours = image.convert("RGB").getcolors(1 << 24)
@@ -128,9 +132,9 @@ def test_a_devkit_that_is_elsewhere_leaves_a_reason(tmp_path, drawn):
 
 def test_photographs_stay_small(tmp_path):
     noise = torch.randint(0, 256, (10, 3, 300, 400), dtype=torch.uint8)
-    grid = [[panels.Panel("Y_crf", noise[i + k]) for i in range(5)] for k in (0, 5)]
-    panels.grid(tmp_path / "noise.png", grid, {8: "cat", 9: "chair", 10: "cow", 12: "dog"})
-    assert (tmp_path / "noise.png").stat().st_size <= panels.LARGEST
+    grid = [[photographs.Panel("Y_crf", noise[i + k]) for i in range(5)] for k in (0, 5)]
+    photographs.grid(tmp_path / "noise.png", grid, {8: "cat", 9: "chair", 10: "cow", 12: "dog"})
+    assert (tmp_path / "noise.png").stat().st_size <= photographs.LARGEST
 
 
 def test_plots_are_drawn_from_series(tmp_path):

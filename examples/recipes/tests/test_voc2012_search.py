@@ -89,6 +89,7 @@ def test_the_search_finds_the_planted_settings(planted, tmp_path):
     assert CrfSettings(**best["crf"]) == NO_CRF
     assert best["miou"] == 100.0
     assert json.loads((tmp_path / "out/result.json").read_text()) == found
+    assert (tmp_path / "out/images.txt").read_text().split() == sorted(found["scores"]["images"])
     rows = found["scores"]["rows"]
     count = {stage: sum(row["stage"] == stage for row in rows) for stage in ("unaries", "crf")}
     maxima = 2 + 1  # of a class or a box for the activation map, none for the complement
@@ -306,7 +307,7 @@ def test_an_error_is_one_line(planted, tmp_path, capsys, options, message):
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert re.search(message, line)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("[!.]*"))
 
 
 def test_machines_are_options_like_all_others(monkeypatch):

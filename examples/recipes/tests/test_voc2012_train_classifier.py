@@ -13,7 +13,7 @@ from PIL import Image
 
 import shapes
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
-from bapnal_recipes.engine import stage
+from bapnal_recipes.engine import box_classification, stage
 from bapnal_recipes.engine.box_classification import pooling, schedule
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.logs import Logging
@@ -127,7 +127,7 @@ def test_the_result_says_what_was_run(finished):
     assert found["scores"]["steps"] == 30
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"]["host"] > 0
-    present = sorted(path.name for path in settings.out.iterdir())
+    present = sorted(path.name for path in settings.out.glob("[!.]*"))
     assert present == ["classifier.pt", "logs", "result.json", "settings.json"]
 
 
@@ -146,13 +146,13 @@ def test_it_learns_and_the_classifier_comes_back(finished, root):
             image, annotation = devkit.annotated(name)
             out = pool(classifier.features(image[None]), [annotation.boxes], (64, 64))
             pair = (classifier.weight, [annotation.labels])
-            losses.append(train_classifier.box_classification_loss(out, *pair))
+            losses.append(box_classification.box_classification_loss(out, *pair))
     assert torch.stack(losses).mean() < 0.75 * torch.tensor(7.0).log()
 
 
 def test_a_finished_run_returns_what_it_found(finished, monkeypatch):
     settings, found = finished
-    monkeypatch.setattr(train_classifier, "build_features", None)
+    monkeypatch.setattr(box_classification, "build_features", None)
     assert main(change(settings, machines=Machines(devices=3))) == found
     with pytest.raises(ValueError, match=r"belongs to another run \(pool='bap' there, 'gap' now\)"):
         main(change(settings, pool="gap"))
@@ -168,7 +168,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
     settings = change(settings, backbone="test_efficientnet", weights="random", iterations=6)
     whole = weights_of(change(settings, out=tmp_path / "whole"))
     broken = change(settings, checkpoint_interval=2)
-    loss = train_classifier.box_classification_loss
+    loss = box_classification.box_classification_loss
     calls = []
 
     def fails_once(*args, **options):
@@ -177,10 +177,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
             raise KeyboardInterrupt
         return loss(*args, **options)
 
-    monkeypatch.setattr(train_classifier, "box_classification_loss", fails_once)
+    monkeypatch.setattr(box_classification, "box_classification_loss", fails_once)
     with pytest.raises(KeyboardInterrupt):
         main(broken)
-    present = sorted(path.name for path in broken.out.iterdir())
+    present = sorted(path.name for path in broken.out.glob("[!.]*"))
     assert present == ["last.ckpt", "settings.json"]
     continued = weights_of(broken)
     assert len(calls) == 4 + 6 - 2
@@ -330,7 +330,7 @@ def line_of(settings, capsys):
         run(main, settings)
     assert caught.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert {path.name for path in settings.out.glob("*")} <= {"settings.json"}
+    assert {path.name for path in settings.out.glob("[!.]*")} <= {"settings.json"}
     return line
 
 
@@ -413,7 +413,7 @@ def test_less_than_an_image_for_each_rank_is_too_little():
 
 def test_a_classifier_keeps_its_poolings(tmp_path):
     """Which leave no trace in the weights."""
-    features = train_classifier.build_features("vgg16", "random", fifth_pooling=True)
+    features = box_classification.build_features("vgg16", "random", fifth_pooling=True)
     given = {"backbone": "vgg16", "stride": 8, "fifth_pooling": True, "channels_last": False}
     content = {"settings": given, "classes": ["a"], "features": features.state_dict()}
     torch.save({**content, "weight": torch.zeros(2, 1024)}, tmp_path / "classifier.pt")
@@ -467,7 +467,9 @@ def test_the_script_trains_and_says_what_is_wrong(settings, capsys, monkeypatch)
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert load_classifier(settings.out / "classifier.pt").settings["iterations"] == 1
-    assert capsys.readouterr().out.startswith("loss ")
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "weights: random"
+    assert last.startswith("loss ")
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert capsys.readouterr().out.startswith(f"{settings.out} is finished, loss ")
     monkeypatch.setattr(sys, "argv", [*command, "--batch-size", "0"])

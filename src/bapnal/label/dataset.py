@@ -16,40 +16,38 @@ goes on from there, and makes again what depends on something that has changed.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bapnal import RidgeBoxClassifier, __version__
+from bapnal import __version__
 from bapnal.label.annotations import read_boxes
-from bapnal.label.backbone import TimmFeatures, read_state, weights_digest
-from bapnal.label.export import EXPORTS, finish_exports
-from bapnal.label.files import one_line, only_one, read_json, whole, write_json
+from bapnal.label.backbone import TimmFeatures
+from bapnal.label.export import EXPORTS, Record, finish_exports
+from bapnal.label.files import one_line, only_one, out_of_memory, read_json, whole, write_json
+from bapnal.label.fitted import make_labeler
+from bapnal.label.fitting import fit_classifier, fit_head
 from bapnal.label.label_maps import voc_palette
-from bapnal.label.labeler import CRFS, LARGE, Labeler, clip, reduce
+from bapnal.label.labeler import CRFS, Labeler
 from bapnal.label.record import (
+    FileRead,
     Options,
     complete,
     current_record,
     forget,
     label_image,
-    open_labelled,
+    read_file,
 )
 from bapnal.label.report import write_report
 from bapnal.label.sources import DataSet, LabelledImage
 from bapnal.label.summary import summarize
-from bapnal.label.workers import SkipError, cores, run_jobs
+from bapnal.label.workers import LocalTeam, SkipError, Team, cores, set_threads
 
-FIT_CHUNK = 8  # images per sum
-FIT_IMAGES = 300  # that fitting looks at, more where classes are rare
-FIT_PER_CLASS = 40  # images of each class that it looks at, where there are so many
+MANY_BOXES = 2_000  # from which on training a head at most doubles the time
 Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
 
 
@@ -62,7 +60,9 @@ def label_dataset(
     data_yaml: Path | None = None,
     classes: Sequence[str] = (),
     fit: bool = False,
+    refine: bool | None = False,
     workers: int | None = None,
+    ray: str | None = None,
     options: Options | None = None,
     progress: Progress = lambda _, things, __: things,
 ) -> dict[str, Any]:
@@ -76,7 +76,11 @@ def label_dataset(
         data_yaml: Names of the classes (YOLO); by default the nearest ``data.yaml``.
         classes: Names of the classes 1, 2, ... (VOC); by default VOC's twenty or those found.
         fit: Fit a classifier to the boxes first, in closed form.
+        refine: Train a head on the boxes first; None where that pays: with many boxes, without a
+            classifier.
         workers: Number of processes of one thread each; by default one per core, or per GPU.
+        ray: Where the workers are: ``"local"`` or the address of a Ray; None for processes of
+            this machine. ``images`` and ``out`` then lie on a path that all machines see.
         options: How to label.
         progress: Called as ``progress(what, things, how many)``; yields the things.
 
@@ -87,21 +91,25 @@ def label_dataset(
         FileNotFoundError: If something is missing.
         ValueError: If something does not fit; nothing is written then.
         OSError: If something cannot be written, or another process writes to ``out``.
+        ImportError: If Ray is asked for and not installed.
     """
     options = Options() if options is None else options
-    _check_options(options, workers, fit)
-    images, out = Path(images), Path(out)
+    _check_options(options, workers, fit, refine)
+    # Absolute, since the workers of Ray have other working directories.
+    images, out = Path(images).absolute(), Path(out).absolute()
     source = read_boxes(images, Path(annotations), format, data_yaml, classes)
-    count = min(_default_workers() if workers is None else workers, len(source.images))
     # Says here, once, what is wrong with the backbone, and makes the folder only then.
     network = TimmFeatures(options.backbone, options.weights, stride=8, normalize=True)
-    with only_one(out):
+    with only_one(out), _team(ray, workers) as team:
         _claim(out, images, source)
         if fit:
-            path = _fit(out, source, network, options, count, progress)
-            options = options._replace(classifier=path)
+            weights = fit_classifier(out, source, network, options, team, progress)
+            options = options._replace(classifier=weights)
+        if pays(source, options) if refine is None else refine:
+            options = fit_head(out, source, network, options, team, progress)
         broken: dict[str, str] = {}
-        jobs = run_jobs(source.images, partial(_start, out, options, count), count)
+        start = partial(_start, out, options, source.classes, team.threads)
+        jobs = team.run(source.images, start)
         for done in progress("labelling", jobs, len(source.images)):
             if done.failure:
                 broken[done.job.file] = done.failure
@@ -114,7 +122,13 @@ def label_dataset(
     return summary
 
 
-def _check_options(options: Options, workers: int | None, fit: bool) -> None:
+def pays(source: DataSet, options: Options) -> bool:
+    """Whether a head takes less time to train than the boxes take to be labelled."""
+    boxes = sum(len(image.boxes) for image in source.images)
+    return boxes >= MANY_BOXES and options.classifier is None
+
+
+def _check_options(options: Options, workers: int | None, fit: bool, refine: bool | None) -> None:
     if options.crf not in CRFS:
         raise ValueError(f"crf must be one of {', '.join(CRFS)}, got {options.crf!r}")
     for name in options.exports:
@@ -128,8 +142,16 @@ def _check_options(options: Options, workers: int | None, fit: bool) -> None:
         raise ValueError("fit must not come with a classifier, which is fitted already")
 
 
-def _default_workers() -> int:
-    return torch.cuda.device_count() or cores()
+@contextmanager
+def _team(ray: str | None, workers: int | None) -> Iterator[Team]:
+    """Who does the work, until it is done."""
+    if ray is None:
+        yield LocalTeam(workers or torch.cuda.device_count() or cores())
+        return
+    from bapnal.label.on_ray import ray_team
+
+    with ray_team(ray, workers) as team:
+        yield team
 
 
 def _claim(out: Path, images: Path, source: DataSet) -> None:
@@ -155,148 +177,51 @@ def _claim(out: Path, images: Path, source: DataSet) -> None:
 
 
 def _start(
-    out: Path, options: Options, workers: int, number: int
-) -> Callable[[LabelledImage], None]:
-    """Make the function that labels an image in a worker."""
-    device = None
-    if workers > 1:
-        torch.set_num_threads(1)
-        if torch.cuda.is_available():
-            device = f"cuda:{number % torch.cuda.device_count()}"
-    classifier = None if options.classifier is None else read_classifier(options.classifier)
-    labeler = Labeler(
-        options.backbone,
-        options.weights,
-        classifier=classifier,
-        crf=options.crf,
-        device=device,
-    )
-    return partial(_label, out, options, labeler)
+    out: Path, options: Options, classes: Sequence[str], threads: int | None, number: int
+) -> ImageWork:
+    """Make what labels an image in a worker."""
+    device = set_threads(threads, number)
+    return ImageWork(out, options, make_labeler(options, classes, device))
 
 
-def _label(out: Path, options: Options, labeler: Labeler, image: LabelledImage) -> None:
-    """Label an image unless that is done; a broken one is skipped."""
-    record = current_record(out, image, labeler)
-    try:
-        if record is None:
-            label_image(out, image, labeler, options)
-        else:
-            complete(out, record, options.exports)
-    except (ValueError, MemoryError, RuntimeError) as error:
-        raise SkipError(_reason(image, error)) from error
+class ImageWork:
+    """Labels an image unless that is done; a broken one is skipped.
+
+    Args:
+        out: Where to write.
+        options: How to label.
+        labeler: What labels.
+    """
+
+    def __init__(self, out: Path, options: Options, labeler: Labeler) -> None:
+        self.out, self.options, self.labeler = out, options, labeler
+
+    def prepare(self, image: LabelledImage) -> Record | FileRead:
+        """Read the record of an image that is labelled already, or else the image."""
+        record = current_record(self.out, image, self.labeler)
+        if record is not None:
+            return record
+        try:
+            return read_file(image, self.options.max_pixels)
+        except (ValueError, MemoryError) as error:
+            raise SkipError(_reason(image, error)) from error
+
+    def __call__(self, image: LabelledImage, found: Record | FileRead) -> None:
+        """Label an image that was read, or add formats to one that is labelled."""
+        exports = self.options.exports
+        try:
+            if isinstance(found, FileRead):
+                label_image(self.out, image, found, self.labeler, exports)
+            else:
+                complete(self.out, found, exports)
+        except (ValueError, MemoryError, RuntimeError) as error:
+            raise SkipError(_reason(image, error)) from error
 
 
 def _reason(image: LabelledImage, error: Exception) -> str:
     """Why an image is skipped; other errors than its own are raised."""
     if isinstance(error, ValueError):
         return one_line(error)
-    short = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "alloc" in str(error)
-    if not short:
+    if not out_of_memory(error):
         raise error
     return f"{one_line(image.path)} needs more memory than there is: see max_pixels"
-
-
-# The classifier
-
-
-def read_classifier(path: Path) -> Tensor:
-    """Read weights of the classes, as fitting keeps them.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds none.
-    """
-    state = read_state(path)
-    if "weight" not in state:
-        raise ValueError(f"{path} must hold a tensor weight, holds {', '.join(state) or 'none'}")
-    return state["weight"]
-
-
-def _fit(
-    out: Path,
-    source: DataSet,
-    network: TimmFeatures,
-    options: Options,
-    workers: int,
-    progress: Progress,
-) -> Path:
-    """Fit the classes to the boxes, or take what an earlier run fitted to the same ones.
-
-    Sums are added in the order of the images, so that the number of workers changes nothing.
-    """
-    from safetensors.torch import save
-
-    chosen = fit_images(source)
-    path, key = out / "classifier.safetensors", _fit_key(chosen, network, options)
-    note = out / "classifier.json"
-    if path.is_file() and note.is_file() and read_json(note, dict).get("key") == key:
-        return path
-    ridge = RidgeBoxClassifier(network.channels, len(source.classes) + 1)
-    chunks = [(i, chosen[i : i + FIT_CHUNK]) for i in range(0, len(chosen), FIT_CHUNK)]
-    start = partial(_start_fit, options, len(source.classes) + 1, workers)
-    sums = run_jobs(chunks, start, min(workers, len(chunks)))
-    waiting: dict[int, Any] = {}
-    following = 0
-    for done in progress("fitting the classes", sums, len(chunks)):
-        waiting[done.job[0]] = done.result
-        while following in waiting:
-            gram, moment = waiting.pop(following) or (0, 0)
-            ridge.gram += torch.as_tensor(gram)
-            ridge.moment += torch.as_tensor(moment)
-            following += FIT_CHUNK
-    with whole(path) as unfinished:
-        unfinished.write_bytes(save({"weight": ridge.solve().contiguous()}))
-    write_json(note, {"key": key, "images": len(chosen)})
-    return path
-
-
-def fit_images(source: DataSet) -> list[LabelledImage]:
-    """Choose the images to fit to: evenly spread ones, and enough of each class."""
-    boxed = [image for image in source.images if image.labels]
-    step = max(1, len(boxed) // FIT_IMAGES)
-    seen: Counter[int] = Counter()
-    chosen = []
-    for i, image in enumerate(boxed):
-        rare = any(seen[label] < FIT_PER_CLASS for label in set(image.labels))
-        if rare or i % step == 0:
-            chosen.append(image)
-            seen.update(set(image.labels))
-    return chosen
-
-
-def _fit_key(chosen: Sequence[LabelledImage], network: TimmFeatures, options: Options) -> str:
-    """A digest of all that the fit depends on."""
-    facts: list[Any] = [options.backbone, weights_digest(network), __version__]
-    for image in chosen:
-        try:
-            found = image.path.stat()
-            identity = [found.st_size, found.st_mtime_ns]
-        except OSError:
-            identity = []
-        facts.append([image.file, identity, image.boxes, image.labels])
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _start_fit(options: Options, classes: int, workers: int, number: int) -> Callable[[Any], Any]:
-    if workers > 1:
-        torch.set_num_threads(1)
-    labeler = Labeler(options.backbone, options.weights, crf="none")
-    return partial(_sums, labeler, classes, options.max_pixels)
-
-
-def _sums(labeler: Labeler, classes: int, max_pixels: int, job: Any) -> Any:
-    """Sums over the cells of some images; broken ones are told when it comes to labelling."""
-    ridge = RidgeBoxClassifier(labeler.channels, classes)
-    for image in job[1]:
-        try:
-            pixels, annotated = open_labelled(image, max_pixels)
-        except ValueError:
-            continue
-        boxes, left = clip(annotated, (pixels.shape[1], pixels.shape[2]))
-        if not left.any():
-            continue
-        shown, scaled = reduce(pixels, boxes[left], LARGE)
-        labels = torch.tensor(image.labels)[left]
-        features = labeler.features(shown).cpu()
-        ridge.update(features, [scaled], [labels], (shown.shape[1], shown.shape[2]))
-    return ridge.gram.numpy(), ridge.moment.numpy()

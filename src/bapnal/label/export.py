@@ -2,6 +2,7 @@
 
 instances.json                       COCO: a mask of every box as run lengths
 yolo/data.yaml, labels/NAME.txt      YOLO-seg: a polygon of every box
+yolo/images.txt, images              the images that have labels, and a link to them
 voc/SegmentationClass/NAME.png       VOC: the class of every pixel
 voc/SegmentationObject/NAME.png      which box every pixel belongs to
 """
@@ -25,6 +26,7 @@ from bapnal.label.files import read_json, whole
 from bapnal.label.label_maps import write_label_map
 from bapnal.label.polygons import joined, mask_polygons
 from bapnal.label.sources import DataSet
+from bapnal.label.stored import check_record
 
 EXPORTS = ("coco", "yolo", "voc")
 MOST_OBJECTS = 254  # a byte per pixel, without background and 255
@@ -40,13 +42,40 @@ def encode(mask: NDArray[np.bool_]) -> str:
 
 
 def decode(counts: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the mask ``(H, W)`` that run lengths stand for."""
+    """Return the mask ``(H, W)`` that run lengths stand for.
+
+    Raises:
+        ValueError: If they do not cover the image exactly: pycocotools would write past its end.
+    """
     from pycocotools import mask as run_lengths
 
+    if sum(_runs(counts)) != size[0] * size[1]:
+        raise ValueError(f"run lengths of a mask must cover {size[1]} x {size[0]} pixels, do not")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of its arrays, with NumPy 2
         found = run_lengths.decode({"size": list(size), "counts": counts.encode("ascii")})
     return np.asarray(found).astype(bool)
+
+
+def _runs(counts: str) -> list[int]:
+    """The lengths in COCO's text: five bits per letter, differences from the third on."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in counts:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64:
+            return []
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        if runs[-1] < 0:
+            return []
+        value = shift = 0
+    return [] if shift else runs
 
 
 def record_path(out: Path, name: str) -> Path:
@@ -60,7 +89,10 @@ def read_record(out: Path, name: str) -> Record:
     Raises:
         ValueError: If the file is damaged.
     """
-    return read_json(record_path(out, name), dict, "depends", "height", "width", "boxes", "pixels")
+    path = record_path(out, name)
+    record = read_json(path, dict)
+    check_record(path, record)
+    return record
 
 
 def export_paths(out: Path, name: str, export: str) -> list[Path]:
@@ -148,21 +180,30 @@ def finish_exports(
     if "coco" in exports:
         write_instances(out, source, names)
     if "yolo" in exports:
-        _write_yolo_yaml(out / "yolo", images, source.classes)
+        files = {image.name: image.file for image in source.images}
+        _write_yolo_lists(out / "yolo", images, source.classes, [files[name] for name in names])
     if "voc" in exports:
         with whole(out / "voc/ImageSets/Segmentation/labelled.txt") as unfinished:
             text = "".join(f"{name}\n" for name in names)
             unfinished.write_bytes(os.fsencode(text))
 
 
-def _write_yolo_yaml(folder: Path, images: Path, classes: Sequence[str]) -> None:
-    """Name the classes, and link to the images, whose labels are looked for beside them."""
+def _write_yolo_lists(
+    folder: Path, images: Path, classes: Sequence[str], files: Sequence[str]
+) -> None:
+    """Name the classes, list the images, and link to them, whose labels are looked for beside.
+
+    A list of files, since readers follow a link that is given as a folder, and then look for labels
+    beside the original images.
+    """
     import yaml
 
-    content = {"train": "images", "val": "images", "names": dict(enumerate(classes))}
+    content = {"train": "images.txt", "val": "images.txt", "names": dict(enumerate(classes))}
     with whole(folder / "data.yaml") as unfinished:
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         unfinished.write_text(text, encoding="utf-8")
+    with whole(folder / "images.txt") as unfinished:
+        unfinished.write_bytes(os.fsencode("".join(f"./images/{file}\n" for file in files)))
     link = folder / "images"
     if link.is_symlink():
         link.unlink()

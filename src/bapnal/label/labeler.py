@@ -11,24 +11,25 @@ is labelled at once (:class:`bapnal.PseudoLabelGenerator`), and masks are cut ou
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from bapnal import DenseCRF, InstanceLabelGenerator, PseudoLabelGenerator
+from bapnal import (
+    DenseCRF,
+    FeatureHead,
+    InstanceLabelGenerator,
+    MaskHead,
+    PseudoLabelGenerator,
+    fit_feature_head,
+)
 from bapnal.boxes import box_cells
 from bapnal.instances import instance_crf
 from bapnal.label.backbone import TimmFeatures, weights_digest
-from bapnal.label.images import rgb_array
-
-AnyImage: TypeAlias = "Tensor | NDArray[np.uint8] | Image.Image"
+from bapnal.label.inputs import AnyImage, as_pixels, check_boxes, reduce
 
 Window: TypeAlias = "tuple[slice, slice]"
 
@@ -89,8 +90,12 @@ class Labeler:
     Args:
         backbone: Any timm network.
         weights: Its weights as a file, or ``"random"``; None for those that timm or a package has.
+        network: In place of backbone and weights, such as one that was trained.
         classifier: Weights of the classes from :class:`bapnal.RidgeBoxClassifier` on the same
-            features, ``(L + 1, D + 1)``; None labels each box without knowing the classes.
+            features, ``(L + 1, D + 1)``, or a head that was trained on them; None labels each box
+            without knowing the classes.
+        head: From :func:`bapnal.instance_refine.fit_mask_head` on the same features; refines the
+            masks of boxes.
         crf: ``"fast"`` (mean field at half the resolution), ``"exact"`` or ``"none"``.
         device: Where to compute; a GPU where there is one.
 
@@ -110,7 +115,9 @@ class Labeler:
         backbone: str = BACKBONE,
         weights: str | None = None,
         *,
-        classifier: Tensor | None = None,
+        network: TimmFeatures | None = None,
+        classifier: Tensor | FeatureHead | None = None,
+        head: MaskHead | None = None,
         crf: str = "fast",
         device: str | torch.device | None = None,
     ) -> None:
@@ -119,41 +126,80 @@ class Labeler:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
-        network = TimmFeatures(backbone, weights, stride=8, normalize=True)
+        if network is None:
+            network = TimmFeatures(backbone, weights, stride=8, normalize=True)
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.channels = network.channels
         self.generate = PseudoLabelGenerator(CRFS[crf]()).to(self.device)
-        self.instances = InstanceLabelGenerator(self.network, BOX_CRFS[crf]())
-        self.classifier: Tensor | None = None
+        if head is not None and len(head.mean) != self.channels:
+            raise ValueError(
+                f"head must be of features with {self.channels} channels, got {len(head.mean)}"
+            )
+        refined = None if head is None else head.eval().to(self.device)
+        self.instances = InstanceLabelGenerator(self.network, BOX_CRFS[crf](), head=refined)
+        self.classifier: Tensor | FeatureHead | None = None
         self.settings: dict[str, str] = {
             "backbone": backbone,
             "weights": network.source,
             "weights_sha256": weights_digest(network),
             "crf": crf,
+            "head_sha256": "" if head is None else weights_digest(head),
             "made_by": MADE_BY,
         }
         self.use_classifier(classifier)
 
-    def use_classifier(self, classifier: Tensor | None) -> None:
+    def use_classifier(self, classifier: Tensor | FeatureHead | None) -> None:
         """Take other weights of the classes, or none.
 
         Raises:
             ValueError: If they do not fit the features.
         """
-        if classifier is not None and (
-            classifier.ndim != 2 or classifier.shape[1] not in (self.channels, self.channels + 1)
-        ):
-            raise ValueError(
-                f"classifier must have shape (L + 1, {self.channels + 1}), "
-                f"got {tuple(classifier.shape)}"
-            )
+        if isinstance(classifier, FeatureHead):
+            if classifier.in_channels != self.channels:
+                raise ValueError(
+                    f"classifier must be of features with {self.channels} channels, "
+                    f"got {classifier.in_channels}"
+                )
+            digest = weights_digest(classifier)
+        elif classifier is not None:
+            sides = (self.channels, self.channels + 1)
+            if classifier.ndim != 2 or classifier.shape[1] not in sides:
+                raise ValueError(
+                    f"classifier must have shape (L + 1, {self.channels + 1}), "
+                    f"got {tuple(classifier.shape)}"
+                )
+            digest = _digest(classifier)
         self.classifier = None if classifier is None else classifier.to(self.device)
-        self.settings["classifier_sha256"] = "" if classifier is None else _digest(classifier)
+        self.settings["classifier_sha256"] = "" if classifier is None else digest
+
+    @property
+    def num_classes(self) -> int | None:
+        """L + 1, or None where the classes are not known."""
+        if isinstance(self.classifier, FeatureHead):
+            return self.classifier.num_classes
+        return None if self.classifier is None else len(self.classifier)
+
+    def learn(self, samples: Iterable[tuple[Tensor, ...]]) -> FeatureHead:
+        """Train a head on the labels that the classifier gives; see :func:`fit_feature_head`.
+
+        Args:
+            samples: Image ``(3, H, W)`` uint8, boxes ``(K, 4)`` and labels ``(K,)``.
+
+        Raises:
+            ValueError: If the classifier is none of weights, or there is no box.
+        """
+        if not isinstance(self.classifier, Tensor):
+            raise ValueError("classifier must be weights of the classes to learn from")
+        shown = (
+            tuple(x.to(self.device) for x in (image, self.features(image), boxes, labels))
+            for image, boxes, labels in samples
+        )
+        return fit_feature_head(shown, self.classifier)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def features(self, image: Tensor) -> Tensor:
-        """Return features of an image ``(3, H, W)`` uint8 at stride 8; ``(1, D, h, w)``."""
-        images = image[None].to(self.device)
+        """Return features of images ``([B,] 3, H, W)`` uint8 at stride 8; ``(B, D, h, w)``."""
+        images = image.reshape(-1, *image.shape[-3:]).to(self.device)
         return self.network(images.contiguous(memory_format=torch.channels_last))  # type: ignore[no-any-return]
 
     def __call__(
@@ -196,7 +242,7 @@ class Labeler:
             raise ValueError(
                 f"classes must have shape ({len(corners)},), got {tuple(labels.shape)}"
             )
-        top = None if self.classifier is None else len(self.classifier) - 1
+        top = None if self.num_classes is None else self.num_classes - 1
         for label in labels.tolist():
             if not (label >= 1 and (top is None or label <= top)):
                 raise ValueError(f"classes must be in 1..{top or 'L'}, got {label}")
@@ -237,12 +283,14 @@ class Labeler:
         if len(boxes) == 0:
             nothing = torch.zeros(image.shape[1:], dtype=torch.long)
             return nothing, nothing.bool()
-        features = self.features(image)
+        features, weight = self.features(image), self.classifier
         with torch.inference_mode():
+            if isinstance(weight, FeatureHead):
+                features, weight = weight(features), weight.weight
             y = self.generate(
                 image[None].to(self.device),
                 features,
-                self.classifier,
+                weight,
                 [boxes.to(self.device)],
                 [labels.to(self.device)],
             )
@@ -348,77 +396,6 @@ def ellipse(box: Tensor, window: Window) -> Tensor:
     u = (2 * columns - x1 - x2) / max(x2 - x1, 1)
     mask = u[None, :] ** 2 + v[:, None] ** 2 <= 1
     return mask if bool(mask.any()) else torch.ones_like(mask)
-
-
-def as_pixels(image: AnyImage) -> Tensor:
-    """Return an image as ``(3, H, W)`` uint8.
-
-    Raises:
-        TypeError: If it is of another type.
-        ValueError: If it has another shape.
-    """
-    if isinstance(image, Image.Image):
-        image = rgb_array(image)
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image must have shape (H, W, 3) as an array, got {image.shape}")
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    if not isinstance(image, Tensor):
-        raise TypeError(f"image must be a tensor, array or Pillow image, got {type(image)}")
-    if image.dtype != torch.uint8:
-        raise TypeError(f"image must have dtype uint8, got {image.dtype}")
-    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"image must have shape (3, H, W) as a tensor, got {tuple(image.shape)}")
-    return image.cpu().contiguous()
-
-
-def check_boxes(boxes: Tensor | Sequence[Sequence[float]], size: tuple[int, int]) -> Tensor:
-    """Return boxes cut at the border of an image of ``size``, height and width; ``(K, 4)``.
-
-    Raises:
-        ValueError: If there is a box that is not in the image.
-    """
-    corners = torch.as_tensor(boxes, dtype=torch.float32).cpu()
-    corners = corners.reshape(0, 4) if corners.numel() == 0 else corners
-    if corners.ndim != 2 or corners.shape[1] != 4:
-        raise ValueError(f"boxes must have shape (K, 4), got {tuple(corners.shape)}")
-    height, width = size
-    inside, left = clip(corners, size)
-    left &= corners.isfinite().all(1)
-    if not bool(left.all()):
-        x1, y1, x2, y2 = corners[~left][0].tolist()
-        raise ValueError(
-            f"box must be x1 y1 x2 y2 inside the image of {width} x {height} pixels, "
-            f"got {x1:g} {y1:g} {x2:g} {y2:g}"
-        )
-    return inside
-
-
-def clip(boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Cut boxes at the border of an image.
-
-    Args:
-        boxes: ``(K, 4)``.
-        size: Height and width.
-
-    Returns:
-        ``(K, 4)``, and ``(K,)`` bool: whether anything is left.
-    """
-    height, width = size
-    inside = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
-    return inside, (inside[:, 2:] > inside[:, :2]).all(1)
-
-
-def reduce(image: Tensor, boxes: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return an image of at most about ``most`` pixels, and its boxes there."""
-    height, width = image.shape[1:]
-    factor = math.sqrt(most / (height * width))
-    if factor >= 1:
-        return image, boxes
-    size = max(1, round(height * factor)), max(1, round(width * factor))
-    small = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)
-    x, y = size[1] / width, size[0] / height
-    return small[0].round().clamp(0, 255).to(torch.uint8), boxes * torch.tensor([x, y, x, y])
 
 
 def _enlarge(values: Tensor, size: tuple[int, int]) -> Tensor:

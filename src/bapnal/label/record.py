@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,10 +20,11 @@ from bapnal.label.export import (
     read_record,
     record_path,
 )
-from bapnal.label.files import one_line, write_json
-from bapnal.label.images import MAX_PIXELS, read_rgb
+from bapnal.label.files import file_identity, is_unchanged, one_line, write_json
+from bapnal.label.images import MAX_PIXELS, Opened, read_rgb
+from bapnal.label.inputs import clip
 from bapnal.label.label_maps import IGNORE_INDEX, read_label_map, write_label_map
-from bapnal.label.labeler import BACKBONE, Cut, Labeler, clip
+from bapnal.label.labeler import BACKBONE, Cut, Labeler
 from bapnal.label.sources import LabelledImage
 from bapnal.label.suspicious import MOST_LISTED, Suspicion, counted, suspicious
 from bapnal.label.thumbnails import write_thumbnail
@@ -42,7 +42,7 @@ class Options(NamedTuple):
         exports: Formats to write.
         max_pixels: Larger images are skipped.
         classifier: File of weights of the classes, or None.
-        workers: Number of processes.
+        head: File of a head that refines masks, or None.
     """
 
     backbone: str = BACKBONE
@@ -51,7 +51,7 @@ class Options(NamedTuple):
     exports: tuple[str, ...] = ("coco",)
     max_pixels: int = MAX_PIXELS
     classifier: Path | None = None
-    workers: int = 1
+    head: Path | None = None
 
 
 def open_labelled(image: LabelledImage, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, Tensor]:
@@ -81,21 +81,39 @@ def boxes_in_pixels(image: LabelledImage, size: tuple[int, int]) -> Tensor:
     return torch.where((boxes - nearest).abs() < SNAP, nearest, boxes).float()
 
 
-def label_image(out: Path, image: LabelledImage, labeler: Labeler, options: Options) -> Record:
-    """Label one image and write what is known of it, the record last.
+class FileRead(NamedTuple):
+    """An image that was read, and which file that was."""
+
+    opened: Opened
+    identity: dict[str, Any]
+
+
+def read_file(image: LabelledImage, max_pixels: int = MAX_PIXELS) -> FileRead:
+    """Read an image for :func:`label_image`.
 
     Raises:
-        ValueError: If the image is broken; nothing is written then.
+        ValueError: If it cannot be read or does not have the size that the annotation states.
     """
     identity = _identity(image.path)
-    opened = read_rgb(image.path, image.size, options.max_pixels)
-    pixels, size = opened.pixels, (opened.pixels.shape[1], opened.pixels.shape[2])
+    return FileRead(read_rgb(image.path, image.size, max_pixels), identity)
+
+
+def label_image(
+    out: Path,
+    image: LabelledImage,
+    read: FileRead,
+    labeler: Labeler,
+    exports: Sequence[str] = (),
+) -> Record:
+    """Label one image and write what is known of it, the record last."""
+    opened, pixels = read.opened, read.opened.pixels
+    size = (pixels.shape[1], pixels.shape[2])
     annotated = boxes_in_pixels(image, size)
     boxes, left = clip(annotated, size)
     kept = left.nonzero()[:, 0].tolist()
     cut = labeler.cut(pixels, boxes[left], [image.labels[i] for i in kept])
     record: Record = {
-        "depends": {"image": identity, **depends(image, labeler)},
+        "depends": {"image": read.identity, **depends(image, labeler)},
         "name": image.name,
         "file": image.file,
         "id": image.number,
@@ -130,7 +148,7 @@ def label_image(out: Path, image: LabelledImage, labeler: Labeler, options: Opti
     write_label_map(unreliable, cut.semantic.masked_fill(cut.unreliable, IGNORE_INDEX))
     corners = [(entry["label"], entry["corners"]) for entry in record["boxes"]]
     write_thumbnail(thumbnail, pixels, cut.semantic, corners)
-    return _export(out, record, cut.semantic, options.exports)
+    return _export(out, record, cut.semantic, exports)
 
 
 def _box_entry(image: LabelledImage, i: int, n: int, cut: Cut, boxes: Tensor) -> dict[str, Any]:
@@ -195,11 +213,9 @@ def depends(image: LabelledImage, labeler: Labeler) -> dict[str, Any]:
 def _identity(path: Path) -> dict[str, Any]:
     """Size, time of change and digest of a file."""
     try:
-        found = path.stat()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_identity(path)
     except OSError as error:
         raise ValueError(f"{path} must be an image: {one_line(error)}") from error
-    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": digest}
 
 
 def current_record(
@@ -216,11 +232,9 @@ def current_record(
         record = read_record(out, image.name)
         there = dict(record["depends"])
         known = there.pop("image")
-        if json.loads(json.dumps(depends(image, labeler))) != there:
+        if _compared(json.loads(json.dumps(depends(image, labeler)))) != _compared(there):
             return None
-        found = image.path.stat()
-        same = [known["bytes"], known["mtime_ns"]] == [found.st_size, found.st_mtime_ns]
-        if not same and known["sha256"] != _identity(image.path)["sha256"]:
+        if not _is_of(record, image) or not is_unchanged(image.path, known):
             return None
     except (ValueError, TypeError, KeyError, OSError):  # a damaged record is none
         return None
@@ -230,6 +244,22 @@ def current_record(
         if all(path.is_file() for path in export_paths(out, image.name, name))
     ]
     return record
+
+
+def _is_of(record: Record, image: LabelledImage) -> bool:
+    """Whether a record names the boxes of an image, as it does unless it was changed."""
+    label_of = dict(zip(image.ids, image.labels, strict=True))
+    return (
+        [record["name"], record["file"], record["id"]] == [image.name, image.file, image.number]
+        and all(label_of.get(box["id"]) == box["label"] for box in record["boxes"])
+        and all(entry["class"] in image.labels for entry in record["suspicious"])
+    )
+
+
+def _compared(known: dict[str, Any]) -> dict[str, Any]:
+    """What labels depend on without where the weights lie: their digest says more."""
+    settings = {key: value for key, value in known["settings"].items() if key != "weights"}
+    return {**known, "settings": settings}
 
 
 def _map_paths(out: Path, name: str) -> tuple[Path, Path, Path]:

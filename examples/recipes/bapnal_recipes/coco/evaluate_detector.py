@@ -15,7 +15,7 @@ import torch
 from lightning.fabric import Fabric
 
 from bapnal.label.export import encode
-from bapnal.label.files import claim, read_json, whole
+from bapnal.label.files import claim, expecting, read_json, whole
 from bapnal_recipes.coco.evaluate_labels import CHUNK, Tally, scores_of
 from bapnal_recipes.data.average_precision import IouType, draws, match, read_truth
 from bapnal_recipes.data.box_iou import FACTS, box_facts, of_boxes
@@ -25,7 +25,7 @@ from bapnal_recipes.data.instances import run_lengths
 from bapnal_recipes.engine.commands import at_least
 from bapnal_recipes.engine.labelling import Clock, gather, label_share, skipped
 from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
-from bapnal_recipes.engine.runs import Meter, as_json, digest, expecting, inputs, result
+from bapnal_recipes.engine.runs import Meter, as_json, digest, inputs, result
 from bapnal_recipes.models.detector import SavedDetector, load_detector, masks_in_boxes
 
 MOST = 100  # results per image that COCO takes

@@ -52,7 +52,7 @@ from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.closed_form import write_solved_classifier
 from bapnal_recipes.engine.commands import at_least, cli, run
 from bapnal_recipes.engine.labelling import Share, gather, label_share, report, skipped, speed
-from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, alone, launch
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.models.generator import (
     PAPER,
@@ -150,7 +150,7 @@ def main(settings: Settings) -> dict[str, Any]:
     together = Together(fabric)
     with together.alike():
         files.claim(settings.out / "settings.json", _noted(settings), write=fabric.is_global_zero)
-    with runs.Meter() as meter:
+    with alone(together, settings.out), runs.Meter() as meter:
         if settings.method == "ridge":
             _fit(settings, fabric)
         with together.alike():

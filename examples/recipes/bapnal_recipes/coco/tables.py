@@ -25,7 +25,7 @@ from bapnal_recipes.coco.rows import DETECTOR, LABELS, heads, read_rows, row_nam
 from bapnal_recipes.data.average_precision import SCORES
 from bapnal_recipes.data.coco import default_root
 from bapnal_recipes.engine.commands import at_least, run
-from bapnal_recipes.engine.page import table, to_html
+from bapnal_recipes.voc2012.page import table, to_html
 
 Row = Mapping[str, Any]
 DIRECTIONS = ("", "VOC-to-COCO", "COCO-to-COCO")

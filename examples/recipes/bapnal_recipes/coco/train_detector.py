@@ -191,7 +191,7 @@ class DetectorStage(Stage[Settings, InstanceDataset, MaskRCNN]):
         """Return Mask R-CNN."""
         return build_detector(self.settings.detector, len(self._classes) + 1)
 
-    def origin(self, network: MaskRCNN) -> dict[str, str]:
+    def origin(self, network: MaskRCNN) -> dict[str, Any]:
         """Return where the backbone's weights are from."""
         return detector_origin(self.settings.detector, network)
 

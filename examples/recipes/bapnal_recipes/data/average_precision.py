@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bapnal_recipes.engine.runs import expecting
+from bapnal.label.files import expecting
 
 IouType = Literal["segm", "bbox"]
 SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")

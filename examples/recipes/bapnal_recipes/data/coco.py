@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from bapnal.label.annotations import read_coco
-from bapnal.label.files import load_json, one_line, whole
+from bapnal.label.files import expecting, load_json, one_line, whole
 from bapnal.label.sources import require_once
-from bapnal_recipes.data.images import open_image
+from bapnal_recipes.data.images import read_rgb
 from bapnal_recipes.data.voc import VOC_CLASSES, Annotation
-from bapnal_recipes.engine.runs import expecting
 
 YEAR = "2017"
 RENAMED = {
@@ -134,14 +133,13 @@ class CocoBoxes:
         path = self.image_path(name)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
-        pixels = np.array(open_image(path).convert("RGB"))
-        height, width = self.size(name)
-        if pixels.shape[:2] != (height, width):
+        pixels, size = read_rgb(path, self.size(name)).pixels, self.size(name)
+        if tuple(pixels.shape[1:]) != size:
             raise ValueError(
-                f"{path} must have the size of its annotation, {width} x {height}, got "
-                f"{pixels.shape[1]} x {pixels.shape[0]}"
+                f"{path} must have the size of its annotation, {size[1]} x {size[0]}, got "
+                f"{pixels.shape[2]} x {pixels.shape[1]}"
             )
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return pixels
 
     def size(self, name: str) -> tuple[int, int]:
         """Return height and width of an image as the annotation file states them."""

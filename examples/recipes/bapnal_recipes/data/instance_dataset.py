@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from bapnal import box_cells
 from bapnal.label.export import decode
+from bapnal.label.files import expecting
 from bapnal_recipes.data.coco import CocoBoxes
 from bapnal_recipes.data.instances import FOLDER, instance_path, read_instances
-from bapnal_recipes.engine.runs import expecting
 
 Supervision = Literal["crf", "ret", "both", "masks"]
 KINDS = {"crf": ("crf",), "ret": ("ret",), "both": ("crf", "reliable"), "masks": ("masks",)}

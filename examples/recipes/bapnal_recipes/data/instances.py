@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from bapnal.label.export import decode, encode
-from bapnal.label.files import read_json, whole
+from bapnal.label.files import expecting, read_json, whole
 from bapnal_recipes.data.coco import CocoBoxes
-from bapnal_recipes.engine.runs import expecting
 
 FOLDER = "instances"
 

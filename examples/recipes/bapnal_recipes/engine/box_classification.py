@@ -230,7 +230,7 @@ class ClassifierStage(Stage[S, BoxDataset, BoxClassifier]):
         )
         return BoxClassifier(features, len(self.classes()) + 1)
 
-    def origin(self, network: BoxClassifier) -> dict[str, str]:
+    def origin(self, network: BoxClassifier) -> dict[str, Any]:
         """Return where the backbone's weights are from."""
         return origin(network.features, self.settings.weights, self.settings.trained_on)
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.fabric import Fabric
-from rich.console import Console
 
 from bapnal_recipes.data.dataset import BoxDataset, Sample
-from bapnal_recipes.engine.images import Unreadable, each_image, report_skipped
+from bapnal_recipes.engine.commands import say
+from bapnal_recipes.engine.images import Unreadable, each_image, reason, report_skipped
 
 Clock = Callable[[str], None]  # called with the name of the part that has just ended
 Found = TypeVar("Found")
@@ -102,8 +102,8 @@ def _label(
 
     try:
         found = label(sample, clock)
-    except (ValueError, OSError) as error:
-        return Done(sample.name, str(error), {})
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        return Done(sample.name, reason(sample.name, error), {})
     write(sample.name, found)
     clock("writing")
     return Done(sample.name, None, seconds)
@@ -147,7 +147,7 @@ def report(scores: dict[str, Any], where: object, results: object) -> None:
     left = scores["skipped"]
     if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
         sys.exit(bool(left))  # rank zero says it for all
-    Console(stderr=True).print(f"{scores['images']} images labelled in {where}")
+    say(f"{scores['images']} images labelled in {where}")
     if left:
         raise ValueError(
             f"{len(left)} of {len(left) + scores['images']} images skipped, the reasons "

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from bapnal.label.files import read_json, require_same_run, write_json
 from bapnal_recipes.engine.batches import length
 from bapnal_recipes.engine.logs import Logging
-from bapnal_recipes.engine.machines import Machines, Together, launch
+from bapnal_recipes.engine.machines import Machines, Together, alone, launch
 from bapnal_recipes.engine.runs import Meter, as_json, inputs, read_result, result
 from bapnal_recipes.engine.trainer import (
     CHECKPOINT,
@@ -161,7 +161,7 @@ class Stage(ABC, Generic[S, Data, Network]):
         """Return the network; random numbers are seeded, and it may fetch weights."""
 
     @abstractmethod
-    def origin(self, network: Network) -> dict[str, str]:
+    def origin(self, network: Network) -> dict[str, Any]:
         """Return where the weights are from: ``source``, one line, and ``trained_on``."""
 
     @abstractmethod
@@ -227,7 +227,7 @@ class Stage(ABC, Generic[S, Data, Network]):
         if fabric.is_global_zero:
             print(f"weights: {origin['source']}")
         folder.claim(together)
-        with Meter() as meter:
+        with alone(together, settings.out), Meter() as meter:
             trained = self._train(fabric, together, network, data)
         meter.seconds += trained.earlier
         content = {

@@ -58,6 +58,7 @@ class Vgg16Features(nn.Module):
         pretrained: Whether weights were loaded.
         source: What was recognised in the file, one line.
         trained_on: ``"imagenet"``, ``"coco"``, ``"random"`` or ``"unknown"``.
+        from_caffe: Whether the weights come from Caffe.
 
     Raises:
         ValueError: If a number is out of range or the file holds something else.
@@ -141,6 +142,7 @@ class Resnet101Features(nn.Module):
         pretrained: Whether weights were loaded.
         source: What was recognised in the file, one line.
         trained_on: ``"imagenet"``, ``"coco"``, ``"random"`` or ``"unknown"``.
+        from_caffe: Whether the weights come from Caffe.
         freeze_batch_norm: Whether :meth:`train` leaves batch normalisation alone.
 
     Raises:
@@ -215,6 +217,7 @@ def _weights(
     network.pretrained = found is not None
     network.source = found.source if found else "random"
     network.trained_on = found.trained_on if found else "random"
+    network.from_caffe = bool(found and found.caffe)
     return found
 
 

@@ -154,15 +154,15 @@ def known_weights(
     return weights
 
 
-def origin(features: Features, weights: str | None, trained_on: str | None) -> dict[str, str]:
+def origin(features: Features, weights: str | None, trained_on: str | None) -> dict[str, Any]:
     """Say where the weights of a network are from.
 
     Returns:
         ``source``, one line, and ``trained_on``: ``"imagenet"``, ``"coco"``, ``"random"`` or
-        ``"unknown"``.
+        ``"unknown"``; of VGG-16 and ResNet-101 ``from_caffe``.
     """
     if isinstance(features, (Vgg16Features, Resnet101Features)):
-        return {"source": features.source, "trained_on": features.trained_on}
+        return {x: getattr(features, x) for x in ("source", "trained_on", "from_caffe")}
     if not features.pretrained:
         return {"source": "random", "trained_on": "random"}
     told = "imagenet" if weights is None else trained_on or "unknown"

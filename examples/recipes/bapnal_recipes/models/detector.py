@@ -20,8 +20,8 @@ from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import MultiScaleRoIAlign
 
 from bapnal.label.backbone import TimmFeatures, read_state
+from bapnal.label.files import expecting
 from bapnal.mask_rcnn import ValidRoIHeads
-from bapnal_recipes.engine.runs import expecting
 from bapnal_recipes.models.deeplab import origin
 from bapnal_recipes.models.weights import TORCHVISION
 
@@ -164,7 +164,7 @@ def _load(body: nn.Module, weights: str) -> None:
     body.load_state_dict({name: given[name] for name in wanted})
 
 
-def detector_origin(settings: DetectorSettings, network: MaskRCNN) -> dict[str, str]:
+def detector_origin(settings: DetectorSettings, network: MaskRCNN) -> dict[str, Any]:
     """Say where the weights of the backbone are from: ``source``, one line, and ``trained_on``."""
     body = network.backbone.body
     if isinstance(body, TimmStages):

@@ -47,6 +47,7 @@ class Weights(NamedTuple):
         source: One line: which file it is and what was recognised in it.
         trained_on: ``"imagenet"`` or ``"coco"``; ``"unknown"`` where neither the layout nor an
             option tells.
+        caffe: Whether they come from Caffe, and want BGR images with a mean taken off.
         head: Weights of a classifier on the last features of a VGG-16, ``(C, 1024)``; None where
             there is none.
     """
@@ -54,6 +55,7 @@ class Weights(NamedTuple):
     state: dict[str, Tensor]
     source: str
     trained_on: str
+    caffe: bool
     head: Tensor | None = None
 
 
@@ -123,7 +125,7 @@ def vgg16_weights(
     first, last = stems["conv1_1"], stems["fc7"]
     text = f"{source}: {family}, {cut}, {first} to {last}; {_data_text(data)}"
     constants = normalization(*(CAFFE if caffe else TORCHVISION))
-    return Weights({**found, **constants}, text, data, _head(given, stems))
+    return Weights({**found, **constants}, text, data, caffe, _head(given, stems))
 
 
 def _vgg_layers(given: Mapping[str, Tensor], source: str) -> dict[str, str]:
@@ -237,7 +239,7 @@ def resnet101_weights(
     counters = {x: torch.tensor(0) for x in wanted if x.endswith("num_batches_tracked")}
     constants = normalization(*(CAFFE if caffe else TORCHVISION))
     state = {**found, **counters, **constants, "caffe": torch.tensor(caffe)}
-    return Weights(state, f"{source}: {family}; {_data_text(data)}", data)
+    return Weights(state, f"{source}: {family}; {_data_text(data)}", data, caffe)
 
 
 def _without_prefixes(given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from bapnal import confidence_map
 from bapnal.label.files import whole
-from bapnal_recipes.engine.panels import as_mathematics
+from bapnal_recipes.voc2012 import paper
 from bapnal_recipes.voc2012.measurements import Measurement, group
-from bapnal_recipes.voc2012.photographs import PHOTOGRAPHS
+from bapnal_recipes.voc2012.photographs import PHOTOGRAPHS, as_mathematics
 from bapnal_recipes.voc2012.results import Archive
 from bapnal_recipes.voc2012.wording import label_name
 
@@ -26,14 +28,7 @@ MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1
 
 
 class PaperFigure(NamedTuple):
-    """One figure of the paper.
-
-    Attributes:
-        number: As in the paper.
-        name: Of the file.
-        title: What it shows.
-        needs: What it is drawn from.
-    """
+    """One figure of the paper; ``paper.yaml`` explains the fields."""
 
     number: str
     name: str
@@ -41,56 +36,7 @@ class PaperFigure(NamedTuple):
     needs: str
 
 
-FIGURES = (
-    PaperFigure(
-        "Figure 1",
-        "figure_1_labels",
-        "pseudo labels beside the baselines' and the ground truth",
-        "label folders of generate_labels and the devkit, on this machine",
-    ),
-    PaperFigure(
-        "Figure 4a",
-        "figure_4a_cams",
-        "activation maps after training with either pooling",
-        "a classifier.pt of each pooling and the devkit, on this machine",
-    ),
-    PaperFigure(
-        "Figure 4b",
-        "figure_4b_filling",
-        "share of each box that its class fills, by the labels and in truth",
-        "evaluate filling",
-    ),
-    PaperFigure(
-        "Figure 5",
-        "figure_5_confidence",
-        "confidence where Y_crf and Y_ret differ, as training goes on",
-        "the confidence maps that train_segmentation keeps with the loss nal",
-    ),
-    PaperFigure(
-        "Supplement, Figure 1a",
-        "supplement_1a_damping",
-        "confidence against the quotient of the cosines, by γ",
-        "nothing",
-    ),
-    PaperFigure(
-        "Supplement, Figure 1b",
-        "supplement_1b_gamma_lambda",
-        "mIoU of segmentation with NAL by γ and λ",
-        "evaluate segmentation for several γ and λ",
-    ),
-    PaperFigure(
-        "Supplement, Figure 2",
-        "supplement_2_unaries",
-        "u_c, u_0 and the labels that come of them",
-        "labels made with --unaries and the devkit, on this machine",
-    ),
-    PaperFigure(
-        "Supplement, Figures 3 and 4",
-        "supplement_3_predictions",
-        "predictions of segmentation networks",
-        "a segmenter.pt and the devkit, on this machine",
-    ),
-)
+FIGURES = tuple(PaperFigure(**one) for one in paper.contents()["figures"])
 
 
 class Drawn(NamedTuple):
@@ -147,12 +93,16 @@ def _draw(
 @contextmanager
 def _plot(path: Path, width: float, height: float) -> Iterator[Figure]:
     """Lend a figure that is small enough to be read on a phone, and write it."""
-    style = {"font.size": 9, "svg.hashsalt": "bapnal", "axes.spines.top": False}
+    style: dict[Any, Any] = {"font.size": 9, "svg.hashsalt": "bapnal", "axes.spines.top": False}
     with matplotlib.rc_context({**style, "axes.spines.right": False}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         with whole(path) as unfinished, unfinished.open("wb") as file:
             figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def _style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
 
 
 def confidence_by_gamma(_: Archive, path: Path) -> str:
@@ -165,14 +115,14 @@ def confidence_by_gamma(_: Archive, path: Path) -> str:
         axes = figure.subplots()
         for i, gamma in enumerate((1, 2, 4, 7, 10, 50)):
             sigma = confidence_map(similarity, labels, gamma)[0, 0]
-            axes.plot(alpha, sigma, color=COLOURS[i], linestyle=DASHES[i], label=f"γ = {gamma}")
+            axes.plot(alpha, sigma, label=f"γ = {gamma}", **_style(i))
         axes.set(xlabel="α, own D over the largest D", ylabel="confidence σ")
         axes.legend(frameon=False)
     return "By bapnal.confidence_map; large gamma comes close to a hard choice."
 
 
 def gamma_and_lambda(archive: Archive, path: Path) -> str | None:
-    """Plot mIoU against gamma, a line for each lambda."""
+    """Plot mIoU against gamma, a line for each lambda, of the set with the most of them."""
     nal = [
         m
         for m in archive.measurements
@@ -181,32 +131,26 @@ def gamma_and_lambda(archive: Archive, path: Path) -> str | None:
         and m.facts["stage3.supervision"] == "boxes"
         and m.facts["test"] in ("single", "single+crf")
     ]
-    varied = ("stage3.gamma", "stage3.balance")
-    sets = [
-        (len({tuple(m.facts.get(x) for x in varied) for m in ms}), facts, ms)
-        for facts, ms in group(nal, varied)
-    ]
-    sets = [one for one in sets if one[0] > 2]
-    if not sets:
+    varied = ("stage3.balance", "stage3.gamma")
+    best: tuple[dict[str, Any], dict[tuple[float, float], list[float]]] = ({}, {})
+    for facts, ms in group(nal, varied):
+        points: dict[tuple[float, float], list[float]] = {}
+        for m in ms:
+            points.setdefault((m.facts[varied[0]], m.facts[varied[1]]), []).append(m.scores["miou"])
+        best = max(best, (facts, points), key=lambda one: len(one[1]))
+    facts, points = best
+    if len(points) < 3:
         return None
-    _, facts, ms = max(sets, key=lambda one: one[0])
-    points: dict[float, dict[float, list[float]]] = {}
-    for m in ms:
-        of_balance = points.setdefault(m.facts["stage3.balance"], {})
-        of_balance.setdefault(m.facts["stage3.gamma"], []).append(m.scores["miou"])
     with _plot(path, 4.2, 3.0) as figure:
         axes = figure.subplots()
-        for i, (balance, values) in enumerate(sorted(points.items())):
-            gammas = sorted(values)
-            means = [sum(values[x]) / len(values[x]) for x in gammas]
-            spread = [(max(values[x]) - min(values[x])) / 2 for x in gammas]
-            k = i % len(COLOURS)
-            axes.errorbar(
-                *(gammas, means, spread),
-                **{"color": COLOURS[k], "linestyle": DASHES[k], "marker": MARKERS[k]},
-                **{"capsize": 3, "label": f"λ = {balance:g}"},
-            )
-        axes.set(xlabel="γ", ylabel="mIoU, %", xticks=sorted({m.facts["stage3.gamma"] for m in ms}))
+        for i, balance in enumerate(sorted({x for x, _ in points})):
+            gammas = sorted(y for x, y in points if x == balance)
+            values = [points[balance, y] for y in gammas]
+            means = [sum(x) / len(x) for x in values]
+            spread = [(max(x) - min(x)) / 2 for x in values]
+            more = {"marker": MARKERS[i % len(MARKERS)], "capsize": 3, **_style(i)}
+            axes.errorbar(gammas, means, spread, label=f"λ = {balance:g}", **more)
+        axes.set(xlabel="γ", ylabel="mIoU, %", xticks=sorted({y for _, y in points}))
         axes.legend(frameon=False)
     test = {"single": "one scale", "single+crf": "one scale + CRF"}[facts["test"]]
     where = f"{facts['data']} {facts['split']}, {facts['stage3.network']}, {test}"
@@ -215,19 +159,18 @@ def gamma_and_lambda(archive: Archive, path: Path) -> str | None:
 
 def filling_rates(archive: Archive, path: Path) -> str | None:
     """Plot the distribution of filling rates of the most frequent classes, by labels and truth."""
-    several = [m for m in archive.measurements if m.what == "filling" and m.more.get("rates")]
-    if not several:
-        return None
     # One data set and split, the one with the most labels; of each kind of labels the first.
     places: dict[tuple[str, str], dict[str, Measurement]] = {}
-    for m in several:
-        place = (m.facts["data"], m.facts["split"])
-        places.setdefault(place, {}).setdefault(label_name(m.facts), m)
+    for m in archive.measurements:
+        if m.what == "filling" and m.more.get("rates"):
+            place = places.setdefault((m.facts["data"], m.facts["split"]), {})
+            place.setdefault(label_name(m.facts), m)
+    if not places:
+        return None
     (data, split), first = max(places.items(), key=lambda item: len(item[1]))
     rates = {name: m.more["rates"] for name, m in first.items()}
-    some = next(iter(rates.values()))
-    classes = sorted(some, key=lambda name: -len(some[name]["truth"]))
-    classes = [name for name in classes if len(some[name]["truth"]) > 1][:4]
+    truth = {name: x["truth"] for name, x in next(iter(rates.values())).items()}
+    classes = [x for x in sorted(truth, key=lambda x: -len(truth[x])) if len(truth[x]) > 1][:4]
     if not classes:
         return None
     names = [*rates, "truth"]
@@ -235,30 +178,25 @@ def filling_rates(archive: Archive, path: Path) -> str | None:
     with _plot(path, 4.4, height) as figure:
         rows = figure.subplots(len(classes), 1, sharex=True, squeeze=False)[:, 0]
         for axes, of_class in zip(rows, classes, strict=True):
-            for i, name in enumerate(names):
-                values = (
-                    some[of_class]["truth"] if name == "truth" else rates[name][of_class]["labels"]
-                )
+            shown = [*(x[of_class]["labels"] for x in rates.values()), truth[of_class]]
+            for i, values in enumerate(shown):
                 _violin(axes, 100 * np.asarray(values), len(names) - i, COLOURS[i % 6])
-            axes.set_title(
-                f"{of_class} ({len(some[of_class]['truth'])} boxes)", fontsize=9, loc="left"
-            )
+            axes.set_title(f"{of_class} ({len(truth[of_class])} boxes)", fontsize=9, loc="left")
             axes.set(yticks=range(len(names), 0, -1), xlim=(0, 101))
             axes.set_yticklabels([as_mathematics(name) for name in names])
         rows[-1].set_xlabel("filled share of the box, %")
     return f"{data} {split}; the dot is the median. Where there are several seeds, the first."
 
 
-def _violin(axes: matplotlib.axes.Axes, values: np.ndarray, place: int, colour: str) -> None:
+def _violin(axes: Axes, values: NDArray[np.float64], place: int, colour: str) -> None:
     if len(values) > 1 and values.std() > 0.1:  # a density needs some spread
-        parts = axes.violinplot(
+        parts: dict[str, Any] = axes.violinplot(
             values, [place], orientation="horizontal", widths=0.85, showextrema=False
         )
         for body in parts["bodies"]:
             body.set(facecolor=colour, edgecolor="black", alpha=0.75, linewidth=0.6)
-    axes.plot(
-        [np.median(values)], [place], "o", color="white", markeredgecolor="black", markersize=5
-    )
+    dot: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markersize": 5}
+    axes.plot([np.median(values)], [place], "o", **dot)
 
 
 PLOTS: dict[str, Callable[[Archive, Path], str | None]] = {

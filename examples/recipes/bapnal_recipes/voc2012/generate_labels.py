@@ -22,7 +22,7 @@ interruption the same command goes on from there.
 
 from __future__ import annotations
 
-import json
+import glob
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,14 +33,15 @@ from lightning.fabric import Fabric
 from PIL import Image
 
 from bapnal.label import files
+from bapnal.label.files import expecting
 from bapnal_recipes.data.dataset import BoxDataset
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
-from bapnal_recipes.engine import runs
+from bapnal_recipes.engine import made_from, runs
 from bapnal_recipes.engine.closed_form import write_solved_classifier
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.labelling import Share, gather, label_share, report, skipped, speed
-from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, alone, launch
 from bapnal_recipes.models.generator import (
     PAPER,
     RELEASED,
@@ -150,11 +151,9 @@ def read_search(path: Path, settings: Settings) -> Settings:
     """
     if not path.is_file():
         raise FileNotFoundError(f"search {path} does not exist")
-    try:
-        best = json.loads(path.read_text(encoding="utf-8"))["scores"]["best"]
+    with expecting(path, "a result of search.py"):
+        best = files.read_json(path, dict)["scores"]["best"]
         options, crf = dict(best["generator"]), replace(settings.crf, **best["crf"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"search {path} must be a result of search.py: {error!r}") from error
     known = asdict(settings.generator).keys()
     if options.keys() != known:
         facts = ", ".join(sorted(options.keys() ^ known))
@@ -178,7 +177,7 @@ def main(settings: Settings) -> dict[str, Any]:
     path = settings.out / "result.json"
     stored = runs.read_result(path, "labels") if path.is_file() else None
     fabric = launch(settings.machines)
-    with runs.Meter() as meter:
+    with alone(Together(fabric), settings.out), runs.Meter() as meter:
         if settings.method == "ridge" and not (settings.out / CLASSIFIER).is_file():
             fit_classifier(settings, fabric)
         with Together(fabric).alike():
@@ -210,6 +209,7 @@ def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> Share:
                 _write_arrays(path, content)
             else:
                 write_label_map(path, content)
+        made_from.note(_note(settings, name), _inputs(settings, name))
 
     return label_share(
         fabric,
@@ -299,6 +299,22 @@ def _files(settings: Settings, name: str) -> dict[str, Path]:
     return {x: settings.out / x / f"{name}{ends.get(x, '.png')}" for x in folders}
 
 
+def _note(settings: Settings, name: str) -> Path:
+    return settings.out / "made_from" / f"{name}.json"
+
+
+def _inputs(settings: Settings, name: str) -> list[Path]:
+    """All files that the labels of an image are made from."""
+    devkit = Devkit(settings.root, settings.classes)
+    found = [devkit.image_path(name), devkit.annotation_path(name)]
+    if settings.proposals is not None:
+        found.append(settings.proposals / f"{name}.mat")
+    if settings.masks is not None:
+        found.append(settings.masks / f"{name}.png")
+        found += sorted(settings.masks.glob(f"{glob.escape(name)}_[0-9]*.png"))
+    return [path for path in found if path.is_file()]
+
+
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Write a file of arrays, whole or not at all."""
     with files.whole(path) as unfinished, unfinished.open("wb") as file:
@@ -306,7 +322,7 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def _is_labelled(settings: Settings, name: str) -> bool:
-    """Whether all files of an image are there and readable."""
+    """Whether all files of an image are there, readable, and made from what is there now."""
     for path in _files(settings, name).values():
         try:
             if path.suffix == ".png":
@@ -317,7 +333,7 @@ def _is_labelled(settings: Settings, name: str) -> bool:
                     arrays["classes"]
         except (OSError, SyntaxError, ValueError, KeyError, EOFError):
             return False
-    return True
+    return made_from.holds(_note(settings, name), _inputs(settings, name))
 
 
 def _noted(settings: Settings) -> dict[str, object]:
@@ -325,6 +341,8 @@ def _noted(settings: Settings) -> dict[str, object]:
     found = runs.as_json(settings)
     if settings.classifier is not None:  # the same name may hold another one
         found["classifier_sha256"] = runs.digest(settings.classifier)
+    if settings.weights is not None and Path(settings.weights).is_file():
+        found["weights_sha256"] = runs.digest(Path(settings.weights))
     for key in ("machines", "out", "search"):
         found.pop(key)
     return found

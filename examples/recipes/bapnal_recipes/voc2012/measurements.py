@@ -13,6 +13,7 @@ from bapnal.label.files import write_json
 from bapnal_recipes.engine import series
 
 Facts = dict[str, Any]
+Rule = Mapping[str, Any]  # the values that facts must have; a list names several
 SHARED = "shared.json"
 SOURCE = ("commit", "machine", "versions")
 MORE = ("seconds", "memory", *SOURCE, "rates")
@@ -173,11 +174,11 @@ def _unnested(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", value
 
 
-def fits(facts: Facts, rule: Mapping[str, Any]) -> bool:
-    """Whether facts have the values that a rule asks for; a tuple lists several."""
+def fits(facts: Facts, rule: Rule) -> bool:
+    """Whether facts have the values that a rule asks for; what they lack is None."""
     return all(
-        facts.get(name) in wanted if isinstance(wanted, tuple) else facts.get(name) == wanted
-        for name, wanted in rule.items()
+        facts.get(x) in wanted if isinstance(wanted, list) else facts.get(x) == wanted
+        for x, wanted in rule.items()
     )
 
 

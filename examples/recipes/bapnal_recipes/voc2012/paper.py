@@ -3,8 +3,9 @@
 ``paper.csv`` has the numbers, ``paper.yaml`` the rules.
 
 A number of ours stands beside the paper's if it comes from all of VOC 2012 and from the preset
-``paper`` of every stage: its settings are those of the preset, but for what the row and the column
-of the table are about. Tables on MS-COCO (2 and 6, supplement 9) are not here.
+``paper`` of every stage, or in tables of their own the preset ``released``: its settings are those
+of the preset, but for what the row and the column of the table are about. Tables on MS-COCO (2 and
+6, supplement 9) are not here.
 """
 
 from __future__ import annotations
@@ -19,13 +20,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bapnal_recipes.engine.page import table
 from bapnal_recipes.voc2012 import generate_labels, train_classifier, train_segmentation
-from bapnal_recipes.voc2012.measurements import Facts, Measurement, fits
+from bapnal_recipes.voc2012.measurements import Facts, Measurement, Rule, fits
+from bapnal_recipes.voc2012.page import table
 from bapnal_recipes.voc2012.results import flat
 from bapnal_recipes.voc2012.wording import NOTHING, score_text
-
-Rule = Mapping[str, Any]
 
 
 class Number(NamedTuple):
@@ -63,40 +62,55 @@ class PaperTable(NamedTuple):
 
 
 @cache
-def tables() -> tuple[PaperTable, ...]:
-    """Read what belongs in each table."""
+def contents() -> dict[str, Any]:
+    """Read what belongs in each table, and what the figures are."""
     text = Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-    return tuple(PaperTable(**one) for one in yaml.safe_load(text)["tables"])
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+@cache
+def tables() -> tuple[PaperTable, ...]:
+    """Return what belongs in each table."""
+    return tuple(PaperTable(**one) for one in contents()["tables"])
 
 
 @cache
 def numbers() -> tuple[Number, ...]:
     """Read all numbers of the paper."""
     with Path(__file__).with_suffix(".csv").open(newline="", encoding="utf-8") as file:
-        return tuple(Number(**{**x, "value": float(x["value"])}) for x in csv.DictReader(file))
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    return tuple(Number(**{**row, "value": float(row["value"])}) for row in rows)
 
 
 @cache
-def preset(network: str) -> Facts:
-    """Return the settings of the preset ``paper`` of all stages, as facts.
+def preset(network: str, name: str = "paper") -> Facts:
+    """Return the settings of a preset of all stages, as facts.
 
     Args:
         network: Of stage 3.
+        name: ``"paper"`` or ``"released"``.
     """
-    stage3 = "paper-v2" if network == "deeplab_v2" else "paper"
+    stage3 = f"{name}-v2" if network == "deeplab_v2" else name
     found = {
-        **flat("stage1", asdict(train_classifier.PRESETS["paper"][1])),
-        **flat("labels", asdict(generate_labels.PRESETS["paper"][1])),
+        **flat("stage1", asdict(train_classifier.PRESETS[name][1])),
+        **flat("labels", asdict(generate_labels.PRESETS[name][1])),
         **flat("stage3", asdict(train_segmentation.PRESETS[stage3][1])),
         **{"stage1.initial": "imagenet", "stage3.initial": "imagenet"},
     }
+    if name == "released":
+        found["stage1.from_caffe"] = True
+        if network == "deeplab_v1":
+            found["stage3.from_caffe"] = True
     # A file's name says less than what the network starts from.
     return {x: v for x, v in found.items() if x not in ("stage1.weights", "stage3.weights")}
 
 
-def faithful(one: PaperTable, several: Sequence[Measurement], rule: Rule) -> list[Measurement]:
-    """Return the measurements that come from the preset ``paper``, apart from what a rule says."""
-    wanted = {x: v for x, v in preset(one.network).items() if x not in rule}
+def faithful(
+    one: PaperTable, several: Sequence[Measurement], rule: Rule, name: str = "paper"
+) -> list[Measurement]:
+    """Return the measurements that come from a preset, apart from what a rule says."""
+    wanted = {x: v for x, v in preset(one.network, name).items() if x not in rule}
     return [
         m
         for m in several
@@ -108,33 +122,61 @@ def faithful(one: PaperTable, several: Sequence[Measurement], rule: Rule) -> lis
     ]
 
 
-def paper_table(one: PaperTable, several: Sequence[Measurement]) -> str | None:
-    """Return a table of the paper with our numbers beside it in Markdown; None without any."""
+def paper_table(one: PaperTable, several: Sequence[Measurement], name: str = "paper") -> str | None:
+    """Return a table of the paper with numbers of a preset beside it in Markdown.
+
+    None without any; for the preset ``released`` also where all of them are those of ``paper``, as
+    baselines' are.
+    """
     theirs = [x for x in numbers() if x.table == one.table]
     columns = list(dict.fromkeys(x.column for x in theirs))
     head = ["", *(f"paper: {x}" for x in columns), *(f"ours: {x}" for x in one.columns)]
     values = {(x.group, x.row, x.column): f"{x.value:g}" for x in theirs}
     lines, filled, last = [], 0, ""
+    differs = name == "paper"
     for group, row in dict.fromkeys((x.group, x.row) for x in theirs):
         if group != last:
             lines.append([f"**{group}**"] + [""] * (len(head) - 1))
             last = group
-        ours = [_ours(one, several, group, row, column) for column in one.columns]
-        filled += sum(x != NOTHING for x in ours)
+        ours = [_ours(one, several, group, row, column, name) for column in one.columns]
+        if name != "paper":
+            others = [_ours(one, several, group, row, column) for column in one.columns]
+            differs |= ours != others
+        notes = {str(x["note"]) for x in one.rows.values() if "note" in x}
+        filled += sum(x != NOTHING and x not in notes for x in ours)
         lines.append([row, *(values.get((group, row, x), NOTHING) for x in columns), *ours])
-    title = f"### {one.table}: {one.title}"
-    return f"{title}\n\n{table(head, lines)}" if filled else None
+    title = f"### {one.table}: {one.title}" + (f", preset {name}" if name != "paper" else "")
+    return f"{title}\n\n{table(head, lines)}" if filled and differs else None
 
 
 def _ours(
-    one: PaperTable, several: Sequence[Measurement], group: str, row: str, column: str
+    one: PaperTable,
+    several: Sequence[Measurement],
+    group: str,
+    row: str,
+    column: str,
+    name: str = "paper",
 ) -> str:
     own = one.rows.get(f"{group} | {row}", one.rows.get(row))
     if own is None and "each class" in one.rows:
         own = {"score": f"{one.rows['each class']['score']}{row}"}
     if own is None or own.get("column", column) != column:
         return NOTHING
+    if "note" in own:
+        return str(own["note"])
     rule = {"score": "miou", **one.rule, **one.columns[column], **own}
-    score = rule.pop("score")
     rule.pop("column", None)
-    return score_text(faithful(one, several, rule), score, one.decimals)
+    readings = rule.pop("readings", {"": {}})
+    texts = []
+    for reading, more in readings.items():
+        text = _reading(one, several, {**rule, **more}, name)
+        if text != NOTHING:
+            texts.append(f"{text} ({reading})" if reading else text)
+    return "; ".join(texts) or NOTHING
+
+
+def _reading(
+    one: PaperTable, several: Sequence[Measurement], rule: dict[str, Any], name: str
+) -> str:
+    score = rule.pop("score")
+    return score_text(faithful(one, several, rule, name), score, one.decimals)

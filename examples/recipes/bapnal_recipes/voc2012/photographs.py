@@ -5,64 +5,124 @@ They need the devkit, and the folders that the results name, on this machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal import PseudoLabelGenerator
+from bapnal.label.files import whole
 from bapnal_recipes.data.label_maps import (
     IGNORE_INDEX,
+    class_colours,
     grey_map,
     label_map,
     read_label_map,
 )
-from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
-from bapnal_recipes.engine.panels import Panel, grid, with_boxes
+from bapnal_recipes.data.labelled import label_folder
+from bapnal_recipes.data.voc import VOC_CLASSES, Annotation, Devkit
+from bapnal_recipes.models.backbones import ALIGNED
+from bapnal_recipes.models.classifier import load_classifier
+from bapnal_recipes.models.segmenter import load_segmenter
 from bapnal_recipes.voc2012.measurements import Facts
 from bapnal_recipes.voc2012.results import Archive, Run
 from bapnal_recipes.voc2012.wording import METHODS, label_name
 
+LARGEST = 400_000  # bytes of a figure
 
-class Source(NamedTuple):
-    """A devkit and some of its images.
+
+NO_BOXES = Annotation(torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
+
+
+class Panel(NamedTuple):
+    """One image in a figure.
 
     Attributes:
-        devkit: Where the images are.
-        names: Which.
+        title: Above it.
+        pixels: ``(3, H, W)`` uint8.
+        boxes: Drawn on it, if any.
     """
 
-    devkit: Devkit
-    names: list[str]
-
-    def legend(self) -> dict[int, str]:
-        """Names of the classes that the boxes of the images name."""
-        labels = {x for name in self.names for x in self.devkit.annotation(name).labels.tolist()}
-        return {label: self.devkit.classes[label - 1] for label in sorted(labels)}
-
-    def annotated(self, name: str) -> tuple[Tensor, Panel]:
-        """Return an image as it is, and a panel with its boxes."""
-        image, annotation = self.devkit.annotated(name)
-        return image, Panel("boxes", with_boxes(image, annotation))
-
-    def truth(self, name: str, image: Tensor) -> list[Panel]:
-        """Return a panel with the ground truth, where there is one."""
-        try:
-            return [Panel("ground truth", label_map(image, self.devkit.mask(name)))]
-        except FileNotFoundError:
-            return []
+    title: str
+    pixels: Tensor
+    boxes: Annotation | None = None
 
 
-def _source(
-    settings: Mapping[str, Any], split: str, wanted: int, folders: Sequence[Path]
-) -> Source:
+def grid(path: Path, examples: Sequence[Sequence[Panel]], legend: Mapping[int, str]) -> None:
+    """Write images with their titles, a few lines for each example; a PNG of limited size.
+
+    Args:
+        path: Where to.
+        examples: The panels of each example.
+        legend: Names of the classes whose colours are shown.
+    """
+    for width in (240, 200, 170, 145, 120, 100, 75):
+        data = _render(examples, width, legend)
+        if len(data) <= LARGEST:
+            break
+    with whole(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+def _render(examples: Sequence[Sequence[Panel]], width: int, legend: Mapping[int, str]) -> bytes:
+    """Lay panels out at a width in pixels each."""
+    # More side by side would be too small on a phone.
+    columns = 4 if max(map(len, examples)) in (4, 7, 8) else 3
+    lines = [panels[i : i + columns] for panels in examples for i in range(0, len(panels), columns)]
+    heights = [0.15 + max(p.pixels.shape[1] / p.pixels.shape[2] for p in line) for line in lines]
+    key = 0.15 * -(-len(legend) // columns)
+    dots = width / 2.4  # per inch
+    figure = Figure((2.4 * columns, 2.4 * (sum(heights) + key)), dots, layout="constrained")
+    rows = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights)
+    for axes in rows.flat:
+        axes.set_axis_off()
+    for line, row in zip(lines, rows, strict=True):
+        for panel, axes in zip(line, row[: len(line)], strict=True):
+            axes.imshow(panel.pixels.permute(1, 2, 0).numpy())
+            axes.set_title(as_mathematics(panel.title), fontsize=8)
+            for box, label in _boxes(panel):
+                x1, y1, x2, y2 = box.tolist()
+                line_of = {"fill": False, "edgecolor": class_colours()[label] / 255}
+                axes.add_patch(Rectangle((x1 - 0.5, y1 - 0.5), x2 - x1, y2 - y1, **line_of))
+    patches = [Patch(color=class_colours()[x] / 255, label=name) for x, name in legend.items()]
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "fontsize": 8}
+    figure.legend(handles=patches, frameon=False, **where)
+    buffer, smaller = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with Image.open(buffer) as image:
+        flat = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    flat.save(smaller, format="PNG", optimize=True)
+    return smaller.getvalue()
+
+
+def _boxes(panel: Panel) -> Iterable[tuple[Tensor, int]]:
+    if panel.boxes is None:
+        return ()
+    return zip(panel.boxes.boxes, panel.boxes.labels.tolist(), strict=True)
+
+
+def as_mathematics(name: str) -> str:
+    """Set Y_crf and u_0 for matplotlib."""
+    for index in ("crf", "ret"):
+        name = name.replace(f"Y_{index}", rf"$Y_\mathrm{{{index}}}$")
+    return name.replace("u_0", "$u_0$").replace("u_c", "$u_c$")
+
+
+def _devkit(settings: Mapping[str, Any]) -> Devkit:
+    return Devkit(settings["root"], tuple(settings.get("classes") or VOC_CLASSES))
+
+
+def _choose(devkit: Devkit, split: str, wanted: int, folders: Sequence[Path] = ()) -> list[str]:
     """Choose images of a split, evenly spread, that all folders have files of."""
-    devkit = Devkit(settings["root"], tuple(settings.get("classes") or VOC_CLASSES))
     names = devkit.names(split)
     for folder in folders:
         there = {path.stem for path in folder.iterdir()}
@@ -70,59 +130,82 @@ def _source(
     if not names:
         raise FileNotFoundError(f"no image of {split} has all of these labels")
     wanted = min(wanted, len(names))
-    return Source(devkit, [names[(2 * i + 1) * len(names) // (2 * wanted)] for i in range(wanted)])
+    return [names[(2 * i + 1) * len(names) // (2 * wanted)] for i in range(wanted)]
+
+
+def _show(
+    path: Path,
+    devkit: Devkit,
+    names: Sequence[str],
+    panels: Callable[[str, Tensor, Annotation], Sequence[Panel]],
+    *,
+    boxes: bool = True,
+    named: Set[int] = frozenset(),
+) -> None:
+    """Write a figure: each image, what ``panels`` makes of it, and its ground truth, if any.
+
+    The legend has the classes of the boxes, and those in ``named``.
+    """
+    examples, labels = [], set()
+    for name in names:
+        if devkit.annotation_path(name).is_file():
+            image, annotation = devkit.annotated(name)
+        else:  # as in the test set
+            image, annotation = devkit.image(name), NO_BOXES
+        first = Panel("boxes", image, annotation) if boxes else Panel("image", image)
+        shown = [first, *panels(name, image, annotation)]
+        if devkit.has_mask(name):
+            shown.append(Panel("ground truth", label_map(image, devkit.mask(name))))
+        examples.append(shown)
+        labels |= set(annotation.labels.tolist())
+    labels |= named - {0}
+    grid(path, examples, {label: devkit.classes[label - 1] for label in sorted(labels)})
+
+
+def _agreed(image: Tensor, crf: Tensor, ret: Path) -> Panel:
+    both = crf.masked_fill(crf != read_label_map(ret), IGNORE_INDEX)
+    return Panel("where Y_ret agrees", label_map(image, both))
 
 
 def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
     """Show labels beside the baselines' and the ground truth."""
-    found: dict[tuple[str, str], list[Run]] = {}
+    found: dict[tuple[str, str], list[tuple[Run, Path]]] = {}
     for run in archive.runs:
-        maps = [run.folder / kind for kind in ("crf", "labels")]
-        if run.kind == "labels" and any(path.is_dir() for path in maps):
-            place = (run.settings["root"], run.settings["split"])
-            found.setdefault(place, []).append(run)
+        for folder in (run.folder / kind for kind in ("crf", "labels")):
+            if run.kind == "labels" and folder.is_dir():
+                place = (run.settings["root"], run.settings["split"])
+                found.setdefault(place, []).append((run, folder))
+                break
     if not found:
         return None
-    (_, split), several = max(found.items(), key=lambda item: len(_one_of_each(item[1])))
-    runs = _one_of_each(several)
-    runs = {title: run for title, run in runs.items() if title != "Box" or len(runs) == 1}
-    folders = {}
-    for title, run in runs.items():
-        kinds = [run.folder / kind for kind in ("crf", "labels")]
-        folders[title] = kinds[0] if kinds[0].is_dir() else kinds[1]
-    some = next(iter(runs.values()))
-    source = _source(some.settings, split, examples, list(folders.values()))
-    last = next(reversed(folders))
-    shown = []
-    for name in source.names:
-        image, first = source.annotated(name)
-        panels = [first]
-        for title, folder in folders.items():
-            labels = read_label_map(folder / f"{name}.png")
-            panels.append(Panel(title, label_map(image, labels)))
-            second = folder.parent / "ret" / f"{name}.png"
-            if title == last and second.is_file():
-                both = labels.masked_fill(labels != read_label_map(second), IGNORE_INDEX)
-                panels.append(Panel("where Y_ret agrees", label_map(image, both)))
-        shown.append(panels + source.truth(name, image))
-    grid(path, shown, source.legend())
+    most = max(map(_one_of_each, found.values()), key=len)
+    if len(most) > 1:
+        most.pop("Box", None)
+    runs, folders = zip(*most.values(), strict=True)
+    devkit, split, last = _devkit(runs[0].settings), runs[0].settings["split"], folders[-1]
+
+    def panels(name: str, image: Tensor, _: Annotation) -> list[Panel]:
+        maps = [read_label_map(folder / f"{name}.png") for folder in folders]
+        shown = [Panel(x, label_map(image, m)) for x, m in zip(most, maps, strict=True)]
+        second = last.parent / "ret" / f"{name}.png"
+        return [*shown, _agreed(image, maps[-1], second)] if second.is_file() else shown
+
+    _show(path, devkit, _choose(devkit, split, examples, folders), panels)
     return f"{split}; white: Y_crf and Y_ret differ."
 
 
-def _one_of_each(runs: Sequence[Run]) -> dict[str, Run]:
+def _one_of_each(runs: Sequence[tuple[Run, Path]]) -> dict[str, tuple[Run, Path]]:
     """Labels of each method, BAP's last; of GAP's and BAP's the two that differ in least."""
-    found: dict[str, list[tuple[Facts, Run]]] = {}
-    for run in runs:
-        facts = run.facts
-        method = facts["labels.method"]
-        pool = str(facts.pop("stage1.pool", "network")).upper()
-        title = pool if method == "network" else METHODS[method]
-        found.setdefault(title, []).append((facts, run))
+    found: dict[str, list[tuple[Facts, tuple[Run, Path]]]] = {}
+    for entry in runs:
+        facts = entry[0].facts
+        method, pool = facts["labels.method"], str(facts.pop("stage1.pool", "network")).upper()
+        found.setdefault(METHODS.get(method, pool), []).append((facts, entry))
     chosen = {title: entries[0][1] for title, entries in found.items()}
-    pairs = product(found.get("GAP", ()), found.get("BAP", ()))
-    alike = min(pairs, key=lambda pair: _differing(pair[0][0], pair[1][0]), default=None)
-    if alike is not None:
-        chosen |= {"GAP": alike[0][1], "BAP": alike[1][1]}
+    pairs = list(product(found.get("GAP", ()), found.get("BAP", ())))
+    if pairs:
+        gap, bap = min(pairs, key=lambda pair: _differing(pair[0][0], pair[1][0]))
+        chosen |= {"GAP": gap[1], "BAP": bap[1]}
     order = [*METHODS.values(), "NETWORK", "GAP", "BAP"]
     return dict(sorted(chosen.items(), key=lambda item: order.index(item[0])))
 
@@ -131,52 +214,34 @@ def _differing(one: Facts, other: Facts) -> int:
     return sum(one.get(name) != other.get(name) for name in {*one, *other})
 
 
-def _strongest(u_c: Tensor) -> Tensor:
+def _strongest(title: str, u_c: Tensor) -> Panel:
     """Draw the largest of several maps ``(K, H, W)``; of none, black."""
-    return grey_map(u_c.amax(0) if len(u_c) else u_c.new_zeros(u_c.shape[1:]))
+    return Panel(title, grey_map(u_c.amax(0) if len(u_c) else u_c.new_zeros(u_c.shape[1:])))
 
 
 def unaries(archive: Archive, path: Path, examples: int) -> str | None:
     """Show u_c, u_0 and the labels that come of them."""
-    for run in archive.runs:
-        folder = run.folder
-        if run.kind == "labels" and (folder / "unaries").is_dir():
-            break
-    else:
+    made = [r for r in archive.runs if r.kind == "labels" and (r.folder / "unaries").is_dir()]
+    if not made:
         return None
-    folders = [folder / kind for kind in ("crf", "ret", "unaries")]
-    source = _source(run.settings, run.settings["split"], examples, folders)
-    shown = []
-    for name in source.names:
-        image, first = source.annotated(name)
+    folder, devkit, split = made[0].folder, _devkit(made[0].settings), made[0].settings["split"]
+
+    def panels(name: str, image: Tensor, _: Annotation) -> list[Panel]:
         with np.load(folder / "unaries" / f"{name}.npz") as arrays:
-            u_0 = torch.from_numpy(arrays["background"]).float()
-            u_c = torch.from_numpy(arrays["foreground"]).float()
-        crf, ret = (read_label_map(folder / kind / f"{name}.png") for kind in ("crf", "ret"))
-        shown.append(
-            [
-                first,
-                Panel("u_c, largest", _strongest(u_c)),
-                Panel("u_0", grey_map(u_0)),
-                Panel("Y_crf", label_map(image, crf)),
-                Panel(
-                    "where Y_ret agrees",
-                    label_map(image, crf.masked_fill(crf != ret, IGNORE_INDEX)),
-                ),
-                *source.truth(name, image),
-            ]
-        )
-    grid(path, shown, source.legend())
-    name = label_name(run.facts)
-    return f"{name} of {run.settings['split']}. Maps from 0, dark blue, to 1, yellow."
+            u_0, u_c = (torch.from_numpy(arrays[x]).float() for x in ("background", "foreground"))
+        crf = read_label_map(folder / "crf" / f"{name}.png")
+        shown = [Panel("u_0", grey_map(u_0)), Panel("Y_crf", label_map(image, crf))]
+        agreed = _agreed(image, crf, folder / "ret" / f"{name}.png")
+        return [_strongest("u_c, largest", u_c), *shown, agreed]
+
+    folders = [folder / kind for kind in ("crf", "ret", "unaries")]
+    _show(path, devkit, _choose(devkit, split, examples, folders), panels)
+    return f"{label_name(made[0].facts)} of {split}. Maps from 0, dark blue, to 1, yellow."
 
 
 @torch.inference_mode()
 def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
     """Show the activation maps of a classifier of each pooling, trained alike otherwise."""
-    from bapnal_recipes.models.backbones import ALIGNED
-    from bapnal_recipes.models.classifier import load_classifier
-
     alike: dict[str, dict[str, Run]] = {}
     for run in archive.runs:
         if run.kind == "classifier" and (run.folder / "classifier.pt").is_file():
@@ -188,111 +253,102 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
     if both is None:
         return None
     classifiers = {x: load_classifier(both[x].folder / "classifier.pt") for x in ("gap", "bap")}
-    aligned = both["bap"].settings["backbone"] in ALIGNED
-    generate = PseudoLabelGenerator(crf=None, align_corners=aligned)
-    source = _source(both["bap"].settings, both["bap"].settings["split"], examples, [])
-    shown = []
-    for name in source.names:
-        image, first = source.annotated(name)
-        annotation = source.devkit.annotation(name)
-        panels = [first]
+    settings = both["bap"].settings
+    generate = PseudoLabelGenerator(crf=None, align_corners=settings["backbone"] in ALIGNED)
+
+    def panels(_: str, image: Tensor, annotation: Annotation) -> list[Panel]:
+        shown = []
         for pool, one in classifiers.items():
-            y = generate(
-                *(image[None], one.features(image[None]), one.weight),
-                *([annotation.boxes], [annotation.labels]),
-            )
-            panels.append(Panel(f"{pool.upper()}: u_c", _strongest(y.foreground_unary[0])))
-        shown.append(panels + source.truth(name, image))
-    grid(path, shown, source.legend())
-    split, backbone = (both["bap"].settings[x] for x in ("split", "backbone"))
-    return f"{backbone}, {split}: the largest u_c of the classes present, from 0 to 1."
+            given = image[None], one.features(image[None]), one.weight
+            y = generate(*given, [annotation.boxes], [annotation.labels])
+            shown.append(_strongest(f"{pool.upper()}: u_c", y.foreground_unary[0]))
+        return shown
+
+    devkit, split = _devkit(settings), settings["split"]
+    _show(path, devkit, _choose(devkit, split, examples), panels)
+    return f"{settings['backbone']}, {split}: the largest u_c of the classes present, from 0 to 1."
 
 
 def confidence(archive: Archive, path: Path, examples: int) -> str | None:
     """Show how the confidence in labels changes during training."""
-    from bapnal_recipes.data.labelled import label_folder
-
-    for run in archive.runs:
-        kept = run.folder / "confidence"
-        if run.kind == "segmentation" and kept.is_dir() and any(kept.iterdir()):
-            break
-    else:
+    kept = [
+        (run.settings, files)
+        for run in archive.runs
+        if run.kind == "segmentation"
+        and (files := sorted((run.folder / "confidence").glob("*_*.png")))
+    ]
+    if not kept:
         return None
+    settings, files = kept[0]
     moments: dict[str, dict[int, Path]] = {}
-    for file in kept.glob("*.png"):
+    for file in files:
         name, _, steps = file.stem.rpartition("_")
         if steps.isdigit():
             moments.setdefault(name, {})[int(steps)] = file
-    folder = Path(run.settings["labels"])
+    folder = Path(settings["labels"])
     for labels in archive.runs:  # which may have been moved
-        if labels.kind == "labels" and labels.settings["out"] == run.settings["labels"]:
+        if labels.kind == "labels" and labels.settings["out"] == settings["labels"]:
             folder = labels.folder
-    maps = [label_folder(folder, run.settings[x]) for x in ("first", "second")]
-    classes = tuple(run.settings.get("classes") or VOC_CLASSES)
-    source = Source(Devkit(run.settings["root"], classes), sorted(moments)[:examples])
-    shown = []
-    for name in source.names:
-        image, first = source.annotated(name)
-        crf, ret = (read_label_map(one / f"{name}.png") for one in maps)
-        panels = [
-            first,
+    first, second = (label_folder(folder, settings[x]) for x in ("first", "second"))
+
+    def panels(name: str, image: Tensor, _: Annotation) -> list[Panel]:
+        crf = read_label_map(first / f"{name}.png")
+        shown = [
             Panel("Y_crf", label_map(image, crf)),
-            Panel(
-                "where Y_ret agrees", label_map(image, crf.masked_fill(crf != ret, IGNORE_INDEX))
-            ),
-            *source.truth(name, image),
+            _agreed(image, crf, second / f"{name}.png"),
         ]
         for moment in sorted(moments[name])[:5]:
             sigma = read_label_map(moments[name][moment]).float() / 255
-            panels.append(Panel(f"σ, step {moment}", grey_map(sigma)))
-        shown.append(panels)
-    grid(path, shown, source.legend())
-    settings = run.settings
+            shown.append(Panel(f"σ, step {moment}", grey_map(sigma)))
+        return shown
+
+    _show(path, _devkit(settings), sorted(moments)[:examples], panels)
     return f"{settings['network']}, gamma {settings['gamma']:g}; σ from 0, dark blue, to 1, yellow."
 
 
-@torch.inference_mode()
-def predictions(archive: Archive, path: Path, examples: int) -> str | None:
-    """Show what segmentation networks make of images that they have not seen."""
-    from bapnal_recipes.models.segmenter import load_segmenter
+def on_the_test_set(archive: Archive, path: Path, examples: int) -> str | None:
+    """Show what segmentation networks make of the test set, where the devkit has it."""
+    return predictions(archive, path, examples, test=True)
 
+
+@torch.inference_mode()
+def predictions(archive: Archive, path: Path, examples: int, *, test: bool = False) -> str | None:
+    """Show what segmentation networks make of images that they have not seen."""
     found: dict[tuple[str, str], dict[str, Run]] = {}
-    names = {
-        "boxes": "boxes, NAL",
-        "some ground truth": "some ground truth, NAL",
-        "masks": "fully supervised",
-    }
+    titles = {"boxes": "boxes, NAL", "some ground truth": "some ground truth, NAL"}
     for run in archive.runs:
         if run.kind == "segmentation" and (run.folder / "segmenter.pt").is_file():
             kind = run.facts["stage3.supervision"]
             if kind == "masks" or run.settings["loss"] == "nal":
                 place = (run.settings["root"], run.settings["network"])
-                found.setdefault(place, {}).setdefault(names[kind], run)
+                title = titles.get(kind, "fully supervised")
+                found.setdefault(place, {}).setdefault(title, run)
     if not found:
         return None
     (_, network), runs = max(found.items(), key=lambda item: len(item[1]))
-    some = next(iter(runs.values())).settings
-    devkit = Devkit(some["root"], tuple(some.get("classes") or VOC_CLASSES))
-    splits = devkit.root / "ImageSets/Segmentation"
-    split = "val" if (splits / "val.txt").is_file() else some["split"]
-    source = _source(some, split, examples, [])
-    networks = {
-        title: load_segmenter(runs[title].folder / "segmenter.pt")
-        for title in names.values()
-        if title in runs
-    }
-    shown = []
-    for name in source.names:
-        image = source.devkit.image(name)
-        panels = [Panel("image", image)]
-        for title, (one, _, trained) in networks.items():
-            aligned = bool(trained.get("align_corners", False))
-            logits = F.interpolate(
-                one(image[None])[0], image.shape[1:], mode="bilinear", align_corners=aligned
-            )
-            panels.append(Panel(title, label_map(image, logits[0].argmax(0))))
-        shown.append(panels + source.truth(name, image))
-    grid(path, shown, source.legend())
+    networks = {x: load_segmenter(runs[x].folder / "segmenter.pt") for x in sorted(runs)}
+    settings = next(iter(runs.values())).settings
+    devkit = _devkit(settings)
+    split = "test" if test else "val"
+    if not (devkit.root / f"ImageSets/Segmentation/{split}.txt").is_file():
+        if test:
+            return None
+        split = settings["split"]
+
+    named: set[int] = set()
+
+    def panels(_: str, image: Tensor, __: Annotation) -> list[Panel]:
+        shown = []
+        for title, saved in networks.items():
+            aligned = bool(saved.settings.get("align_corners", False))
+            how: dict[str, Any] = {"mode": "bilinear", "align_corners": aligned}
+            logits = F.interpolate(saved.network(image[None])[0], image.shape[1:], **how)
+            labels = logits[0].argmax(0)
+            named.update(np.unique(labels.numpy()).tolist())
+            shown.append(Panel(title, label_map(image, labels)))
+        return shown
+
+    _show(path, devkit, _choose(devkit, split, examples), panels, boxes=False, named=named)
     return f"{network}, {split}, one scale, without CRF."
 
 
@@ -302,4 +358,5 @@ PHOTOGRAPHS: dict[str, Callable[[Archive, Path, int], str | None]] = {
     "figure_5_confidence": confidence,
     "supplement_2_unaries": unaries,
     "supplement_3_predictions": predictions,
+    "supplement_3_test_set": on_the_test_set,
 }

@@ -47,6 +47,7 @@ HEEDED: dict[str, tuple[str, ...]] = {
     "sdi": ("rounds",),
 }
 UNKNOWN = "unknown"  # where the result of an input is not there
+GIVEN = "given"  # the method of labels without a result: they were made elsewhere
 SOME_HEED = {name for names in HEEDED.values() for name in names}
 
 
@@ -69,7 +70,8 @@ class Run(NamedTuple):
     @property
     def settings(self) -> dict[str, Any]:
         """Settings of the run."""
-        return self.content["settings"]
+        found: dict[str, Any] = self.content["settings"]
+        return found
 
     @property
     def folder(self) -> Path:
@@ -113,11 +115,7 @@ def read_results(folders: Sequence[Path]) -> Archive:
                 found += read_series(path)
             elif path.suffix == ".json":
                 runs += _read_run(path)
-    sizes = {}
-    for run in runs:
-        if images := _images(run.content):
-            sizes[run.settings.get("root"), run.settings.get("split")] = images
-    found += [m for run in runs for m in measure(run.content, sizes)]
+    found += [m for run in runs for m in measure(run.content)]
     unique = list({key(m): m for m in found}.values())
     return Archive(runs, unique, [f"`{folder.as_posix()}`" for folder in folders])
 
@@ -126,7 +124,7 @@ def _read_run(path: Path) -> list[Run]:
     """Read a result; JSON files that are none belong to something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a result file in JSON: {error}") from error
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         return []
@@ -140,13 +138,8 @@ def _read_run(path: Path) -> list[Run]:
 # From result files
 
 
-def measure(content: Mapping[str, Any], sizes: Mapping[Any, int]) -> list[Measurement]:
-    """Lay flat what a result file says: numbers of an evaluation, or loss and time of a run.
-
-    Args:
-        content: Of the file.
-        sizes: Images of each devkit and split, where files say so.
-    """
+def measure(content: Mapping[str, Any]) -> list[Measurement]:
+    """Lay flat what a result file says: numbers of an evaluation, or loss and time of a run."""
     settings, kind = content["settings"], content["kind"]
     inputs = content.get("inputs", {}) if kind == "evaluation" else {kind: content}
     facts, seeds = follow(inputs)
@@ -155,21 +148,24 @@ def measure(content: Mapping[str, Any], sizes: Mapping[Any, int]) -> list[Measur
     if kind in STAGES:
         facts = {"kind": kind, "split": settings.get("split"), **facts}
         scores = floats(content["scores"])
-        images = scores.pop("images", None)
+        count = int(scores.pop("images", 0))
         memory = content.get("peak_memory_bytes") or {}
         more["memory"] = {name: size for name, size in memory.items() if size}
-        return [Measurement("runs", facts, seeds, scores, images and int(images), more)]
+        return [Measurement("runs", facts, seeds, scores, count or None, more)]
     if kind == "search":
         return _search(content, more)
     if kind != "evaluation":
         return []
     scored = tuple(settings.get("score_classes") or ())
-    images = sizes.get((settings.get("root"), settings.get("split")))
+    images, excluded = content.get("images"), content.get("excluded", 0)
     whole = images == IMAGES.get(str(settings.get("split"))) and not scored
     facts = {"split": settings.get("split"), "scored": scored, "whole": whole, **facts}
+    if images is not None and excluded:
+        facts["excluded"], images = excluded, images - excluded
     facts["data"] = "VOC 2012" if whole else facts["data"]
     if not inputs:
         facts["made elsewhere"] = PurePath(settings.get("folder", "?")).name
+        facts["labels.method"] = GIVEN
     what = str(content.get("what"))
     if what == "filling":
         more["rates"] = content["scores"].get("per_class", {})
@@ -196,19 +192,10 @@ def _search(content: Mapping[str, Any], more: dict[str, Any]) -> list[Measuremen
     return found
 
 
-def _images(content: Mapping[str, Any]) -> int | None:
-    """How many images an evaluation saw, where it says so."""
-    scores = content["scores"]
-    if content.get("what") == "segmentation":
-        return content.get("images")
-    if content.get("what") == "labels":
-        return scores.get("images", 0) + scores.get("left_out", 0)
-    return None
-
-
 def follow(inputs: Mapping[str, Any]) -> tuple[Facts, tuple[tuple[str, Any], ...]]:
     """Return the settings of what something was made from, and of what that was made from."""
-    facts, seeds = {}, []
+    facts: Facts = {}
+    seeds: list[tuple[str, Any]] = []
     for kind, made in inputs.items():
         if kind not in STAGES:
             continue
@@ -219,13 +206,16 @@ def follow(inputs: Mapping[str, Any]) -> tuple[Facts, tuple[tuple[str, Any], ...
         else:
             seeds.append((STAGES[kind], settings.get("seed")))
             facts[f"{STAGES[kind]}.initial"] = _initial(settings, made)
+            if "from_caffe" in made.get("weights", {}):
+                facts[f"{STAGES[kind]}.from_caffe"] = made["weights"]["from_caffe"]
         if kind == "classifier" and settings.get("pool") == "gap":
             facts.pop("stage1.min_background", None)
         if kind == "segmentation":
             if _supervision(facts, settings, made["scores"]):
                 further = {}
             elif "labels" not in further:
-                facts["labels.method"] = UNKNOWN
+                facts["labels.method"] = GIVEN
+                facts["made elsewhere"] = PurePath(settings.get("labels", "?")).name
         more, others = follow(further)
         facts, seeds = {**more, **facts}, [*others, *seeds]
     return facts, tuple(seeds)
@@ -280,7 +270,7 @@ def _supervision(facts: Facts, settings: Mapping[str, Any], scores: Mapping[str,
         every = count is not None and count == scores.get("images")
         facts["stage3.supervision"] = "masks" if every else "some ground truth"
         facts["stage3.ground_truth"] = count
-    full = facts["stage3.supervision"] == "masks"
+    full = bool(facts["stage3.supervision"] == "masks")
     for name in ("loss", "gamma", "balance", "first", "second") if full else ():
         facts.pop(f"stage3.{name}", None)
     return full
@@ -334,5 +324,9 @@ def _numbers(what: str, content: Mapping[str, Any]) -> Iterator[tuple[Facts, dic
             found = {name: round(x, 3) for name, x in found.items()}
             yield {"map": scores.get("kind")}, {**found, "boxes": len(pairs)}
     else:
-        told = ("threshold", "cam_normalization", "background", "generator", "crf")
+        told = ["threshold", "cam_normalization", "background", "generator", "crf"]
+        if settings.get("cropped"):
+            told[told.index("background")] = "cropped"
+        if what == "runtime" and not settings.get("crf_on_cpu", False):
+            told.append("crf_on_cpu")
         yield flat("evaluation", {x: settings[x] for x in told if x in settings}), floats(scores)

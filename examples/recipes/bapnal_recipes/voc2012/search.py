@@ -18,7 +18,8 @@ Then, each stage ranking what goes on to the next by the mIoU of Y_crf:
 4. ``exact``: the best few with the CRF that labels are made with, on all images.
 
 Rows are kept in ``OUT/rows.json`` as they are measured: after an interruption the same command goes
-on from there. ``OUT/result.json`` has all rows and the best settings.
+on from there. ``OUT/result.json`` has all rows and the best settings, ``OUT/images.txt`` names the
+images, for ``evaluate ... --exclude``.
 """
 
 from __future__ import annotations
@@ -29,13 +30,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import rich
-
-from bapnal.label.files import read_json, write_json
+from bapnal.label.files import one_line, read_json, whole, write_json
 from bapnal_recipes.data.voc import VOC_CLASSES, default_root
 from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.commands import cli, run
-from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, alone, launch
 from bapnal_recipes.engine.runs import Meter, as_json, digest, result
 from bapnal_recipes.engine.stage import RunFolder
 from bapnal_recipes.models.generator import (
@@ -171,7 +170,7 @@ def main(settings: Settings) -> dict[str, Any]:
         return stored
     fabric = launch(settings.machines)
     together = Together(fabric)
-    with Meter() as meter:
+    with alone(together, settings.out), Meter() as meter:
         with together.alike():
             bench = held_out.read_bench(settings, fabric)
         folder.claim(together)
@@ -181,8 +180,12 @@ def main(settings: Settings) -> dict[str, Any]:
     made = runs.inputs(classifier=settings.classifier)
     found = result("search", as_json(settings), scores, meter, inputs=made)
     if fabric.is_global_zero:
+        listed = "".join(f"{name}\n" for name in sorted(bench.names))
+        with whole(settings.out / "images.txt") as unfinished:
+            unfinished.write_text(listed, encoding="utf-8")
         write_json(folder.result_path, found)
-        rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")
+        line = f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}"
+        print(one_line(line))
     return found
 
 

@@ -7,7 +7,8 @@ r"""Write one page with all numbers: the paper's tables with ours, plain tables,
 Reads every result file and every series below the given folders and writes ``tables.md``,
 ``tables.html`` (one file that needs nothing else) and ``figures/``; with ``--out FILE.md`` that
 file and ``images/`` beside it. Ours stand beside the paper's numbers only where all of VOC 2012
-went through the preset ``paper``. What differs in nothing but the seed is one number.
+went through the preset ``paper``, or through ``released``, in tables of their own. What differs in
+nothing but the seed is one number.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import tyro
 
 from bapnal.label.files import whole
 from bapnal_recipes.engine.commands import run
-from bapnal_recipes.engine.page import slug, to_html
 from bapnal_recipes.voc2012 import figures, paper
 from bapnal_recipes.voc2012.own_tables import own_tables
+from bapnal_recipes.voc2012.page import slug, to_html
 from bapnal_recipes.voc2012.results import Archive, read_results
 
 
@@ -87,8 +88,10 @@ def markdown(archive: Archive, drawn: Sequence[figures.Drawn], images: str) -> s
         images: Folder that they lie in, beside the page.
     """
     beside = [(one, paper.paper_table(one, archive.measurements)) for one in paper.tables()]
+    released = [paper.paper_table(one, archive.measurements, "released") for one in paper.tables()]
     parts = {
         "The paper's tables": [text for _, text in beside if text],
+        "The paper's tables, by the settings of the released code": [x for x in released if x],
         "All measurements": own_tables(archive.measurements),
         "Figures": [_figure(one, images) for one in drawn if one.path],
     }

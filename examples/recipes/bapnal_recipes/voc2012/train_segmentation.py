@@ -321,7 +321,7 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
             train_batch_norm(network.features)
         return network
 
-    def origin(self, network: Segmenter) -> dict[str, str]:
+    def origin(self, network: Segmenter) -> dict[str, Any]:
         """Return where the weights are from that the network starts with."""
         return origin(network.features, self.settings.weights, self.settings.trained_on)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -10,21 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import rich
 from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from bapnal.label.files import write_json
+from bapnal.label.files import one_line, read_json, write_json
 from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
+from bapnal_recipes.data.voc import Devkit, read_names
 from bapnal_recipes.engine.machines import Together, total
 from bapnal_recipes.engine.runs import Meter, as_json, result, summary
 
 
 class EvaluationSettings(Protocol):
     """What the settings of every evaluation have."""
+
+    @property
+    def root(self) -> Path:
+        """The devkit."""
 
     @property
     def out(self) -> Path:
@@ -72,11 +75,7 @@ def subject(folder: Path) -> dict[str, Any]:
     path = folder / "result.json"
     if not path.is_file():
         return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except ValueError as error:
-        raise ValueError(f"{path} must be a result file: {error}") from error
+    return read_json(path, dict)
 
 
 def write(
@@ -96,6 +95,7 @@ def write(
         meter,
         what=what,
         split=settings.split,
+        images=len(Devkit(settings.root).names(settings.split)),
         inputs={made["kind"]: summary(made)} if "kind" in made else {},
         **more,
     )
@@ -108,9 +108,27 @@ def write(
             if isinstance(value, dict):  # of a label map, a mode, or the mean over classes
                 value = value.get("miou", value.get("mean"))
             if isinstance(value, (int, float)):
-                rich.print(f"{name}: {value:g}")
-        rich.print(f"see {settings.out}")
+                print(f"{name}: {value:g}")
+        print(one_line(f"see {settings.out}"))
     return found
+
+
+def without(names: Sequence[str], exclude: Path | None, split: str) -> list[str]:
+    """Leave out the images of a list, such as those that settings were searched on.
+
+    Raises:
+        FileNotFoundError: If there is no such list.
+        ValueError: If it leaves nothing.
+    """
+    if exclude is None:
+        return list(names)
+    if not exclude.is_file():
+        raise FileNotFoundError(f"exclude {exclude} does not exist")
+    dropped = set(read_names(exclude))
+    kept = [name for name in names if name not in dropped]
+    if not kept:
+        raise ValueError(f"exclude {exclude} must leave images of {split}, leaves none")
+    return kept
 
 
 def score_classes(chosen: Sequence[int], classes: Sequence[str], *, first: int) -> list[int]:

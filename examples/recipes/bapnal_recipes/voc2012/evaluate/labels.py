@@ -15,6 +15,7 @@ from bapnal_recipes.voc2012.evaluate.common import (
     labels_of,
     score_classes,
     subject,
+    without,
     write,
 )
 
@@ -24,12 +25,14 @@ class EvaluateLabels:
     """Measure pixel labels: mIoU, IoU of each class, and the share of pixels that have a label.
 
     Args:
-        folder: Where generate_labels.py wrote; holds ``crf`` and ``ret``, or ``labels``.
+        folder: Where generate_labels.py wrote; holds ``crf`` and ``ret``, or ``labels``. Any label
+            maps will do: in ``Y_crf`` and ``Y_ret``, or as ``NAME.png`` in the folder itself.
         out: Result file.
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
         split: Which images.
         classes: Names of the classes 1..L.
         score_classes: Which classes to average over, 0 for the background; none for all.
+        exclude: List of images to leave out, such as the images.txt of search.py.
     """
 
     folder: Path
@@ -38,6 +41,7 @@ class EvaluateLabels:
     split: str = "train"
     classes: tuple[str, ...] = VOC_CLASSES
     score_classes: tuple[int, ...] = ()
+    exclude: Path | None = None
 
 
 def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
@@ -48,23 +52,22 @@ def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
     for which pixels without a label count as wrong.
     """
     devkit = Devkit(settings.root, settings.classes)
-    names = devkit.names(settings.split)
+    every = devkit.names(settings.split)
     chosen = score_classes(settings.score_classes, devkit.classes, first=0)
     found = subject(settings.folder)
     left_out = set(found.get("scores", {}).get("skipped", ()))
-    kinds = [kind for kind in ("crf", "ret", "labels") if (settings.folder / kind).is_dir()]
-    if not kinds:
-        raise FileNotFoundError(f"{settings.folder} must hold folders crf and ret, or labels")
+    kinds = _folders(settings.folder)
     tallies = {kind: Tally(devkit.classes, chosen) for kind in kinds}
     if {"crf", "ret"} <= set(kinds):
         tallies["both"] = Tally(devkit.classes, chosen)
+    names = without(every, settings.exclude, settings.split)
     measured = [name for name in names if name not in left_out]
     with Meter() as meter:
         for name in bar(measured, "labels"):
             truth = devkit.mask(name, devkit.size(name))
             maps = {
-                kind: labels_of(settings.folder / kind, name, truth, len(devkit.classes))
-                for kind in kinds
+                kind: labels_of(folder, name, truth, len(devkit.classes))
+                for kind, folder in kinds.items()
             }
             if "both" in tallies:
                 maps["both"] = maps["crf"].masked_fill(maps["crf"] != maps["ret"], IGNORE_INDEX)
@@ -72,4 +75,19 @@ def evaluate_labels(settings: EvaluateLabels) -> dict[str, Any]:
                 tallies[kind].score.update(labels, truth)
     scores: dict[str, object] = {kind: tally.compute() for kind, tally in tallies.items()}
     scores |= {"images": len(measured), "left_out": len(names) - len(measured)}
-    return write("labels", settings, found, scores, meter)
+    excluded = len(every) - len(names)
+    return write("labels", settings, found, scores, meter, excluded=excluded)
+
+
+def _folders(folder: Path) -> dict[str, Path]:
+    """Return the folders of label maps by what they hold."""
+    known = {"crf": ("crf", "Y_crf"), "ret": ("ret", "Y_ret"), "labels": ("labels",)}
+    places = ((kind, folder / name) for kind, names in known.items() for name in names)
+    found = {kind: path for kind, path in places if path.is_dir()}
+    if not found and next(folder.glob("*.png"), None):
+        found = {"labels": folder}
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} must hold folders crf and ret (or Y_crf and Y_ret), or labels, or label maps"
+        )
+    return found

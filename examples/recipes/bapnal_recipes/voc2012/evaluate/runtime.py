@@ -15,9 +15,9 @@ from bapnal import DenseCRF, PseudoLabelGenerator
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine.machines import Machines, MachinesOption, launch
 from bapnal_recipes.engine.runs import Meter
-from bapnal_recipes.models.baselines import box_crf, grab_cut, stack_masks
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.models.generator import PAPER, CrfSettings, GeneratorSettings, make_crf
+from bapnal_recipes.voc2012.baselines import box_crf, grab_cut, stack_masks
 from bapnal_recipes.voc2012.evaluate.common import bar, subject, write
 
 
@@ -34,6 +34,7 @@ class EvaluateRuntime:
         warm_up: How many are worked on before, untimed.
         generator: Settings of the labels.
         crf: Settings of the CRF.
+        crf_on_cpu: Run the CRF on the CPU, as the paper does; otherwise where the features are.
         baselines: Which other ways to labels are timed too.
         machines: Where it runs; one device.
     """
@@ -46,6 +47,7 @@ class EvaluateRuntime:
     warm_up: int = 2
     generator: GeneratorSettings = PAPER
     crf: CrfSettings = field(default_factory=CrfSettings)
+    crf_on_cpu: bool = True
     baselines: tuple[Literal["grabcut", "wssl"], ...] = ("grabcut", "wssl")
     machines: MachinesOption = field(default_factory=Machines)
 
@@ -55,8 +57,8 @@ def evaluate_runtime(settings: EvaluateRuntime) -> dict[str, Any]:
     """Time each part of label generation; see :class:`EvaluateRuntime`.
 
     The scores are seconds per image, the mean over the images: ``features``, ``unaries``,
-    ``crf``, ``retrieval``, their sum ``total``, ``labels`` (all but the features) and the
-    baselines.
+    ``crf``, ``retrieval``, their sum ``total``, ``labels`` (all but the features), ``network`` (all
+    but the CRF) and the baselines, whose CRF runs on the CPU too.
     ``quartiles`` has the first and the third of each, ``images`` how many were timed.
     """
     if settings.images < 1 or settings.warm_up < 0:
@@ -72,7 +74,9 @@ def evaluate_runtime(settings: EvaluateRuntime) -> dict[str, Any]:
         raise ValueError(f"devices must be 1, got {fabric.world_size}")
     device = fabric.device
     stopwatch = _Stopwatch(device)
-    crf = make_crf(settings.crf)
+    crf: Callable[[Tensor, Tensor], Tensor] | None = make_crf(settings.crf)
+    if crf is not None and settings.crf_on_cpu:
+        crf = on_cpu(crf)
     generate = PseudoLabelGenerator(stopwatch.around(crf), **asdict(settings.generator))
     features = classifier.features.to(device).eval()
     weight = classifier.weight.to(device)
@@ -97,6 +101,7 @@ def evaluate_runtime(settings: EvaluateRuntime) -> dict[str, Any]:
     for row in timed:
         row["labels"] = sum(row[part] for part in own)
         row["total"] = row["features"] + row["labels"]
+        row["network"] = row["total"] - row["crf"]
     columns = {part: torch.tensor([row[part] for row in timed]) for part in timed[0]}
     quarters = torch.tensor([0.25, 0.75])
     scores: dict[str, Any] = {
@@ -108,6 +113,15 @@ def evaluate_runtime(settings: EvaluateRuntime) -> dict[str, Any]:
     }
     scores["images"] = len(timed)
     return write("runtime", settings, subject(settings.classifier.parent), scores, meter)
+
+
+def on_cpu(crf: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a CRF that computes on the CPU and gives its marginals back where they came from."""
+
+    def marginals(images: Tensor, probabilities: Tensor) -> Tensor:
+        return crf(images.cpu(), probabilities.cpu()).to(probabilities.device)
+
+    return marginals
 
 
 class _Stopwatch:

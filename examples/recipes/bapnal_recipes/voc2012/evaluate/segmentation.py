@@ -24,7 +24,14 @@ from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, l
 from bapnal_recipes.engine.runs import Meter
 from bapnal_recipes.models.deeplab import Segmenter
 from bapnal_recipes.models.segmenter import load_segmenter
-from bapnal_recipes.voc2012.evaluate.common import Tally, score_classes, shared_out, subject, write
+from bapnal_recipes.voc2012.evaluate.common import (
+    Tally,
+    score_classes,
+    shared_out,
+    subject,
+    without,
+    write,
+)
 
 Mode = Literal["single", "single+crf", "multi", "multi+crf"]
 MODES: tuple[Mode, ...] = ("single", "single+crf", "multi", "multi+crf")
@@ -54,6 +61,7 @@ class EvaluateSegmentation:
         archive: File for the test server, such as results.tgz, of the last of the modes; needs
             ``predictions``.
         competition: What the server calls it: comp5 trains on VOC data alone, comp6 on others too.
+        exclude: List of images to leave out, such as the images.txt of search.py.
         machines: Where it runs; images are shared out among the devices.
     """
 
@@ -70,6 +78,7 @@ class EvaluateSegmentation:
     predictions: Path | None = None
     archive: Path | None = None
     competition: Literal["comp5", "comp6"] = "comp6"
+    exclude: Path | None = None
     machines: MachinesOption = field(default_factory=Machines)
 
 
@@ -82,7 +91,8 @@ def evaluate_segmentation(settings: EvaluateSegmentation) -> dict[str, Any]:
     _check(settings)
     network, classes, trained = load_segmenter(settings.segmenter)
     devkit = Devkit(settings.root, classes)
-    names = devkit.names(settings.split)
+    every = devkit.names(settings.split)
+    names = without(every, settings.exclude, settings.split)
     chosen = score_classes(settings.score_classes, classes, first=0)
     scored = any(devkit.has_mask(name) for name in names)
     if not scored and settings.predictions is None:
@@ -112,7 +122,7 @@ def evaluate_segmentation(settings: EvaluateSegmentation) -> dict[str, Any]:
             results = f"{settings.competition}_{settings.split}"
             write_archive(settings.archive, last, names, results)
     made, crf = subject(settings.segmenter.parent), list(_crf_weights(settings, trained))
-    more = {"images": len(names), "crf": crf}
+    more = {"excluded": len(every) - len(names), "crf": crf}
     return write("segmentation", settings, made, scores, meter, together, **more)
 
 
