@@ -1,8 +1,8 @@
 r"""Time and memory of background-aware pooling and of the noise-aware loss.
 
     python benchmarks/layers.py [--device cuda]
-    OMP_NUM_THREADS=1 python benchmarks/layers.py --clock cpu --seconds 0.3 --images 4 --counts 2.5 \
-        --no-loss --out benchmarks/results/pooling.json
+    OMP_NUM_THREADS=1 python benchmarks/layers.py --clock cpu --seconds 0.3 --images 4 \
+        --counts 2.5 --no-loss --out benchmarks/results/pooling.json
 
 Pooling runs at the paper's sizes (20 images, 41 x 41 features of 1,024 channels, N = 4) and with
 more boxes, against the same mathematics as a loop over images and boxes (with the prototypes one by
