@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -22,7 +24,7 @@ COMMON = "--accelerator cpu --workers 0"
 TRAINING = f"{COMMON} --no-tensorboard --batch-size 4 --iterations 2 --weights random"
 TARGETS = (
     *("table1", "table3", "table4", "table5", "figure1b", "all"),
-    *("supplement_table1", "supplement_table2"),
+    *("supplement_table1", "supplement_table2", "test_set"),
 )
 
 
@@ -47,6 +49,9 @@ def workplace(tmp_path_factory):
     root = shapes.write_shapes(folder / "a devkit", 12, 4, 64, seed=0)
     lists = root / "ImageSets/Segmentation"
     (lists / "train_aug.txt").write_text((lists / "train.txt").read_text())
+    photo = next((root / "JPEGImages").iterdir())  # the test set has images alone
+    shutil.copy(photo, photo.with_stem("test_0"))
+    (lists / "test.txt").write_text("test_0\n")
     config = {
         "data": str(root),
         "runs": "runs",
@@ -106,6 +111,12 @@ def test_each_row_comes_from_what_its_table_says(finished):
     assert settings("stage3/v1_semi-0/result.json")["ground_truth"].endswith("train.txt")
     assert settings("stage3/v1_gamma1_lambda0.1-0/result.json")["gamma"] == 1
     assert settings("stage3/v1_nal_gap-0/result.json")["labels"] == "runs/labels/gap-0/train_aug"
+
+
+def test_archives_for_the_test_server_are_packed(finished):
+    with tarfile.open(finished / "runs/test/v2_semi-0.tgz") as archive:
+        names = archive.getnames()
+    assert names == ["results/VOC2012/Segmentation/comp6_test_cls/test_0.png"]
 
 
 def test_what_is_finished_is_not_run_again(finished, server):
