@@ -237,6 +237,7 @@ def main(
     clock: Clock = "wall",
     images: int = 20,
     counts: tuple[float, ...] = (2.5, 5, 20, 100),
+    bins: tuple[int, ...] = (1, 2),
     pooling: bool = True,
     loss: bool = True,
 ) -> None:
@@ -248,13 +249,14 @@ def main(
         clock: What time is counted.
         images: In the batch that is pooled.
         counts: Boxes per image.
+        bins: Along each side of a box.
         pooling: Whether to time pooling.
         loss: Whether to time the losses.
     """
     rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
     if pooling:
-        for bins in (1, 2):
-            rows |= pooling_rows(device, images, counts, bins, clock)
+        for side in bins:
+            rows |= pooling_rows(device, images, counts, side, clock)
     if loss:
         rows |= loss_rows(device, clock)
     device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"

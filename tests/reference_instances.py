@@ -186,12 +186,15 @@ class Zoomed:
         first, second = self.standard(near), self.standard(far)
         products = [first[p] * second[p] for p in self.pixels()]
         trust = self.tau * max(0.0, sum(products) / len(products))
+        self.trust = trust
+        ordered = sorted(far(i, j) for i, j in self.pixels())
+        low = min(0.0, ordered[int(0.4 * (len(ordered) - 1))])
 
         def odds(i, j):
             if not self.inside[i][j]:
                 return -6.0
             prior = 3 * (1 - self.radius[i][j]) + 0.9
-            return (1 - trust) * prior + z[i, j] + trust * far(i, j)
+            return (1 - trust) * prior + z[i, j] + trust * (far(i, j) - low)
 
         self.odds = plane(self.size, odds)
 
@@ -224,7 +227,7 @@ def gaps(zoomed, q, stretch):  # left, top, right, bottom; shares of the box
         every = sorted({p[axis] for p in zoomed.pixels()}, reverse=sign < 0)
         first = (min if sign > 0 else max)(p[axis] for p in on)
         gap = every.index(first) / len(every)
-        found.append(gap if gap <= stretch else 0.0)
+        found.append(gap if gap <= stretch * (1 - zoomed.trust) else 0.0)
     return found
 
 

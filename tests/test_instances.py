@@ -151,8 +151,28 @@ def test_log_odds_of_the_image_are_those_of_the_label_maps():
     ).background_unary
     assert u_0.shape == (1, 64, 64)
     own = (0, slice(0, 24), slice(8, 28))  # the box in pixels of the CRF
-    close(zoomed.whole[own], F.avg_pool2d(3 - 6 * u_0, 2)[own], tolerance=1e-6)
-    assert zoomed.whole[0, 30, 0] == -6
+    raised = zoomed.whole[own] - F.avg_pool2d(3 - 6 * u_0, 2)[own]
+    close(raised, raised.mean().expand_as(raised), tolerance=1e-6)
+    assert raised.mean() > 1  # the object fills less than a half
+    assert (zoomed.whole[own] >= 0).double().mean() >= 0.6
+
+
+def test_gaps_that_the_whole_image_knows_of_are_kept():
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 8:56, 18:46] = 200
+    box, labels = torch.tensor([[16.0, 8, 48, 56]]), torch.tensor([1])
+
+    def head(zoomed):
+        return torch.where(zoomed.u.abs() < 0.8, 5.0, -5.0)
+
+    def width(**options):
+        mask = label(image, box, labels, head=head, crf=unchanged, side=128, **options).masks[0]
+        return int(mask.any(0).sum())
+
+    assert width() <= width(stretch=0.0) + 1 < 32
+    dull = torch.zeros_like(image)
+    unknown = label(dull, box, labels, head=head, crf=unchanged, side=128).masks[0]
+    assert int(unknown.any(0).sum()) == 32
 
 
 def test_classes_without_agreement_leave_the_prior():

@@ -22,6 +22,7 @@ LEAST_BACKGROUND = 4  # cells
 HOST = torch.zeros((), dtype=torch.float64)  # where shapes are decided, and how exactly
 NEAREST = 3  # background cells that A is the mean over
 FARTHEST = 6.0  # magnitude of the log-odds of the whole image
+REST = 0.4  # of a box at most is background by the whole image
 ON_IMAGES = UnaryOptions(  # the defaults of pseudo_labels
     grid_size=4,
     attention_reduction="max",
@@ -48,7 +49,8 @@ class ZoomedBoxes(NamedTuple):
         extent: sqrt(box area / image area); ``(n,)``.
         z: Likeness to the object by both maps: mean 0 and standard deviation 1 inside the box;
             ``(n, h, w)``.
-        whole: M, log-odds of the class of the box by the map of the whole image; ``(n, h, w)``.
+        whole: M, log-odds of the class of the box by the map of the whole image, raised so that
+            three fifths of the box are at least 0; ``(n, h, w)``.
         agreement: Correlation of -A and M inside the box, 0 where it is negative; ``(n,)``.
     """
 
@@ -75,6 +77,11 @@ def influence(extent: Tensor) -> Tensor:
     .. math:: \tau = \min\big(1, 2 \sqrt{w h / (W H)}\big)
     """
     return (2 * extent).clamp(max=1)
+
+
+def trust(zoomed: ZoomedBoxes) -> Tensor:
+    r"""How far the whole image speaks for a box, :math:`\tau \rho`; ``(n,)``."""
+    return influence(zoomed.extent) * zoomed.agreement
 
 
 def zoom_boxes(
@@ -119,7 +126,7 @@ def zoom(
         both = _standardized(near, inside) * _standardized(far, inside) * inside
         agreement = (both.sum((1, 2)) / inside.sum((1, 2))).clamp(0, 1)
     small_images = cut(images, crops, small)
-    return ZoomedBoxes(small_images, f, u, v, inside, extent, z, far, agreement)
+    return ZoomedBoxes(small_images, f, u, v, inside, extent, z, _raised(far, inside), agreement)
 
 
 def _features(backbone: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -229,6 +236,13 @@ def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
         cosines = f[:, rows[0], rows[1]].T @ f[:, columns[0], columns[1]]
         a[rows] = cosines.topk(min(NEAREST, cosines.shape[1]), dim=1).values.mean(1)
     return found
+
+
+def _raised(odds: Tensor, inside: Tensor) -> Tensor:
+    """Log-odds raised so that three fifths of each box are at least 0: boxes are tight."""
+    ordered = odds.masked_fill(~inside, torch.inf).flatten(1).sort(1).values
+    place = (REST * (inside.sum((1, 2)) - 1)).floor().long()
+    return odds - ordered.gather(1, place[:, None]).clamp(max=0)[..., None]
 
 
 def _standardized(values: Tensor, inside: Tensor) -> Tensor:

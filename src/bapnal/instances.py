@@ -12,7 +12,8 @@ In the order of the computation, with the constants chosen on training images:
    large boxes on which crop and image agree, M, and for the others a prior in the box's own
    coordinates.
 5. **CRF** on the crop at half its size, its widths relative to the box.
-6. **Stretch.** Boxes are tight: a small gap between mask and box is stretched away.
+6. **Stretch.** Boxes are tight: a small gap between mask and box is stretched away, unless the
+   whole image speaks for it.
 7. **Never empty.** Where nothing passes 1/2, the ellipse of the prior.
 
 Then overlapping boxes are told apart, features are retrieved inside each box (Eq. 8-9), and what
@@ -31,7 +32,7 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._crops import Crop, coordinates, plan, sample
 from bapnal._math import divide, unit
-from bapnal._zoom import ZoomedBoxes, check_zoomed, influence, zoom_boxes
+from bapnal._zoom import ZoomedBoxes, check_zoomed, trust, zoom_boxes
 from bapnal.boxes import Boxes, pad_boxes
 from bapnal.crf import DenseCRF, PairwiseTerm
 from bapnal.pooling import join_labels
@@ -105,10 +106,10 @@ def box_log_odds(zoomed: ZoomedBoxes) -> Tensor:
         TypeError: If ``zoomed`` is something else.
     """
     check_zoomed(zoomed)
-    trust = (influence(zoomed.extent) * zoomed.agreement)[:, None, None]
+    share = trust(zoomed)[:, None, None]
     radius = zoomed.u.square() + zoomed.v.square()
     prior = PRIOR * (1 - radius) + OFFSET
-    return (1 - trust) * prior + zoomed.z + trust * zoomed.whole
+    return (1 - share) * prior + zoomed.z + share * zoomed.whole
 
 
 @torch.no_grad()
@@ -138,9 +139,10 @@ def instance_labels(
         \rho &= \max\big(0, \mathrm{mean} \, \sigma(-A) \, \sigma(M)\big), \\
         L(p) &= (1 - \tau \rho) \big(3 (1 - u^2 - v^2) + 0.9\big) + z(p) + \tau \rho \, M(p),
 
-    and -6 outside. The marginals of a CRF on :math:`\sigma(L)`, stretched by gaps of up to 15 % of
-    the box's side, are above 1/2 on the mask. The mean features of mask
-    and rest retrieve similar ones (Eq. 8-9), which gives Y_ret.
+    and -6 outside. M is raised first where it would leave less than three fifths of a box. The
+    marginals of a CRF on the sigmoid of L, stretched by gaps of up to
+    :math:`0.15 (1 - \tau \rho)` of the box's side, are above 1/2 on the mask. The mean features of
+    mask and rest retrieve similar ones (Eq. 8-9), which gives Y_ret.
 
     The boxes are read once to the host, which a GPU waits for: the sizes of crops depend on them.
 
@@ -159,7 +161,8 @@ def instance_labels(
             :func:`instance_crf`. ``lambda guidance, p: p`` is none.
         head: Gives log-odds ``(n, h, w)`` in place of :func:`box_log_odds`; what it says outside
             the box is not used.
-        stretch: Largest gap that is stretched away, as a share of the side of a box.
+        stretch: Largest gap that is stretched away, as a share of the side of a box; less as far
+            as the whole image speaks for it.
         side: Square root of the area of a crop, in pixels.
         batch_size: Number of crops at a time.
 
@@ -268,6 +271,7 @@ def _retrieve(zoomed: ZoomedBoxes, marginals: Tensor) -> Tensor:
 def _gaps(zoomed: ZoomedBoxes, marginals: Tensor, stretch: float) -> list[list[float]]:
     """Step 6: gaps at the left, top, right and bottom side, as shares; 0 where too large."""
     mask = (marginals > 0.5) & zoomed.inside
+    most = stretch * (1 - trust(zoomed))
     sides = []
     for dim in (1, 2):  # columns, rows
         seen, there = mask.any(dim), zoomed.inside.any(dim)
@@ -275,7 +279,7 @@ def _gaps(zoomed: ZoomedBoxes, marginals: Tensor, stretch: float) -> list[list[f
         for taken, own in ((seen, there), (seen.flip(1), there.flip(1))):
             before = (taken.cumsum(1) == 0) & own
             gap = before.sum(1) / count
-            sides.append(torch.where((gap <= stretch) & (gap < 1), gap, 0.0))
+            sides.append(torch.where((gap <= most) & (gap < 1), gap, 0.0))
     left, right, top, bottom = sides
     return torch.stack([left, top, right, bottom], dim=1).tolist()
 
@@ -372,7 +376,8 @@ class InstanceLabelGenerator(nn.Module):
         backbone: Gives features ``(n, D, fh, fw)`` of uint8 crops ``(n, 3, h, w)``.
         crf: In place of :func:`instance_crf`.
         head: Gives log-odds in place of :func:`box_log_odds`.
-        stretch: Largest gap that is stretched away, as a share of the side of a box.
+        stretch: Largest gap that is stretched away, as a share of the side of a box; less as far
+            as the whole image speaks for it.
         side: Square root of the area of a crop, in pixels.
         batch_size: Number of crops at a time.
 

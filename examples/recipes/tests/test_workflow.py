@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import coco_files
 import pytest
 import yaml
 
@@ -164,3 +165,45 @@ def test_a_search_serves_its_labels_and_its_images_do_not_count(workplace, serve
         exclude = " --exclude others/search/bap-0/images.txt "
         assert exclude in command(f"scores/labels/{name}-0-val.json", "evaluate")
         assert exclude not in command(f"scores/labels/{name}-0-train.json", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def coco(finished, server):
+    """Both tables on MS-COCO, from the classifier of PASCAL VOC that is there and one of COCO."""
+    root = coco_files.write_coco(finished / "coco", train=3, val=2)
+    tiny = "--detector.network test_efficientnet --detector.weights random --detector.channels 8"
+    tiny += " --detector.frozen-stages 0 --detector.head-channels 16 --detector.samples 16"
+    tiny += " --detector.anchor 16 --detector.min-size 64 --detector.max-size 64"
+    config = {
+        **yaml.safe_load((finished / "config.yaml").read_text()),
+        "coco": str(root),
+        "coco_runs": "coco_runs",
+        "coco_detector": "mini",
+        "coco_stage1": f"--backbone small --stride 4 --crop 64 {TRAINING}".replace(
+            "4 --it", "2 --it"
+        ),
+        "coco_stage2": f"{COMMON} --backbone small --weights random --stride 4 --rounds 1",
+        "coco_stage3": f"{COMMON} --no-tensorboard --batch-size 2 --iterations 1 {tiny}",
+        "coco_evaluation": f"{COMMON} --resamples 5",
+    }
+    (finished / "config.yaml").write_text(yaml.safe_dump(config))
+    code, log = snakemake(finished, server, "-j2", "coco_table2", "coco_table6")
+    assert code == 0, log[-6000:]
+    return finished
+
+
+def test_the_tables_on_coco_have_their_pages(coco):
+    def settings(path):
+        return json.loads((coco / "coco_runs" / path).read_text())["settings"]
+
+    pages = {path.parent.name for path in coco.glob("coco_runs/pages/*/tables.md")}
+    assert pages == {"coco_table2", "coco_table6"}
+    assert settings("labels/voc-0/result.json")["classifier"] == "runs/stage1/bap-0/classifier.pt"
+    assert settings("labels/coco-0/result.json")["classifier"].startswith("coco_runs/stage1/bap-0")
+    assert settings("stage3/voc_ret-0/result.json")["supervision"] == "ret"
+    assert settings("stage3/coco_both-0/result.json")["labels"] == "coco_runs/labels/coco-0"
+    assert settings("stage3/truth-0/result.json")["labels"] == "coco_runs/labels/truth-0"
+    text = (coco / "coco_runs/pages/coco_table2/tables.md").read_text()
+    ap = json.loads((coco / "coco_runs/scores/labels/box-0-train.json").read_text())["scores"]
+    assert f"{ap['masks']['all']['ap']:.1f}" in text
+    assert "VOC-to-COCO" in text
