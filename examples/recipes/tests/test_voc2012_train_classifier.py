@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import shapes
+from bapnal.label.files import only_one
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.engine import stage
 from bapnal_recipes.engine.commands import cli, run
@@ -131,7 +132,7 @@ def test_the_result_says_what_was_run(finished):
     assert found["scores"]["steps"] == 30
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"]["host"] > 0
-    present = sorted(path.name for path in settings.out.iterdir())
+    present = sorted(path.name for path in settings.out.iterdir() if path.name[0] != ".")
     assert present == ["classifier.pt", "logs", "result.json", "settings.json"]
 
 
@@ -184,7 +185,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
     monkeypatch.setattr(train_classifier, "box_classification_loss", fails_once)
     with pytest.raises(KeyboardInterrupt):
         main(broken)
-    present = sorted(path.name for path in broken.out.iterdir())
+    present = sorted(path.name for path in broken.out.iterdir() if path.name[0] != ".")
     assert present == ["last.ckpt", "settings.json"]
     continued = weights_of(broken)
     assert len(calls) == 4 + 6 - 2
@@ -328,13 +329,20 @@ def test_difficult_objects_can_be_left_out(settings, few):
         main(change(settings, difficult=False))
 
 
+def test_a_folder_that_another_process_writes_is_left_alone(settings, tmp_path):
+    mine = change(settings, out=tmp_path / "taken")
+    with only_one(mine.out), pytest.raises(OSError, match="is being written to by process"):
+        main(mine)
+    assert not (mine.out / "result.json").exists()
+
+
 def line_of(settings, capsys):
     """Run as a script does, and return the one line that it ends with."""
     with pytest.raises(SystemExit) as caught:
         run(main, settings)
     assert caught.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert {path.name for path in settings.out.glob("*")} <= {"settings.json"}
+    assert {path.name for path in settings.out.glob("[!.]*")} <= {"settings.json"}
     return line
 
 
