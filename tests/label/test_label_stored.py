@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from label_data import QUICK, label
 
 from bapnal.label.backbone import read_state
 from bapnal.label.export import decode, encode, read_record
 from bapnal.label.report import write_report
+from label_data import QUICK, label
 
 
 @pytest.fixture(scope="module")

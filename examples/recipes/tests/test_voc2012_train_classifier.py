@@ -132,7 +132,7 @@ def test_the_result_says_what_was_run(finished):
     assert found["scores"]["steps"] == 30
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"]["host"] > 0
-    present = sorted(path.name for path in settings.out.iterdir() if path.name[0] != ".")
+    present = sorted(path.name for path in settings.out.glob("[!.]*"))
     assert present == ["classifier.pt", "logs", "result.json", "settings.json"]
 
 
@@ -185,7 +185,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
     monkeypatch.setattr(train_classifier, "box_classification_loss", fails_once)
     with pytest.raises(KeyboardInterrupt):
         main(broken)
-    present = sorted(path.name for path in broken.out.iterdir() if path.name[0] != ".")
+    present = sorted(path.name for path in broken.out.glob("[!.]*"))
     assert present == ["last.ckpt", "settings.json"]
     continued = weights_of(broken)
     assert len(calls) == 4 + 6 - 2
@@ -479,7 +479,9 @@ def test_the_script_trains_and_says_what_is_wrong(settings, capsys, monkeypatch)
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert load_classifier(settings.out / "classifier.pt").settings["iterations"] == 1
-    assert capsys.readouterr().out.startswith("loss ")
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "weights: random"
+    assert last.startswith("loss ")
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert capsys.readouterr().out.startswith(f"{settings.out} is finished, loss ")
     monkeypatch.setattr(sys, "argv", [*command, "--batch-size", "0"])

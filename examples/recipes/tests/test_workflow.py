@@ -13,6 +13,7 @@ import yaml
 import shapes
 
 pytest.importorskip("snakemake", reason="Snakemake is not installed (extra workflow)")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 RECIPES = Path(__file__).parents[1]
 PREFORK = Path(__file__).with_name("prefork.py")
@@ -42,7 +43,7 @@ def server(tmp_path_factory):
 def workplace(tmp_path_factory):
     """A folder with 12 images, and the settings of a workflow of small networks on them."""
     folder = tmp_path_factory.mktemp("workflow")
-    root = shapes.write_shapes(folder / "devkit", 12, 4, 64, seed=0)
+    root = shapes.write_shapes(folder / "a devkit", 12, 4, 64, seed=0)
     lists = root / "ImageSets/Segmentation"
     (lists / "train_aug.txt").write_text((lists / "train.txt").read_text())
     config = {
@@ -110,7 +111,8 @@ def test_what_is_finished_is_not_run_again(finished, server):
     code, log = snakemake(finished, server, "-n", *TARGETS)
     assert code == 0
     assert "Nothing to be done" in log
-    (finished / "runs/scores/labels/box-0-val.json").unlink()
+    for path in ("scores/labels/box-0-val.json", "pages/table1/tables.md"):
+        (finished / "runs" / path).unlink()
     _, log = snakemake(finished, server, "-n", "table1")
     jobs = log[log.index("Job stats:") :].split("Reasons:")[0]
     assert "label_scores" in jobs
@@ -145,3 +147,20 @@ def test_weights_are_taken_by_what_they_are_for(workplace, server):
     assert f"--weights {folder}/resnet101_coco.pth --trained-on coco" in log
     _, log = snakemake(workplace, server, "-n", "supplement_table6", *options)
     assert "resnet101_imagenet" not in log
+
+
+def test_a_search_serves_its_labels_and_its_images_do_not_count(workplace, server):
+    _, log = snakemake(workplace, server, "-n", "table1", "--config", "search=true", "runs=others")
+    commands = [line for line in log.splitlines() if "Shell command" in line]
+
+    def command(*parts):
+        found = [line for line in commands if all(part in line for part in parts)]
+        assert len(found) == 1, parts
+        return found[0]
+
+    assert "--search others/search/gap-0/result.json" in command("--out others/labels/gap-0/val")
+    assert "--search" not in command("--out others/labels/bap_cam-0/val")
+    for name in ("bap", "box"):
+        exclude = " --exclude others/search/bap-0/images.txt "
+        assert exclude in command(f"scores/labels/{name}-0-val.json", "evaluate")
+        assert exclude not in command(f"scores/labels/{name}-0-train.json", "evaluate")

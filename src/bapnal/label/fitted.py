@@ -101,7 +101,7 @@ def _recipe(path: Path) -> Fitted | None:
     name = settings.get("backbone")
     try:
         untrained = bool(settings.get("untrained"))
-        network = TimmFeatures(name, "random", settings["stride"], normalize=untrained)
+        network = TimmFeatures(str(name), "random", settings["stride"], normalize=untrained)
         network.load_state_dict(features)
     except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(
