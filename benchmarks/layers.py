@@ -1,7 +1,8 @@
-"""Time and memory of background-aware pooling and of the noise-aware loss.
+r"""Time and memory of background-aware pooling and of the noise-aware loss.
 
     python benchmarks/layers.py [--device cuda]
-    OMP_NUM_THREADS=1 python benchmarks/layers.py --clock cpu
+    OMP_NUM_THREADS=1 python benchmarks/layers.py --clock cpu --images 4 --counts 2.5 20 --no-loss \
+        --out benchmarks/results/pooling.json
 
 Pooling runs at the paper's sizes (20 images, 41 x 41 features of 1,024 channels, N = 4) and with
 more boxes, against the same mathematics as a loop over images and boxes (with the prototypes one by
@@ -17,7 +18,7 @@ import itertools
 import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -134,13 +135,15 @@ def measure(run: Callable[[], object], device: str, clock: Clock = "wall") -> di
     return row
 
 
-def pooling_rows(device: str, bins: int, clock: Clock) -> dict[str, dict[str, float]]:
+def pooling_rows(
+    device: str, images: int, counts: Sequence[float], bins: int, clock: Clock
+) -> dict[str, dict[str, float]]:
     """Measure pooling for several numbers of boxes per image."""
     torch.manual_seed(0)
-    features = torch.randn(20, 1024, 41, 41, device=device, requires_grad=True)
+    features = torch.randn(images, 1024, 41, 41, device=device, requires_grad=True)
     rows = {}
-    for count in (2.5, 5, 20, 100):
-        boxes = draw_boxes(20, count, device)
+    for count in counts:
+        boxes = draw_boxes(images, count, device)
         bap = BackgroundAwarePooling(grid_size=4, output_size=bins)
         gap = BackgroundAwarePooling(grid_size=4, output_size=bins, attention=False)
 
@@ -232,17 +235,38 @@ def main(
     out: Path = Path("benchmarks/results/layers.json"),
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     clock: Clock = "wall",
+    images: int = 20,
+    counts: tuple[float, ...] = (2.5, 5, 20, 100),
+    bins: tuple[int, ...] = (1, 2),
     pooling: bool = True,
     loss: bool = True,
 ) -> None:
-    """Run the rows that are asked for, print all and write them to ``out``, beside those there."""
+    """Run the rows that are asked for, print all and write them to ``out``, beside those there.
+
+    Args:
+        out: Result file.
+        device: cpu or cuda.
+        clock: What time is counted.
+        images: In the batch that is pooled.
+        counts: Boxes per image.
+        bins: Along each side of a box.
+        pooling: Whether to time pooling.
+        loss: Whether to time the losses.
+    """
     rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
     if pooling:
-        rows |= pooling_rows(device, 1, clock) | pooling_rows(device, 2, clock)
+        for side in bins:
+            rows |= pooling_rows(device, images, counts, side, clock)
     if loss:
         rows |= loss_rows(device, clock)
     device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    write_json(out, {"about": {**about(), "device": device_name, "clock": clock}, "rows": rows})
+    write_json(
+        out,
+        {
+            "about": {**about(), "device": device_name, "clock": clock, "images": images},
+            "rows": rows,
+        },
+    )
     table = Table("case", "median ms", "IQR ms", "runs", "peak MiB")
     for case, row in rows.items():
         table.add_row(

@@ -48,10 +48,8 @@ WITHOUT_U0 = replace(RELEASED, background="cam", align_corners=False)
 BY_ATTENTION = replace(PAPER, background_threshold=None, unary_softmax=4.0, align_corners=False)
 MARGIN = 0.25  # of their sides, by which boxes are loosened
 HALF = CrfSettings(half_resolution=True)
-FOLDERS = (
-    *("classifier", "search", "labels_train_aug", "labels_val", "labels_unseen", "labels_grids"),
-    "segmentation",
-)
+KINDS = ("train_aug", "val", "unseen", "grids")
+FOLDERS = ("classifier", "search", *(f"labels_{kind}" for kind in KINDS), "segmentation")
 Job = tuple[str, Callable[[], Any]]
 
 
@@ -94,14 +92,9 @@ def classifiers(s: Settings) -> Iterator[Job]:
 
 
 def _classifier(s: Settings, name: str, settings: train_classifier.Settings) -> Job:
-    settings = replace(
-        settings,
-        root=s.root,
-        out=s.work / "classifier" / name,
-        machines=Machines(workers=s.workers),
-        logging=QUIET,
-        checkpoint_interval=62,
-    )
+    common = {"root": s.root, "machines": Machines(workers=s.workers), "logging": QUIET}
+    out = s.work / "classifier" / name
+    settings = replace(settings, out=out, checkpoint_interval=62, **common)
     return f"classifier_{name}", lambda: train_classifier.main(settings)
 
 
@@ -429,9 +422,8 @@ def main(settings: Settings) -> None:
     try:
         for part in settings.parts:
             for name, job in PARTS[part](settings):
-                if settings.only and not any(text in name for text in settings.only):
-                    continue
-                if not any(path.is_file() for path in written(settings, name)):
+                asked = not settings.only or any(text in name for text in settings.only)
+                if asked and not any(path.is_file() for path in written(settings, name)):
                     rich.print(f"[bold]{name}")
                     job()
     finally:

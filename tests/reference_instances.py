@@ -7,6 +7,21 @@ default fails.
 
 import math
 
+import reference
+
+ON_IMAGES = {
+    "grid_size": 4,
+    "attention_reduction": "max",
+    "background": "both",
+    "background_threshold": None,
+    "background_minmax": True,
+    "background_otsu": True,
+    "foreground": "complement",
+    "cam_normalization": "class",
+    "unary_softmax": 3.0,
+    "align_corners": False,
+}
+
 
 def plane(size, value):  # -> [h][w]
     return [[value(i, j) for j in range(size[1])] for i in range(size[0])]
@@ -128,7 +143,7 @@ def attention(f, covered):  # f: [D][h][w]
 class Zoomed:
     """One box: its window, its pixels in the crop of the CRF, z and the log-odds."""
 
-    def __init__(self, image, box, backbone, whole, side):
+    def __init__(self, image, box, backbone, whole, side):  # whole: M [H][W]
         image_size = len(image[0]), len(image[0][0])
         x1, x2 = clipped(box[0], box[2], image_size[1])
         y1, y2 = clipped(box[1], box[3], image_size[0])
@@ -146,11 +161,12 @@ class Zoomed:
             y = top + (i + 0.5) * (bottom - top) / self.size[0]
             return y, left + (j + 0.5) * (right - left) / self.size[1]
 
-        def similar(i, j):
+        def near(i, j):
+            return -at(own, (i + 0.5) / self.size[0], (j + 0.5) / self.size[1])
+
+        def far(i, j):
             y, x = place(i, j)
-            near = at(own, (i + 0.5) / self.size[0], (j + 0.5) / self.size[1])
-            far = at(whole, y / image_size[0], x / image_size[1])
-            return (1 - self.tau / 2) * near + self.tau / 2 * far
+            return at(whole, y / image_size[0], x / image_size[1])
 
         def radius(i, j):
             y, x = place(i, j)
@@ -165,23 +181,28 @@ class Zoomed:
             return (x1 <= x < x2 and y1 <= y < y2) or (i, j) == (row, column)
 
         self.inside, self.radius = plane(self.size, inside), plane(self.size, radius)
-        a = plane(self.size, similar)
-        boxed = [-a[i][j] for i, j in self.pixels()]
-        mean = sum(boxed) / len(boxed)
-        deviation = math.sqrt(sum((x - mean) ** 2 for x in boxed) / len(boxed))
+        half = self.tau / 2
+        z = self.standard(lambda i, j: (1 - half) * near(i, j) + half * far(i, j) / 6)
+        first, second = self.standard(near), self.standard(far)
+        products = [first[p] * second[p] for p in self.pixels()]
+        trust = self.tau * max(0.0, sum(products) / len(products))
+        self.trust = trust
+        ordered = sorted(far(i, j) for i, j in self.pixels())
+        low = min(0.0, ordered[int(0.4 * (len(ordered) - 1))])
 
         def odds(i, j):
             if not self.inside[i][j]:
                 return -6.0
-            z = (-a[i][j] - mean) / deviation if deviation > 1e-6 else 0.0
-            return (
-                (3 - 2 * self.tau) * (1 - self.radius[i][j])
-                + (1 + self.tau) * z
-                + 0.9
-                - 0.4 * self.tau
-            )
+            prior = 3 * (1 - self.radius[i][j]) + 0.9
+            return (1 - trust) * prior + z[i, j] + trust * (far(i, j) - low)
 
         self.odds = plane(self.size, odds)
+
+    def standard(self, value):  # -> {(i, j): value}, mean 0 and deviation 1 inside
+        found = {p: value(*p) for p in self.pixels()}
+        mean = sum(found.values()) / len(found)
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in found.values()) / len(found))
+        return {p: (x - mean) / deviation if deviation > 1e-6 else 0.0 for p, x in found.items()}
 
     def pixels(self):
         h, w = self.size
@@ -206,7 +227,7 @@ def gaps(zoomed, q, stretch):  # left, top, right, bottom; shares of the box
         every = sorted({p[axis] for p in zoomed.pixels()}, reverse=sign < 0)
         first = (min if sign > 0 else max)(p[axis] for p in on)
         gap = every.index(first) / len(every)
-        found.append(gap if gap <= stretch else 0.0)
+        found.append(gap if gap <= stretch * (1 - zoomed.trust) else 0.0)
     return found
 
 
@@ -272,20 +293,32 @@ def ellipse(zoomed, pixels):
     return {p for p in pixels if radius(p) < 1 + 0.9 / 3 or radius(p) == least}
 
 
-def instances(image, boxes, labels, backbone, crf, side, stretch=0.15):
+def image_log_odds(f, boxes, labels, image_size, weight=None):  # -> {class: [H][W]}
+    classes = max(labels) if weight is None else len(weight) - 1
+    args = (f, weight, boxes, labels, image_size, classes, ON_IMAGES)
+    found = reference.unaries(*args)[2]
+
+    def value(c, i, j):
+        p = found[i][j]
+        odds = (len(p) - 1) * p.get(c, 0.0) / p[0]
+        return min(max(math.log(odds), -6.0), 6.0) if odds > 0 else -6.0
+
+    return {c: plane(image_size, lambda i, j, c=c: value(c, i, j)) for c in set(labels)}
+
+
+def instances(image, boxes, labels, backbone, crf, side, stretch=0.15, weight=None):
     """-> masks, retrieved (sets of pixels), log-odds, (dicts), classes, reliable ([H][W])."""
     size = len(image[0]), len(image[0][0])
-    shown = crop_size(*size, min(3 * side // 2, math.isqrt(size[0] * size[1])))
+    shown = crop_size(*size, min(7 * side // 4, math.isqrt(size[0] * size[1])))
     f = backbone([resized(channel, shown) for channel in image])
-    everything = [0, 0, size[1], size[0]]
     shrunken = []
     for x1, y1, x2, y2 in boxes:
         (left, right), (top, bottom) = clipped(x1, x2, size[1]), clipped(y1, y2, size[0])
         shrunken.append([left, top, right, bottom])
-    whole = attention(f, cover(shrunken, everything, (len(f[0]), len(f[0][0]))))
+    whole = image_log_odds(f, shrunken, labels, size, weight)
     masks, retrieved, odds, area = [], [], [], []
-    for box in boxes:
-        z = Zoomed(image, box, backbone, whole, side)
+    for box, label in zip(boxes, labels, strict=True):
+        z = Zoomed(image, box, backbone, whole[label], side)
         q = crf([[1 / (1 + math.exp(-x)) for x in row] for row in z.odds])
         found = uncrop(z, q, box, size, gaps(z, q, stretch))
         masks.append({p for p, x in found.items() if x > 0.5} or ellipse(z, list(found)))

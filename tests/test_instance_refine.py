@@ -92,7 +92,7 @@ def test_cells_may_be_projected_before_they_are_sampled():
     head.mean.copy_(torch.randn(6, generator=generator, dtype=torch.float64))
     head.projection.copy_(torch.randn(6, 64, generator=generator, dtype=torch.float64))
     crop = plan(0, box[0].tolist(), (80, 96), SIDE)
-    ((_, zoomed),) = zoom_boxes(image[None], [crop], backbone, SIDE, 4)
+    ((_, zoomed),) = zoom_boxes(image[None], [crop], [1], backbone, SIDE, 4)
     sampled = box_points(zoomed)
     assert sampled.features.shape == (1, 6, 28, 28)
     projected = torch.einsum(

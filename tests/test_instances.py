@@ -12,11 +12,13 @@ from torch.nn import functional as F
 import reference_instances as reference
 from assertions import close
 from bapnal import (
+    FeatureHead,
     InstanceLabelGenerator,
     ZoomedBoxes,
     box_log_odds,
     instance_crf,
     instance_labels,
+    pseudo_labels,
 )
 from bapnal.boxes import box_cells
 
@@ -114,6 +116,98 @@ def test_agrees_with_loops_to_rounding_where_no_crop_is_resized():
         close(y.log_odds[k][inside].double(), list(odds[k].values()), tolerance=1e-4)
     assert y.semantic[0].tolist() == classes
     assert y.semantic_reliable[0].tolist() == reliable
+
+
+@pytest.mark.parametrize("bias", [0, 1])
+def test_weights_agree_with_loops(bias):
+    image, boxes, labels = scene(size=(64, 64))
+    boxes = boxes.clamp(max=64).double()
+    weight = torch.randn(3, 3 + bias, generator=RNG().manual_seed(bias), dtype=torch.float64)
+    y = label(image, boxes, labels, crf=unchanged, classifier=weight)
+    masks, _, odds, classes, _ = reference.instances(
+        *(image.tolist(), boxes.tolist(), labels.tolist(), colours_in_loops, lambda q: q, SIDE),
+        weight=weight.tolist(),
+    )
+    for k in range(3):
+        assert pixels(y.masks[k]) == masks[k]
+        inside = box_cells(boxes[k], (64, 64), (64, 64))
+        close(y.log_odds[k][inside].double(), list(odds[k].values()), tolerance=1e-4)
+    assert y.semantic[0].tolist() == classes
+    plain = label(image, boxes, labels, crf=unchanged)
+    assert not torch.equal(y.log_odds, plain.log_odds)
+
+
+def test_log_odds_of_the_image_are_those_of_the_label_maps():
+    """A box of a quarter of the image on which crop and image agree follows the label maps."""
+    image = torch.full((3, 64, 64), 40, dtype=torch.uint8)
+    image[:, 8:40, 24:48] = 200
+    box, labels = torch.tensor([[16.0, 0, 56, 48]]), torch.tensor([1])
+    seen = []
+    label(image, box, labels, head=lambda zoomed: seen.append(zoomed) or zoomed.z)
+    (zoomed,) = seen
+    close(zoomed.agreement, torch.ones(1), tolerance=0.1)
+    u_0 = pseudo_labels(
+        image[None], colours(image[None]), None, [box], [labels], crf=None
+    ).background_unary
+    assert u_0.shape == (1, 64, 64)
+    own = (0, slice(0, 24), slice(8, 28))  # the box in pixels of the CRF
+    raised = zoomed.whole[own] - F.avg_pool2d(3 - 6 * u_0, 2)[own]
+    close(raised, raised.mean().expand_as(raised), tolerance=1e-6)
+    assert raised.mean() > 1  # the object fills less than a half
+    assert (zoomed.whole[own] >= 0).double().mean() >= 0.6
+
+
+def test_gaps_that_the_whole_image_knows_of_are_kept():
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 8:56, 18:46] = 200
+    box, labels = torch.tensor([[16.0, 8, 48, 56]]), torch.tensor([1])
+
+    def head(zoomed):
+        return torch.where(zoomed.u.abs() < 0.8, 5.0, -5.0)
+
+    def width(**options):
+        mask = label(image, box, labels, head=head, crf=unchanged, side=128, **options).masks[0]
+        return int(mask.any(0).sum())
+
+    assert width() <= width(stretch=0.0) + 1 < 32
+    dull = torch.zeros_like(image)
+    unknown = label(dull, box, labels, head=head, crf=unchanged, side=128).masks[0]
+    assert int(unknown.any(0).sum()) == 32
+
+
+def test_classes_without_agreement_leave_the_prior():
+    image, boxes, labels = scene()
+    seen = []
+    label(image, boxes, labels, head=lambda zoomed: seen.append(zoomed) or zoomed.z)
+    for zoomed in seen:
+        alone = zoomed._replace(agreement=torch.zeros_like(zoomed.agreement))
+        prior = 3 * (1 - zoomed.u**2 - zoomed.v**2) + 0.9
+        close(box_log_odds(alone), prior + zoomed.z)
+
+
+def test_a_feature_head_takes_the_place_of_weights():
+    image, boxes, labels = scene()
+    torch.manual_seed(0)
+    head = FeatureHead(3, 3, width=8)
+    seen = []
+
+    def look(zoomed):
+        seen.append(zoomed.whole)
+        return zoomed.z
+
+    label(image, boxes[:1], labels[:1], classifier=head, head=look)
+    on_activations = pseudo_labels(
+        image[None],
+        head(colours(image[None])),
+        head.weight,
+        [boxes[:1]],
+        [labels[:1]],
+        crf=None,
+    )
+    u_0 = on_activations.background_unary
+    assert (seen[0].amax() - (3 - 6 * u_0).amax()).abs() < 0.5
+    label(image, boxes[:1], labels[:1], head=look)
+    assert not torch.equal(*seen)
 
 
 def test_crf_gets_positions_relative_to_the_box_and_the_crop():
@@ -342,6 +436,13 @@ def test_head_sees_zoomed_boxes_and_its_log_odds_are_used():
             TypeError,
             "features of the backbone must have a floating-point dtype, got torch.uint8",
         ),
+        (
+            {"classifier": torch.zeros(2, 7)},
+            ValueError,
+            "classifier must have shape (L + 1, 4) for features of 3 channels, got (2, 7)",
+        ),
+        ({"classifier": torch.zeros(2)}, ValueError, "classifier must have shape (L + 1, D)"),
+        ({"classifier": torch.zeros(1, 3)}, ValueError, "labels must be in 1..0"),
         ({"head": lambda z: z.z[0]}, ValueError, "log-odds of the head must have shape"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,28 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._crops import Crop, coordinates, corners_in, cover, cut, resize, sample, zoomed_size
 from bapnal._math import full_precision, unit, widen
-from bapnal.boxes import box_cells
+from bapnal.boxes import box_cells, pad_boxes
+from bapnal.refine import FeatureHead
+from bapnal.unaries import UnaryOptions, class_regions, make_unaries
 
 BACKGROUND_SHARE = 0.01  # of a cell that the box may cover
 LEAST_BACKGROUND = 4  # cells
 HOST = torch.zeros((), dtype=torch.float64)  # where shapes are decided, and how exactly
 NEAREST = 3  # background cells that A is the mean over
+FARTHEST = 6.0  # magnitude of the log-odds of the whole image
+REST = 0.4  # of a box at most is background by the whole image
+ON_IMAGES = UnaryOptions(  # the defaults of pseudo_labels
+    grid_size=4,
+    attention_reduction="max",
+    background="both",
+    background_threshold=None,
+    background_minmax=True,
+    background_otsu=True,
+    foreground="complement",
+    cam_normalization="class",
+    unary_softmax=3.0,
+    align_corners=False,
+)
 
 
 class ZoomedBoxes(NamedTuple):
@@ -31,7 +47,11 @@ class ZoomedBoxes(NamedTuple):
         v: The same from top to bottom; ``(n, h, w)``.
         inside: The pixels of the box; ``(n, h, w)`` bool, never empty.
         extent: sqrt(box area / image area); ``(n,)``.
-        z: -A, with mean 0 and standard deviation 1 inside the box; ``(n, h, w)``.
+        z: Likeness to the object by both maps: mean 0 and standard deviation 1 inside the box;
+            ``(n, h, w)``.
+        whole: M, log-odds of the class of the box by the map of the whole image, raised so that
+            three fifths of the box are at least 0; ``(n, h, w)``.
+        agreement: Correlation of -A and M inside the box, 0 where it is negative; ``(n,)``.
     """
 
     images: Tensor
@@ -41,6 +61,8 @@ class ZoomedBoxes(NamedTuple):
     inside: Tensor
     extent: Tensor
     z: Tensor
+    whole: Tensor
+    agreement: Tensor
 
 
 def check_zoomed(zoomed: object) -> None:
@@ -50,38 +72,43 @@ def check_zoomed(zoomed: object) -> None:
 
 
 def influence(extent: Tensor) -> Tensor:
-    r"""Tau: how far features lead, from 0 for tiny boxes to 1 for boxes of a quarter of the image.
+    r"""Tau: how far the whole image counts, from 0 for tiny boxes to 1 for a quarter of the image.
 
     .. math:: \tau = \min\big(1, 2 \sqrt{w h / (W H)}\big)
     """
     return (2 * extent).clamp(max=1)
 
 
+def trust(zoomed: ZoomedBoxes) -> Tensor:
+    r"""How far the whole image speaks for a box, :math:`\tau \rho`; ``(n,)``."""
+    return influence(zoomed.extent) * zoomed.agreement
+
+
 def zoom_boxes(
     images: Tensor,
     crops: Sequence[Crop],
+    labels: Sequence[int],
     backbone: Callable[[Tensor], Tensor],
     side: int,
     batch_size: int,
+    classifier: Tensor | FeatureHead | None = None,
 ) -> Iterator[tuple[list[int], ZoomedBoxes]]:
     """Steps 1-3 for all crops, those of one size together: their numbers, and what is seen."""
-    whole = image_attention(images, crops, backbone, 3 * side // 2)
+    maps = image_log_odds(images, crops, labels, backbone, 7 * side // 4, classifier)
     of_size: dict[tuple[int, int], list[int]] = {}
     for k, crop in enumerate(crops):
         of_size.setdefault(crop.size, []).append(k)
     for members in of_size.values():
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
+            whole = torch.stack([maps[crops[k].image, labels[k]] for k in chosen])
             yield chosen, zoom(images, [crops[k] for k in chosen], backbone, whole)
 
 
 def zoom(
-    images: Tensor,
-    crops: Sequence[Crop],
-    backbone: Callable[[Tensor], Tensor],
-    whole: Mapping[int, Tensor],
+    images: Tensor, crops: Sequence[Crop], backbone: Callable[[Tensor], Tensor], whole: Tensor
 ) -> ZoomedBoxes:
-    """Steps 1-3 for crops of one size, with A_I from :func:`image_attention`."""
+    """Steps 1-3 for crops of one size, with the maps of :func:`image_log_odds` for each."""
     large = crops[0].size
     small = (large[0] // 2, large[1] // 2)
     f = _features(backbone, cut(images, crops, large))
@@ -92,12 +119,14 @@ def zoom(
         u, v = coordinates(corners, small)
         inside = box_cells(corners, small, small)
         extent = torch.tensor([crop.extent for crop in crops], dtype=f.dtype, device=f.device)
+        near = -F.interpolate(own[:, None], small, mode="bilinear", align_corners=False)[:, 0]
+        far = _windows(whole.to(f.dtype), crops, (images.shape[2], images.shape[3]), small)
         share = influence(extent)[:, None, None] / 2
-        near = F.interpolate(own[:, None], small, mode="bilinear", align_corners=False)[:, 0]
-        maps = torch.stack([whole[crop.image] for crop in crops]).to(f.dtype)
-        far = _windows(maps, crops, (images.shape[2], images.shape[3]), small)
-        z = _standardized((share - 1) * near - share * far, inside)
-    return ZoomedBoxes(cut(images, crops, small), f, u, v, inside, extent, z)
+        z = _standardized((1 - share) * near + share * far / FARTHEST, inside)
+        both = _standardized(near, inside) * _standardized(far, inside) * inside
+        agreement = (both.sum((1, 2)) / inside.sum((1, 2))).clamp(0, 1)
+    small_images = cut(images, crops, small)
+    return ZoomedBoxes(small_images, f, u, v, inside, extent, z, _raised(far, inside), agreement)
 
 
 def _features(backbone: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -109,27 +138,58 @@ def _features(backbone: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return widen(features)
 
 
-def image_attention(
-    images: Tensor, crops: Sequence[Crop], backbone: Callable[[Tensor], Tensor], side: int
-) -> dict[int, Tensor]:
-    """Step 3 on the images with boxes: A by the cells outside all boxes of each, ``(h, w)``.
+def image_log_odds(
+    images: Tensor,
+    crops: Sequence[Crop],
+    labels: Sequence[int],
+    backbone: Callable[[Tensor], Tensor],
+    side: int,
+    classifier: Tensor | FeatureHead | None = None,
+) -> dict[tuple[int, int], Tensor]:
+    r"""What :func:`bapnal.pseudo_labels` takes for the classes of boxes, before its CRF.
+
+    .. math:: M_c(p) = \log \frac{n(p) \, P_c(p)}{P_0(p)}
+
+    with the probabilities P of background and classes by the defaults of that function, where the
+    boxes of n classes cover p. Without weights that is :math:`3 (1 - 2 u_0)` for all of them.
 
     Args:
         images: RGB, uint8; ``(B, 3, H, W)``.
         crops: Their boxes.
+        labels: The classes of these.
         backbone: As in :func:`instance_labels`.
         side: Images of an area above ``side ** 2`` are reduced to it.
+        classifier: As in :func:`instance_labels`.
+
+    Returns:
+        ``(H, W)`` in [-6, 6] for every image and class that there is, -6 outside its boxes.
     """
     size = (images.shape[2], images.shape[3])
     shown = zoomed_size(size, min(side, math.isqrt(size[0] * size[1])))
-    maps: dict[int, Tensor] = {}
+    maps: dict[tuple[int, int], Tensor] = {}
     for image in sorted({crop.image for crop in crops}):
+        members = [k for k, crop in enumerate(crops) if crop.image == image]
         f = _features(backbone, resize(images[image, None], shown))
-        boxes = [crop.box for crop in crops if crop.image == image]
-        corners = torch.tensor(boxes, dtype=HOST.dtype)
+        boxes = torch.tensor([crops[k].box for k in members], dtype=f.dtype, device=f.device)
+        own = torch.tensor([labels[k] for k in members], device=f.device)
+        weight = classifier
+        if isinstance(weight, FeatureHead):
+            f, weight = weight(f), weight.weight
+        if weight is not None and weight.shape[1] not in (f.shape[1], f.shape[1] + 1):
+            raise ValueError(
+                f"classifier must have shape (L + 1, {f.shape[1] + 1}) for features of "
+                f"{f.shape[1]} channels, got {_checks.shape_text(weight.shape)}"
+            )
+        padded = pad_boxes([boxes], 1, device=f.device)
+        regions = class_regions(padded, own, size)
         with full_precision(f):
-            covered = cover(corners, size, (f.shape[2], f.shape[3])).amax(0, keepdim=True)
-            maps[image] = background_likeness(f, covered)[0]
+            w = None if weight is None else weight.to(f.dtype)
+            found = make_unaries(f, w, padded, regions, None, ON_IMAGES).probabilities[0]
+            count = regions.masks[0].sum(0)
+            odds = torch.log(count * found[1:] / found[0]).clamp(-FARTHEST, FARTHEST)
+        # The channels are the classes in ascending order.
+        for channel, label in enumerate(sorted({labels[k] for k in members})):
+            maps[image, label] = odds[channel]
     return maps
 
 
@@ -176,6 +236,13 @@ def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
         cosines = f[:, rows[0], rows[1]].T @ f[:, columns[0], columns[1]]
         a[rows] = cosines.topk(min(NEAREST, cosines.shape[1]), dim=1).values.mean(1)
     return found
+
+
+def _raised(odds: Tensor, inside: Tensor) -> Tensor:
+    """Log-odds raised so that three fifths of each box are at least 0: boxes are tight."""
+    ordered = odds.masked_fill(~inside, torch.inf).flatten(1).sort(1).values
+    place = (REST * (inside.sum((1, 2)) - 1)).floor().long()
+    return odds - ordered.gather(1, place[:, None]).clamp(max=0)[..., None]
 
 
 def _standardized(values: Tensor, inside: Tensor) -> Tensor:

@@ -7,11 +7,13 @@ In the order of the computation, with the constants chosen on training images:
 2. **Background.** The cells of the crop of which the box covers less than 1 % (at least the 4 least
    covered ones) are definite background, as M in Eq. 1.
 3. **Attention.** A(p) is the mean of the 3 largest cosines between f(p) and background cells. The
-   same on the whole image, with the cells outside all boxes, gives :math:`A_I`.
-4. **Log-odds** that a pixel of the box is object, :math:`L(p)`: a prior in the box's own
-   coordinates plus standardised attention.
+   whole image gives M(p), the log-odds of :func:`bapnal.pseudo_labels` before its CRF.
+4. **Log-odds** that a pixel of the box is object, :math:`L(p)`: standardised attention plus, for
+   large boxes on which crop and image agree, M, and for the others a prior in the box's own
+   coordinates.
 5. **CRF** on the crop at half its size, its widths relative to the box.
-6. **Stretch.** Boxes are tight: a small gap between mask and box is stretched away.
+6. **Stretch.** Boxes are tight: a small gap between mask and box is stretched away, unless the
+   whole image speaks for it.
 7. **Never empty.** Where nothing passes 1/2, the ellipse of the prior.
 
 Then overlapping boxes are told apart, features are retrieved inside each box (Eq. 8-9), and what
@@ -30,10 +32,11 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._crops import Crop, coordinates, plan, sample
 from bapnal._math import divide, unit
-from bapnal._zoom import ZoomedBoxes, check_zoomed, influence, zoom_boxes
+from bapnal._zoom import ZoomedBoxes, check_zoomed, trust, zoom_boxes
 from bapnal.boxes import Boxes, pad_boxes
 from bapnal.crf import DenseCRF, PairwiseTerm
 from bapnal.pooling import join_labels
+from bapnal.refine import FeatureHead
 
 PRIOR = 3.0  # log-odds of the middle of a small box over its outline
 OFFSET = 0.9  # log-odds of its outline: objects fill most of their boxes
@@ -87,11 +90,11 @@ def instance_crf(*, iterations: int = 10, half_resolution: bool = True) -> Dense
 def box_log_odds(zoomed: ZoomedBoxes) -> Tensor:
     r"""Step 4: how likely each pixel of a box is object, before the CRF.
 
-    With :math:`\tau` from :func:`influence`, inside the box
+    With :math:`\tau` from :func:`influence` and the agreement :math:`\rho`, inside the box
 
-    .. math:: L(p) = (3 - 2 \tau) (1 - u^2 - v^2) + (1 + \tau) z(p) + 0.9 - 0.4 \tau,
+    .. math:: L(p) = (1 - \tau \rho) \big(3 (1 - u^2 - v^2) + 0.9\big) + z(p) + \tau \rho \, M(p),
 
-    and -6 outside: small boxes trust the prior, large ones their features.
+    and -6 outside: small boxes trust the prior, and so do boxes whose two maps disagree.
 
     Args:
         zoomed: The boxes.
@@ -103,9 +106,10 @@ def box_log_odds(zoomed: ZoomedBoxes) -> Tensor:
         TypeError: If ``zoomed`` is something else.
     """
     check_zoomed(zoomed)
-    tau = influence(zoomed.extent)[:, None, None]
+    share = trust(zoomed)[:, None, None]
     radius = zoomed.u.square() + zoomed.v.square()
-    return (PRIOR - 2 * tau) * (1 - radius) + (1 + tau) * zoomed.z + OFFSET - 0.4 * tau
+    prior = PRIOR * (1 - radius) + OFFSET
+    return (1 - share) * prior + zoomed.z + share * zoomed.whole
 
 
 @torch.no_grad()
@@ -115,6 +119,7 @@ def instance_labels(
     labels: Sequence[Tensor] | Tensor,
     backbone: Callable[[Tensor], Tensor],
     *,
+    classifier: Tensor | FeatureHead | None = None,
     crf: Callable[[Tensor, Tensor], Tensor] | None = None,
     head: Callable[[ZoomedBoxes], Tensor] | None = None,
     stretch: float = STRETCH,
@@ -123,17 +128,21 @@ def instance_labels(
 ) -> InstanceLabels:
     r"""A mask for every box, a semantic map, and where both are reliable.
 
-    Inside the box, with :math:`\tau = \min(1, 2 \sqrt{w h / (W H)})`, u and v in [-1, 1] across the
-    box, :math:`A_I` the attention of the whole image and z the standardised :math:`-A`,
+    Inside the box, with u and v in [-1, 1] across it, M the log-odds of its class by the map of the
+    whole image (:func:`bapnal.pseudo_labels` before its CRF), :math:`\sigma` the scaling to mean 0
+    and standard deviation 1 inside the box,
 
     .. math::
-        A(p) &= (1 - \tfrac{\tau}{2}) \, \mathrm{mean}_3 \cos(f(p), f(b))
-            + \tfrac{\tau}{2} A_I(p), \quad b \text{ in the background of the crop}, \\
-        L(p) &= (3 - 2 \tau) (1 - u^2 - v^2) + (1 + \tau) z(p) + 0.9 - 0.4 \tau,
+        A(p) &= \mathrm{mean}_3 \cos(f(p), f(b)), \quad b \text{ in the background of the crop}, \\
+        z &= \sigma\big(\tfrac{\tau}{2} \tfrac{M}{6} - (1 - \tfrac{\tau}{2}) A\big), \quad
+            \tau = \min\big(1, 2 \sqrt{w h / (W H)}\big), \\
+        \rho &= \max\big(0, \mathrm{mean} \, \sigma(-A) \, \sigma(M)\big), \\
+        L(p) &= (1 - \tau \rho) \big(3 (1 - u^2 - v^2) + 0.9\big) + z(p) + \tau \rho \, M(p),
 
-    and -6 outside. The marginals of a CRF on :math:`\sigma(L)`, stretched by gaps of up to 15 % of
-    the box's side, are above 1/2 on the mask. The mean features of mask
-    and rest retrieve similar ones (Eq. 8-9), which gives Y_ret.
+    and -6 outside. M is raised first where it would leave less than three fifths of a box. The
+    marginals of a CRF on the sigmoid of L, stretched by gaps of up to
+    :math:`0.15 (1 - \tau \rho)` of the box's side, are above 1/2 on the mask. The mean features of
+    mask and rest retrieve similar ones (Eq. 8-9), which gives Y_ret.
 
     The boxes are read once to the host, which a GPU waits for: the sizes of crops depend on them.
 
@@ -144,12 +153,16 @@ def instance_labels(
         labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor; from 1.
         backbone: Called with uint8 crops ``(n, 3, h, w)``, sides multiples of 32; returns features
             ``(n, D, fh, fw)``. A stride of 8 or less serves best.
+        classifier: Weights of the classes, ``(L + 1, D)`` or ``(L + 1, D + 1)`` with a bias last,
+            or a head trained on them; they make M as in :func:`bapnal.pseudo_labels`. None tells
+            object from background alone.
         crf: Called as ``crf(guidance, probabilities)`` with guidance ``(n, 5, h, w)`` and the
             probabilities of background and object ``(n, 2, h, w)``; by default
             :func:`instance_crf`. ``lambda guidance, p: p`` is none.
         head: Gives log-odds ``(n, h, w)`` in place of :func:`box_log_odds`; what it says outside
             the box is not used.
-        stretch: Largest gap that is stretched away, as a share of the side of a box.
+        stretch: Largest gap that is stretched away, as a share of the side of a box; less as far
+            as the whole image speaks for it.
         side: Square root of the area of a crop, in pixels.
         batch_size: Number of crops at a time.
 
@@ -177,7 +190,8 @@ def instance_labels(
     padded = pad_boxes(boxes, images.shape[0], device=images.device)
     _checks.same_device(images=images, boxes=padded.corners)
     target = join_labels(labels, images.shape[0], padded.image.shape[0], images.device)
-    _checks.labels_within("labels", target, 1, torch.iinfo(torch.int32).max)
+    most = torch.iinfo(torch.int32).max if classifier is None else _count(classifier) - 1
+    _checks.labels_within("labels", target, 1, most)
     size = (images.shape[2], images.shape[3])
     corners = padded.restore(padded.corners).tolist()
     crops = [
@@ -190,7 +204,8 @@ def instance_labels(
     odds = torch.full(shape, -torch.inf, device=images.device)
     masks = torch.zeros(shape, dtype=torch.bool, device=images.device)
     retrieval = torch.zeros_like(masks)
-    for chosen, zoomed in zoom_boxes(images, crops, backbone, side, batch_size):
+    views = zoom_boxes(images, crops, target.tolist(), backbone, side, batch_size, classifier)
+    for chosen, zoomed in views:
         marginals = _marginals(zoomed, crf, head)
         retrieved = _retrieve(zoomed, marginals)
         gaps = _gaps(zoomed, marginals, stretch)
@@ -200,6 +215,14 @@ def instance_labels(
             odds[here], masks[here] = _uncrop(marginals[n], crops[k], gaps[n])
             retrieval[here] = _sample_box(retrieved[n], crops[k]) > 0
     return _decide(odds, masks, retrieval, crops, target, images.shape[0])
+
+
+def _count(classifier: Tensor | FeatureHead) -> int:
+    """L + 1 of weights or a head."""
+    if isinstance(classifier, FeatureHead):
+        return classifier.num_classes
+    _checks.floating("classifier", _checks.shape("classifier", classifier, ("L + 1", "D")))
+    return len(classifier)
 
 
 def _check_numbers(stretch: float, side: int, batch_size: int) -> None:
@@ -248,6 +271,7 @@ def _retrieve(zoomed: ZoomedBoxes, marginals: Tensor) -> Tensor:
 def _gaps(zoomed: ZoomedBoxes, marginals: Tensor, stretch: float) -> list[list[float]]:
     """Step 6: gaps at the left, top, right and bottom side, as shares; 0 where too large."""
     mask = (marginals > 0.5) & zoomed.inside
+    most = stretch * (1 - trust(zoomed))
     sides = []
     for dim in (1, 2):  # columns, rows
         seen, there = mask.any(dim), zoomed.inside.any(dim)
@@ -255,7 +279,7 @@ def _gaps(zoomed: ZoomedBoxes, marginals: Tensor, stretch: float) -> list[list[f
         for taken, own in ((seen, there), (seen.flip(1), there.flip(1))):
             before = (taken.cumsum(1) == 0) & own
             gap = before.sum(1) / count
-            sides.append(torch.where((gap <= stretch) & (gap < 1), gap, 0.0))
+            sides.append(torch.where((gap <= most) & (gap < 1), gap, 0.0))
     left, right, top, bottom = sides
     return torch.stack([left, top, right, bottom], dim=1).tolist()
 
@@ -352,7 +376,8 @@ class InstanceLabelGenerator(nn.Module):
         backbone: Gives features ``(n, D, fh, fw)`` of uint8 crops ``(n, 3, h, w)``.
         crf: In place of :func:`instance_crf`.
         head: Gives log-odds in place of :func:`box_log_odds`.
-        stretch: Largest gap that is stretched away, as a share of the side of a box.
+        stretch: Largest gap that is stretched away, as a share of the side of a box; less as far
+            as the whole image speaks for it.
         side: Square root of the area of a crop, in pixels.
         batch_size: Number of crops at a time.
 
@@ -392,14 +417,19 @@ class InstanceLabelGenerator(nn.Module):
         self.batch_size = batch_size
 
     def forward(
-        self, images: Tensor, boxes: Boxes, labels: Sequence[Tensor] | Tensor
+        self,
+        images: Tensor,
+        boxes: Boxes,
+        labels: Sequence[Tensor] | Tensor,
+        classifier: Tensor | FeatureHead | None = None,
     ) -> InstanceLabels:
-        """Return masks and maps of ``images``."""
+        """Return masks and maps of ``images``, perhaps by weights of the classes."""
         return instance_labels(
             images,
             boxes,
             labels,
             self.backbone,
+            classifier=classifier,
             crf=self.crf,
             head=self.head,
             stretch=self.stretch,

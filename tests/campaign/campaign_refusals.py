@@ -33,7 +33,8 @@ ZOOMED = bapnal.ZoomedBoxes(
     *(torch.linspace(-1.3, 1.3, 20).expand(2, *SIZE) for _ in range(2)),
     torch.ones(2, *SIZE, dtype=torch.bool),
     torch.full((2,), 0.3),
-    torch.randn(2, *SIZE, generator=seeded(6)),
+    *torch.randn(2, 2, *SIZE, generator=seeded(6)),
+    torch.rand(2, generator=seeded(7)),
 )
 SMALL = {"crf": bapnal.instance_crf(iterations=1), "side": 32, "batch_size": 2, "stretch": 0.1}
 OUT = bapnal.background_aware_pooling(X, BOXES, SIZE)

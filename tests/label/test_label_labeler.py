@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from bapnal.label import Labeler
 from bapnal.label.backbone import TimmFeatures, packaged_weights, weights_digest
-from bapnal.label.labeler import cut_masks, ellipse, reduce
+from bapnal.label.labeler import reduce
 from bapnal.label.suspicious import box_iou, far_from_class, suspicious
 
 
@@ -85,7 +85,7 @@ def test_no_box_is_empty_and_maps_agree(labeler, boxes):
     agree(y, grown, [1, 2, 1])
 
 
-def test_with_a_classifier_the_image_is_labelled_at_once(labeler):
+def test_with_a_classifier_too_every_box_gets_a_mask(labeler):
     weight = torch.rand(4, labeler.channels + 1)
     known = Labeler("test_efficientnet", "random", classifier=weight, crf="none")
     assert known.settings["classifier_sha256"]
@@ -94,25 +94,6 @@ def test_with_a_classifier_the_image_is_labelled_at_once(labeler):
     agree(y, boxes, [1, 3, 1])
     with pytest.raises(ValueError, match=r"classes must be in 1\.\.3, got 4"):
         known(disc_image(), boxes, [1, 3, 4])
-
-
-def test_shared_pixels_go_to_the_smaller_box():
-    semantic = torch.zeros(6, 8, dtype=torch.long)
-    semantic[1:5, 1:7] = 2
-    semantic[1, 1:7] = 1
-    boxes = torch.tensor([[0.0, 0, 8, 6], [4, 0, 8, 4], [0, 0, 8, 6], [0, 0, 3, 1]])
-    cut = cut_masks(
-        semantic, torch.zeros(6, 8, dtype=torch.bool), boxes, torch.tensor([2, 2, 1, 1])
-    )
-    large, small, other, _ = cut.masks
-    assert [int(mask.sum()) for mask in (large, small, other)] == [12, 6, 6]
-    assert small[2:4, 0:3].all()
-    # The last has no pixel of its class: an ellipse, which is unreliable and doubtful.
-    assert cut.doubtful.tolist() == [False, False, False, True]
-    assert cut.masks[3].any()
-    assert cut.unreliable[0, :3].any()
-    assert (cut.semantic[0, :3][cut.masks[3][0]] == 1).all()
-    assert ellipse(torch.tensor([3.0, 0, 7, 4]), (slice(0, 4), slice(3, 7))).sum() == 12
 
 
 def test_thousands_of_equal_boxes_are_one(labeler):

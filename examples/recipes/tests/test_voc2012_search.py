@@ -317,7 +317,7 @@ def test_machines_are_options_like_all_others(monkeypatch):
 
 def test_presets_are_valid():
     for _, preset in search.PRESETS.values():
-        search._check(replace(preset, method="agnostic", backgrounds=("attention",)))
+        search.check(replace(preset, method="agnostic", backgrounds=("attention",)))
 
 
 @pytest.mark.parametrize("name", ["paper", "released"])

@@ -5,8 +5,8 @@
     >>> y = labeler(image, boxes=[[50, 5, 450, 299]], classes=[1])  # doctest: +SKIP
 
 An ImageNet network gives the features. Each box is zoomed, and what looks like its surroundings is
-background (:class:`bapnal.InstanceLabelGenerator`). With weights of the classes the whole image
-is labelled at once (:class:`bapnal.PseudoLabelGenerator`), and masks are cut out of that map.
+background (:class:`bapnal.InstanceLabelGenerator`); weights of the classes, where there are some,
+tell them apart.
 """
 
 from __future__ import annotations
@@ -19,11 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal import (
-    DenseCRF,
     FeatureHead,
     InstanceLabelGenerator,
     MaskHead,
-    PseudoLabelGenerator,
     fit_feature_head,
 )
 from bapnal.boxes import box_cells
@@ -34,17 +32,12 @@ from bapnal.label.inputs import AnyImage, as_pixels, check_boxes, reduce
 Window: TypeAlias = "tuple[slice, slice]"
 
 BACKBONE = "tf_efficientnet_lite0"
-CRFS: dict[str, Callable[[], DenseCRF | None]] = {
-    "fast": lambda: DenseCRF(half_resolution=True),
-    "exact": DenseCRF,
-    "none": lambda: None,
-}
-BOX_CRFS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
+CRFS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "fast": instance_crf,
     "exact": lambda: instance_crf(half_resolution=False),
     "none": lambda: lambda guidance, probabilities: probabilities,
 }
-MADE_BY = "instances 1"  # how instance masks are made; records of another way are made again
+MADE_BY = "instances 2"  # how instance masks are made; records of another way are made again
 LARGE = 1_000_000  # pixels; larger images are labelled at this size
 DOUBTFUL = 0.5  # share of unreliable pixels in a box
 
@@ -130,13 +123,12 @@ class Labeler:
             network = TimmFeatures(backbone, weights, stride=8, normalize=True)
         self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
         self.channels = network.channels
-        self.generate = PseudoLabelGenerator(CRFS[crf]()).to(self.device)
         if head is not None and len(head.mean) != self.channels:
             raise ValueError(
                 f"head must be of features with {self.channels} channels, got {len(head.mean)}"
             )
         refined = None if head is None else head.eval().to(self.device)
-        self.instances = InstanceLabelGenerator(self.network, BOX_CRFS[crf](), head=refined)
+        self.instances = InstanceLabelGenerator(self.network, CRFS[crf](), head=refined)
         self.classifier: Tensor | FeatureHead | None = None
         self.settings: dict[str, str] = {
             "backbone": backbone,
@@ -264,76 +256,16 @@ class Labeler:
         """Where masks are made: from an image, different boxes inside it, and their classes."""
         size = (image.shape[1], image.shape[2])
         shown, scaled = reduce(image, boxes, LARGE)
-        if self.classifier is None:
-            with torch.inference_mode():
-                y = self.instances(
-                    shown[None].to(self.device), [scaled.to(self.device)], [labels.to(self.device)]
-                )
-            semantic = _enlarge(y.semantic[0].cpu(), size)
-            unreliable = _enlarge(~y.semantic_reliable[0].cpu(), size)
-            return agreeing(semantic, unreliable, y.masks.cpu(), y.doubtful.cpu(), boxes, labels)
-        semantic, unreliable = self._maps(shown, scaled, labels)
-        if semantic.shape != size:
-            semantic, unreliable = (_enlarge(x, size) for x in (semantic, unreliable))
-            semantic = keep_inside(semantic, boxes, labels)
-        return cut_masks(semantic, unreliable, boxes, labels)
-
-    def _maps(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Y_crf by the classifier, ``(H, W)`` long, and where Y_ret is another, ``(H, W)`` bool."""
-        if len(boxes) == 0:
-            nothing = torch.zeros(image.shape[1:], dtype=torch.long)
-            return nothing, nothing.bool()
-        features, weight = self.features(image), self.classifier
         with torch.inference_mode():
-            if isinstance(weight, FeatureHead):
-                features, weight = weight(features), weight.weight
-            y = self.generate(
-                image[None].to(self.device),
-                features,
-                weight,
-                [boxes.to(self.device)],
+            y = self.instances(
+                shown[None].to(self.device),
+                [scaled.to(self.device)],
                 [labels.to(self.device)],
+                self.classifier,
             )
-        return y.crf[0].cpu(), ~y.reliable[0].cpu()
-
-
-def cut_masks(semantic: Tensor, unreliable: Tensor, boxes: Tensor, labels: Tensor) -> Cut:
-    """Cut a mask for each box out of the map of classes; the maps returned agree with the masks.
-
-    A box takes the pixels of its class inside it; of those that boxes share, the smaller one. A box
-    that this leaves empty shares pixels of its class with others, and where there are none gets the
-    ellipse in the box, which is unreliable and takes pixels from the background alone.
-
-    Args:
-        semantic: ``(H, W)`` long.
-        unreliable: ``(H, W)`` bool.
-        boxes: ``(K, 4)``, inside the image.
-        labels: ``(K,)`` long.
-    """
-    size = (semantic.shape[0], semantic.shape[1])
-    semantic, unreliable = semantic.clone(), unreliable.clone()
-    owner = torch.full(size, -1)
-    windows = [box_window(box, size) for box in boxes]
-    # From the smallest to the largest; of equal ones the first.
-    order = (boxes[:, 2:] - boxes[:, :2]).prod(1).argsort(stable=True).tolist()
-    for i in reversed(order):
-        owner[windows[i]][semantic[windows[i]] == labels[i]] = i
-    masks, invented = [torch.empty(0)] * len(boxes), [False] * len(boxes)
-    for i in order:
-        here = windows[i]
-        mask = owner[here] == i
-        if not mask.any():
-            mask = semantic[here] == labels[i]
-        if not mask.any():
-            mask, invented[i] = ellipse(boxes[i], here), True
-            semantic[here] = torch.where(mask & (semantic[here] == 0), labels[i], semantic[here])
-            unreliable[here] |= mask
-        masks[i] = mask
-    doubtful = [
-        invented[i] or float(unreliable[here].float().mean()) > DOUBTFUL
-        for i, here in enumerate(windows)
-    ]
-    return Cut(semantic, windows, masks, unreliable, torch.tensor(doubtful, dtype=torch.bool))
+        semantic = _enlarge(y.semantic[0].cpu(), size)
+        unreliable = _enlarge(~y.semantic_reliable[0].cpu(), size)
+        return agreeing(semantic, unreliable, y.masks.cpu(), y.doubtful.cpu(), boxes, labels)
 
 
 def agreeing(
@@ -366,16 +298,6 @@ def agreeing(
         masks.append(mask if bool(mask.any()) else ellipse(box, here))
         kept[here] = torch.where((semantic[here] == label) & masks[-1], label, kept[here])
     return Cut(kept, windows, masks, unreliable, doubtful)
-
-
-def keep_inside(semantic: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-    """Return a map of classes with background where no box of the class is."""
-    size = (semantic.shape[0], semantic.shape[1])
-    kept = torch.zeros_like(semantic)
-    for box, label in zip(boxes, labels, strict=True):
-        here = box_window(box, size)
-        kept[here] = torch.where(semantic[here] == label, label, kept[here])
-    return kept
 
 
 def box_window(box: Tensor, size: tuple[int, int]) -> Window:

@@ -161,7 +161,7 @@ def main(settings: Settings) -> dict[str, Any]:
         FileNotFoundError: If a file is not there.
         ValueError: If a setting does not fit, or ``out`` holds a search with other settings.
     """
-    _check(settings)
+    check(settings)
     files = {"classifier": settings.classifier, "image_list": settings.image_list}
     inputs = {f"{x}_sha256": digest(path) for x, path in files.items() if path and path.is_file()}
     folder = RunFolder(settings, "search", inputs)
@@ -189,7 +189,7 @@ def main(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _check(settings: Settings) -> None:
+def check(settings: Settings) -> None:
     """Find what is wrong before anything is computed."""
     for name in ("count", "finalists"):
         if getattr(settings, name) < 1:
