@@ -174,7 +174,8 @@ class _Instances:
         with self.fabric.autocast():
             y = self.generate(images, [sample.boxes.to(device)], [sample.labels.to(device)])
         found = {"crf": y.masks.cpu(), "ret": y.retrieval.cpu(), "reliable": y.reliable.cpu()}
-        found["reliable"] &= box_cells(sample.boxes, sample.valid.shape, sample.valid.shape)
+        height, width = sample.valid.shape
+        found["reliable"] &= box_cells(sample.boxes, (height, width), (height, width))
         clock("labels")
         return found
 

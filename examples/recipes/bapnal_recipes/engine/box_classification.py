@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -30,6 +31,7 @@ class ClassifierOptions:
     """How the box classifier is trained, whatever the data set.
 
     Args:
+        out: Folder of the run.
         backbone: "vgg16", "small", or the name of a network of timm.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
         caffe_weights: Take a VGG-16 under torchvision's names for Caffe's, which look the same.
@@ -67,6 +69,7 @@ class ClassifierOptions:
         logging: What is logged.
     """
 
+    out: Path = Path("runs/classifier")
     backbone: str = "vgg16"
     weights: str | None = None
     caffe_weights: bool = False
