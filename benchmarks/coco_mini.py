@@ -43,7 +43,7 @@ class Options:
         coco: Folder in COCO's layout.
         voc: A devkit, for VOC-to-COCO.
         split: Which images of COCO.
-        images: How many of them, evenly spread; 0 for all.
+        images: How many of them, the first; 0 for all.
         rows: Which rows: box, grabcut, agnostic, instances, voc_ridge, voc_bap, ridge, bap.
         epochs: Of BAP on COCO.
         work: Where classifiers and labels are kept.

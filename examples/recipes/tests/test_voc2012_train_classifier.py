@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import shapes
+from bapnal.label.files import only_one
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.engine import box_classification, stage
 from bapnal_recipes.engine.box_classification import pooling, schedule
@@ -322,6 +323,13 @@ def test_difficult_objects_can_be_left_out(settings, few):
     assert len(train_classifier.training_names(settings, devkit)) == 2
     with pytest.raises(ValueError, match="split train must hold at least one box, got none in 2 i"):
         main(change(settings, difficult=False))
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(settings, tmp_path):
+    mine = change(settings, out=tmp_path / "taken")
+    with only_one(mine.out), pytest.raises(OSError, match="is being written to by process"):
+        main(mine)
+    assert not (mine.out / "result.json").exists()
 
 
 def line_of(settings, capsys):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -22,7 +24,7 @@ COMMON = "--accelerator cpu --workers 0"
 TRAINING = f"{COMMON} --no-tensorboard --batch-size 4 --iterations 2 --weights random"
 TARGETS = (
     *("table1", "table3", "table4", "table5", "figure1b", "all"),
-    *("supplement_table1", "supplement_table2"),
+    *("supplement_table1", "supplement_table2", "test_set"),
 )
 
 
@@ -47,6 +49,9 @@ def workplace(tmp_path_factory):
     root = shapes.write_shapes(folder / "a devkit", 12, 4, 64, seed=0)
     lists = root / "ImageSets/Segmentation"
     (lists / "train_aug.txt").write_text((lists / "train.txt").read_text())
+    photo = next((root / "JPEGImages").iterdir())  # the test set has images alone
+    shutil.copy(photo, photo.with_stem("test_0"))
+    (lists / "test.txt").write_text("test_0\n")
     config = {
         "data": str(root),
         "runs": "runs",
@@ -108,6 +113,12 @@ def test_each_row_comes_from_what_its_table_says(finished):
     assert settings("stage3/v1_nal_gap-0/result.json")["labels"] == "runs/labels/gap-0/train_aug"
 
 
+def test_archives_for_the_test_server_are_packed(finished):
+    with tarfile.open(finished / "runs/test/v2_semi-0.tgz") as archive:
+        names = archive.getnames()
+    assert names == ["results/VOC2012/Segmentation/comp6_test_cls/test_0.png"]
+
+
 def test_what_is_finished_is_not_run_again(finished, server):
     code, log = snakemake(finished, server, "-n", *TARGETS)
     assert code == 0
@@ -167,43 +178,27 @@ def test_a_search_serves_its_labels_and_its_images_do_not_count(workplace, serve
         assert exclude not in command(f"scores/labels/{name}-0-train.json", "evaluate")
 
 
-@pytest.fixture(scope="module")
-def coco(finished, server):
-    """Both tables on MS-COCO, from the classifier of PASCAL VOC that is there and one of COCO."""
-    root = coco_files.write_coco(finished / "coco", train=3, val=2)
-    tiny = "--detector.network test_efficientnet --detector.weights random --detector.channels 8"
-    tiny += " --detector.frozen-stages 0 --detector.head-channels 16 --detector.samples 16"
-    tiny += " --detector.anchor 16 --detector.min-size 64 --detector.max-size 64"
-    config = {
-        **yaml.safe_load((finished / "config.yaml").read_text()),
-        "coco": str(root),
-        "coco_runs": "coco_runs",
-        "coco_detector": "mini",
-        "coco_stage1": f"--backbone small --stride 4 --crop 64 {TRAINING}".replace(
-            "4 --it", "2 --it"
-        ),
-        "coco_stage2": f"{COMMON} --backbone small --weights random --stride 4 --rounds 1",
-        "coco_stage3": f"{COMMON} --no-tensorboard --batch-size 2 --iterations 1 {tiny}",
-        "coco_evaluation": f"{COMMON} --resamples 5",
-    }
-    (finished / "config.yaml").write_text(yaml.safe_dump(config))
-    code, log = snakemake(finished, server, "-j2", "coco_table2", "coco_table6")
+def test_the_tables_on_coco_take_a_classifier_of_each_data_set(workplace, server):
+    root = coco_files.write_coco(workplace / "coco", train=3, val=2)
+    options = ("--config", f"coco={root}", "coco_runs=coco_runs", "runs=others", "seeds=2")
+    code, log = snakemake(workplace, server, "-n", "coco_table2", "coco_table6", *options)
     assert code == 0, log[-6000:]
-    return finished
+    commands = [line for line in log.splitlines() if "Shell command" in line]
 
+    def command(*parts):
+        found = [line for line in commands if all(part in line for part in parts)]
+        assert len(found) == 1, parts
+        return found[0]
 
-def test_the_tables_on_coco_have_their_pages(coco):
-    def settings(path):
-        return json.loads((coco / "coco_runs" / path).read_text())["settings"]
-
-    pages = {path.parent.name for path in coco.glob("coco_runs/pages/*/tables.md")}
-    assert pages == {"coco_table2", "coco_table6"}
-    assert settings("labels/voc-0/result.json")["classifier"] == "runs/stage1/bap-0/classifier.pt"
-    assert settings("labels/coco-0/result.json")["classifier"].startswith("coco_runs/stage1/bap-0")
-    assert settings("stage3/voc_ret-0/result.json")["supervision"] == "ret"
-    assert settings("stage3/coco_both-0/result.json")["labels"] == "coco_runs/labels/coco-0"
-    assert settings("stage3/truth-0/result.json")["labels"] == "coco_runs/labels/truth-0"
-    text = (coco / "coco_runs/pages/coco_table2/tables.md").read_text()
-    ap = json.loads((coco / "coco_runs/scores/labels/box-0-train.json").read_text())["scores"]
-    assert f"{ap['masks']['all']['ap']:.1f}" in text
-    assert "VOC-to-COCO" in text
+    own = command("coco.generate_labels", "--out coco_runs/labels/coco-1 ")
+    assert "--classifier coco_runs/stage1/bap-1/classifier.pt" in own
+    other = command("coco.generate_labels", "--out coco_runs/labels/voc-0 ")
+    assert "--classifier others/stage1/bap-0/classifier.pt" in other
+    assert "--method truth" in command("coco.generate_labels", "--out coco_runs/labels/truth-0 ")
+    detector = command("coco.train_detector", "--out coco_runs/stage3/voc_ret-1 ")
+    assert "--labels coco_runs/labels/voc-1 --supervision ret" in detector
+    for seed in (0, 1):  # the ground truth is one, whatever the seed of the detector
+        full = command("coco.train_detector", f"--out coco_runs/stage3/truth-{seed} ")
+        assert "--labels coco_runs/labels/truth-0 --supervision masks" in full
+    assert "--split train" in own
+    assert "--method grabcut" in command("coco.generate_labels", "labels/grabcut-0 ")

@@ -123,7 +123,7 @@ def _labelled(folder: Path, boxes: CocoBoxes, count: int) -> list[str]:
     Raises:
         FileNotFoundError: If some have none.
     """
-    names = boxes.spread(count)
+    names = boxes.first(count)
     lacking = [name for name in names if not instance_path(folder, name).is_file()]
     if lacking:
         raise FileNotFoundError(

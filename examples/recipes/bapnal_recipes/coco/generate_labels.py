@@ -75,7 +75,7 @@ class Settings:
         prepared: Folder that prepare.py wrote.
         out: Where to write.
         split: Which images, "train" or "val".
-        images: How many of them, evenly spread; 0 for all.
+        images: How many of them, the first; 0 for all.
         method: "network": class activation maps and attention of a trained classifier, of COCO's
             classes or of VOC's. "ridge": the same by a classifier in closed form, fitted to boxes
             on the features of a backbone that was never trained on boxes. "agnostic": without class
@@ -164,7 +164,7 @@ def main(settings: Settings) -> dict[str, Any]:
     shares = [share for share, _ in parts]
     errors = skipped(shares)
     scores: dict[str, Any] = {
-        "images": len(boxes.spread(settings.images)) - len(errors),
+        "images": len(boxes.first(settings.images)) - len(errors),
         "skipped": list(errors),
         "errors": errors,
         **_known(settings, boxes),
@@ -266,7 +266,7 @@ def _label_share(
 
     torch.manual_seed(settings.seed)
     label = make_labeller(settings, fabric, boxes.classes)
-    dataset = BoxDataset(boxes, boxes.spread(settings.images))
+    dataset = BoxDataset(boxes, boxes.first(settings.images))
     workers = settings.machines.workers
     return label_share(fabric, dataset, label, write, is_labelled, workers), empty
 

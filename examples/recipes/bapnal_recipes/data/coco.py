@@ -102,11 +102,9 @@ class CocoBoxes:
         """Names of the images, ``file_name`` without suffix."""
         return list(self._places)  # type: ignore[attr-defined]
 
-    def spread(self, count: int = 0) -> list[str]:
-        """Return the names of some images, evenly spread; of all where ``count`` is 0."""
-        names = self.names
-        count = min(count, len(names)) or len(names)
-        return [names[i * len(names) // count] for i in range(count)]
+    def first(self, count: int = 0) -> list[str]:
+        """Return the names of the first images, in the order of the annotation file; 0 for all."""
+        return self.names[: count or None]
 
     def place(self, name: str) -> int:
         """Return the index of an image.
