@@ -51,10 +51,10 @@ def label(
 
     (no mode)        --plain below 2,000 boxes, --refine from there on
     --plain          each box by what surrounds it, nothing is fitted: 11 minutes
-    --refine         after training a small head on the boxes: 15 minutes
+    --refine         after training a small head on the boxes: 17 minutes
     --fit            by classes that are fitted in closed form, too: 13 minutes
-    --fit --refine   by a head that learns from the labels of these: 17 minutes
-    --classifier F   by a classifier that is there: 11 minutes
+    --fit --refine   by a head that learns from the labels of these: 18 minutes
+    --classifier F   by a classifier that is there: 12 minutes
 
     Args:
         images: Folder of images.
