@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from bapnal_recipes.data.coco import CocoBoxes, annotation_path, read_split
 from pycocotools.coco import COCO
 from torch import Tensor
 
 from bapnal import paint_boxes
+from bapnal_recipes.data.coco import CocoBoxes, annotation_path, read_split
 from bapnal_recipes.data.voc import Annotation, Devkit
 
 IGNORE_INDEX = 255

@@ -1,8 +1,8 @@
 r"""Time and memory of background-aware pooling and of the noise-aware loss.
 
     python benchmarks/layers.py [--device cuda]
-    OMP_NUM_THREADS=1 python benchmarks/layers.py --clock cpu --images 4 --counts 2.5 20 --no-loss \
-        --out benchmarks/results/pooling.json
+    OMP_NUM_THREADS=1 python benchmarks/layers.py --clock cpu --seconds 0.3 --images 4 \
+        --counts 2.5 --no-loss --out benchmarks/results/pooling.json
 
 Pooling runs at the paper's sizes (20 images, 41 x 41 features of 1,024 channels, N = 4) and with
 more boxes, against the same mathematics as a loop over images and boxes (with the prototypes one by
@@ -20,7 +20,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import rich
 import torch
@@ -117,14 +117,23 @@ def draw_boxes(images: int, mean: float, device: str) -> list[Tensor]:
 Clock = Literal["wall", "cpu"]
 
 
-def measure(run: Callable[[], object], device: str, clock: Clock = "wall") -> dict[str, float]:
+class Timing(NamedTuple):
+    """What time is counted, and at least how many seconds of it per row."""
+
+    clock: Clock
+    seconds: float
+
+
+def measure(run: Callable[[], object], device: str, timing: Timing) -> dict[str, float]:
     """Median time, its spread and the number of runs, after a warm-up."""
     run()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     threads, clocks = torch.get_num_threads(), {"cpu": {"timer": time.process_time}}
-    timer = Timer("run()", globals={"run": run}, num_threads=threads, **clocks.get(clock, {}))
-    found = timer.adaptive_autorange(min_run_time=1.0, max_run_time=5.0)
+    timer = Timer(
+        "run()", globals={"run": run}, num_threads=threads, **clocks.get(timing.clock, {})
+    )
+    found = timer.adaptive_autorange(min_run_time=timing.seconds, max_run_time=5 * timing.seconds)
     row = {
         "median_ms": round(found.median * 1e3, 2),
         "iqr_ms": round(found.iqr * 1e3, 2),
@@ -136,7 +145,7 @@ def measure(run: Callable[[], object], device: str, clock: Clock = "wall") -> di
 
 
 def pooling_rows(
-    device: str, images: int, counts: Sequence[float], bins: int, clock: Clock
+    device: str, images: int, counts: Sequence[float], bins: int, timing: Timing
 ) -> dict[str, dict[str, float]]:
     """Measure pooling for several numbers of boxes per image."""
     torch.manual_seed(0)
@@ -168,8 +177,8 @@ def pooling_rows(
 
             row = f"{name}, {count:g} boxes, {bins}x{bins}, forward"
             with torch.no_grad():
-                rows[row] = measure(forward, device, clock)
-            rows[f"{row} + backward"] = measure(both, device, clock)
+                rows[row] = measure(forward, device, timing)
+            rows[f"{row} + backward"] = measure(both, device, timing)
     return rows
 
 
@@ -215,11 +224,11 @@ def _peak(name: str, queue: multiprocessing.Queue) -> None:
     queue.put(_resident("VmHWM") - before)
 
 
-def loss_rows(device: str, clock: Clock) -> dict[str, dict[str, float]]:
+def loss_rows(device: str, timing: Timing) -> dict[str, dict[str, float]]:
     """Measure both losses; memory on a CPU is the growth of a fresh process."""
     rows = {}
     for name in ("cross-entropy", "nal"):
-        row = measure(loss_step(name, device), device, clock)
+        row = measure(loss_step(name, device), device, timing)
         if device == "cpu" and Path("/proc/self/clear_refs").exists():  # Linux
             context = multiprocessing.get_context("spawn")
             queue: multiprocessing.Queue = context.Queue()
@@ -235,6 +244,7 @@ def main(
     out: Path = Path("benchmarks/results/layers.json"),
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     clock: Clock = "wall",
+    seconds: float = 1.0,
     images: int = 20,
     counts: tuple[float, ...] = (2.5, 5, 20, 100),
     bins: tuple[int, ...] = (1, 2),
@@ -247,6 +257,7 @@ def main(
         out: Result file.
         device: cpu or cuda.
         clock: What time is counted.
+        seconds: At least how many of them per row.
         images: In the batch that is pooled.
         counts: Boxes per image.
         bins: Along each side of a box.
@@ -254,11 +265,12 @@ def main(
         loss: Whether to time the losses.
     """
     rows = json.loads(out.read_text())["rows"] if out.is_file() else {}
+    timing = Timing(clock, seconds)
     if pooling:
         for side in bins:
-            rows |= pooling_rows(device, images, counts, side, clock)
+            rows |= pooling_rows(device, images, counts, side, timing)
     if loss:
-        rows |= loss_rows(device, clock)
+        rows |= loss_rows(device, timing)
     device_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     write_json(
         out,

@@ -185,7 +185,7 @@ class Zoomed:
         z = self.standard(lambda i, j: (1 - half) * near(i, j) + half * far(i, j) / 6)
         first, second = self.standard(near), self.standard(far)
         products = [first[p] * second[p] for p in self.pixels()]
-        trust = self.tau * max(0.0, sum(products) / len(products))
+        trust = self.tau * min(1.0, 1.2 * max(0.0, sum(products) / len(products)))
         self.trust = trust
         ordered = sorted(far(i, j) for i, j in self.pixels())
         low = min(0.0, ordered[int(0.4 * (len(ordered) - 1))])
@@ -193,7 +193,7 @@ class Zoomed:
         def odds(i, j):
             if not self.inside[i][j]:
                 return -6.0
-            prior = 3 * (1 - self.radius[i][j]) + 0.9
+            prior = 3 * (1 - self.radius[i][j]) + 1
             return (1 - trust) * prior + z[i, j] + trust * (far(i, j) - low)
 
         self.odds = plane(self.size, odds)
@@ -210,7 +210,7 @@ class Zoomed:
 
     def ellipse(self):
         least = min(self.radius[i][j] for i, j in self.pixels())
-        return {(i, j) for i, j in self.pixels() if self.radius[i][j] < 1 + 0.9 / 3} | {
+        return {(i, j) for i, j in self.pixels() if self.radius[i][j] < 1 + 1 / 3} | {
             (i, j) for i, j in self.pixels() if self.radius[i][j] == least
         }
 
@@ -290,7 +290,7 @@ def ellipse(zoomed, pixels):
         return u * u + v * v
 
     least = min(radius(p) for p in pixels)
-    return {p for p in pixels if radius(p) < 1 + 0.9 / 3 or radius(p) == least}
+    return {p for p in pixels if radius(p) < 1 + 1 / 3 or radius(p) == least}
 
 
 def image_log_odds(f, boxes, labels, image_size, weight=None):  # -> {class: [H][W]}

@@ -22,6 +22,7 @@ LEAST_BACKGROUND = 4  # cells
 HOST = torch.zeros((), dtype=torch.float64)  # where shapes are decided, and how exactly
 NEAREST = 3  # background cells that A is the mean over
 FARTHEST = 6.0  # magnitude of the log-odds of the whole image
+CERTAIN = 1.2  # times a correlation, up to 1: what counts as agreement
 REST = 0.4  # of a box at most is background by the whole image
 ON_IMAGES = UnaryOptions(  # the defaults of pseudo_labels
     grid_size=4,
@@ -51,7 +52,7 @@ class ZoomedBoxes(NamedTuple):
             ``(n, h, w)``.
         whole: M, log-odds of the class of the box by the map of the whole image, raised so that
             three fifths of the box are at least 0; ``(n, h, w)``.
-        agreement: Correlation of -A and M inside the box, 0 where it is negative; ``(n,)``.
+        agreement: 1.2 times the correlation of -A and M inside the box, in [0, 1]; ``(n,)``.
     """
 
     images: Tensor
@@ -124,7 +125,7 @@ def zoom(
         share = influence(extent)[:, None, None] / 2
         z = _standardized((1 - share) * near + share * far / FARTHEST, inside)
         both = _standardized(near, inside) * _standardized(far, inside) * inside
-        agreement = (both.sum((1, 2)) / inside.sum((1, 2))).clamp(0, 1)
+        agreement = (CERTAIN * both.sum((1, 2)) / inside.sum((1, 2))).clamp(0, 1)
     small_images = cut(images, crops, small)
     return ZoomedBoxes(small_images, f, u, v, inside, extent, z, _raised(far, inside), agreement)
 

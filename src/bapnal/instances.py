@@ -39,7 +39,7 @@ from bapnal.pooling import join_labels
 from bapnal.refine import FeatureHead
 
 PRIOR = 3.0  # log-odds of the middle of a small box over its outline
-OFFSET = 0.9  # log-odds of its outline: objects fill most of their boxes
+OFFSET = 1.0  # log-odds of its outline: objects fill most of their boxes
 OUTSIDE = -6.0  # log-odds outside the box
 STRETCH = 0.15  # of the side of a box
 DOUBTFUL = 0.45  # doubt from which a box counts as doubtful: one box in ten
@@ -92,7 +92,7 @@ def box_log_odds(zoomed: ZoomedBoxes) -> Tensor:
 
     With :math:`\tau` from :func:`influence` and the agreement :math:`\rho`, inside the box
 
-    .. math:: L(p) = (1 - \tau \rho) \big(3 (1 - u^2 - v^2) + 0.9\big) + z(p) + \tau \rho \, M(p),
+    .. math:: L(p) = (1 - \tau \rho) \big(3 (1 - u^2 - v^2) + 1\big) + z(p) + \tau \rho \, M(p),
 
     and -6 outside: small boxes trust the prior, and so do boxes whose two maps disagree.
 
@@ -136,8 +136,8 @@ def instance_labels(
         A(p) &= \mathrm{mean}_3 \cos(f(p), f(b)), \quad b \text{ in the background of the crop}, \\
         z &= \sigma\big(\tfrac{\tau}{2} \tfrac{M}{6} - (1 - \tfrac{\tau}{2}) A\big), \quad
             \tau = \min\big(1, 2 \sqrt{w h / (W H)}\big), \\
-        \rho &= \max\big(0, \mathrm{mean} \, \sigma(-A) \, \sigma(M)\big), \\
-        L(p) &= (1 - \tau \rho) \big(3 (1 - u^2 - v^2) + 0.9\big) + z(p) + \tau \rho \, M(p),
+        \rho &= \min\big(1, 1.2 \max(0, \mathrm{mean} \, \sigma(-A) \, \sigma(M))\big), \\
+        L(p) &= (1 - \tau \rho) \big(3 (1 - u^2 - v^2) + 1\big) + z(p) + \tau \rho \, M(p),
 
     and -6 outside. M is raised first where it would leave less than three fifths of a box. The
     marginals of a CRF on the sigmoid of L, stretched by gaps of up to

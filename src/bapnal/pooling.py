@@ -71,7 +71,7 @@ def background_aware_pooling(
 
     A is :func:`~bapnal.background_attention` of the features outside all boxes. With A = 0 this is
     global average pooling (GAP) over the box. All boxes of all images are pooled by one matrix
-    product.
+    product, and so is the gradient of the features on a CPU.
 
     Args:
         features: f; ``(B, D, h, w)``. h and w need not divide the image size.

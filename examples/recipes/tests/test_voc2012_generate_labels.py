@@ -141,7 +141,7 @@ def test_network_writes_both_maps_where_they_agree_and_the_unaries(settings, cla
 
 def test_finished_run_gives_the_stored_result(settings, monkeypatch):
     first = main(settings)
-    monkeypatch.setattr(generate_labels, "_label", None)
+    monkeypatch.setattr(generate_labels, "write_label_map", None)  # is not asked again
     assert main(settings) == first
     assert main(replace(settings, machines=replace(CPU, workers=1))) == first
 
@@ -190,10 +190,10 @@ def test_images_are_shared_out_among_processes(settings, monkeypatch, tmp_path):
             return getattr(self.inner, name)
 
     def gather(fabric, mine):
-        parts.append([one.name for one in mine[0]])
+        parts.append([one.name for one in mine.done])
         return [mine]
 
-    monkeypatch.setattr(generate_labels, "_gather", gather)
+    monkeypatch.setattr(generate_labels, "gather", gather)
     monkeypatch.setattr(generate_labels.Together, "fail", lambda self, error: None)
     for rank in (1, 0):
         monkeypatch.setattr(generate_labels, "launch", lambda _, rank=rank: Rank(rank))
@@ -454,7 +454,7 @@ def test_ridge_fits_itself_and_keeps_what_it_found(ridge, tmp_path, monkeypatch)
     torch.testing.assert_close(found.weight, own.solve(), rtol=1e-4, atol=1e-5)
     whole = files(ridge.out)
     (ridge.out / "crf" / f"{names(ridge)[0]}.png").unlink()
-    monkeypatch.setattr(generate_labels, "solve_classifier", None)  # is not asked again
+    monkeypatch.setattr(generate_labels, "write_solved_classifier", None)  # is not asked again
     main(ridge)
     assert files(ridge.out) == whole
     by_file = replace(ridge, method="network", classifier=ridge.out / "classifier.pt")

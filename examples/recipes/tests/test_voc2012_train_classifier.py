@@ -14,7 +14,8 @@ from PIL import Image
 import shapes
 from bapnal.label.files import only_one
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
-from bapnal_recipes.engine import stage
+from bapnal_recipes.engine import box_classification, stage
+from bapnal_recipes.engine.box_classification import pooling, schedule
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.logs import Logging
 from bapnal_recipes.engine.machines import Machines
@@ -22,12 +23,7 @@ from bapnal_recipes.engine.runs import as_json
 from bapnal_recipes.engine.trainer import TrainingPlan
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import train_classifier
-from bapnal_recipes.voc2012.train_classifier import (
-    PRESETS,
-    Settings,
-    main,
-    schedule,
-)
+from bapnal_recipes.voc2012.train_classifier import PRESETS, Settings, main
 
 SCRIPT = Path(train_classifier.__file__)
 CPU = Machines(accelerator="cpu", workers=0)
@@ -143,7 +139,7 @@ def test_it_learns_and_the_classifier_comes_back(finished, root):
     assert classifier.settings == as_json(settings)
     assert classifier.weight.shape == (7, classifier.features.channels)
     assert not classifier.features.training
-    pool = train_classifier.pooling(settings)
+    pool = pooling(settings)
     devkit = Devkit(root, shapes.CLASSES)
     with torch.no_grad():
         losses = []
@@ -151,13 +147,13 @@ def test_it_learns_and_the_classifier_comes_back(finished, root):
             image, annotation = devkit.annotated(name)
             out = pool(classifier.features(image[None]), [annotation.boxes], (64, 64))
             pair = (classifier.weight, [annotation.labels])
-            losses.append(train_classifier.box_classification_loss(out, *pair))
+            losses.append(box_classification.box_classification_loss(out, *pair))
     assert torch.stack(losses).mean() < 0.75 * torch.tensor(7.0).log()
 
 
 def test_a_finished_run_returns_what_it_found(finished, monkeypatch):
     settings, found = finished
-    monkeypatch.setattr(train_classifier, "build_features", None)
+    monkeypatch.setattr(box_classification, "build_features", None)
     assert main(change(settings, machines=Machines(devices=3))) == found
     with pytest.raises(ValueError, match=r"belongs to another run \(pool='bap' there, 'gap' now\)"):
         main(change(settings, pool="gap"))
@@ -173,7 +169,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
     settings = change(settings, backbone="test_efficientnet", weights="random", iterations=6)
     whole = weights_of(change(settings, out=tmp_path / "whole"))
     broken = change(settings, checkpoint_interval=2)
-    loss = train_classifier.box_classification_loss
+    loss = box_classification.box_classification_loss
     calls = []
 
     def fails_once(*args, **options):
@@ -182,7 +178,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
             raise KeyboardInterrupt
         return loss(*args, **options)
 
-    monkeypatch.setattr(train_classifier, "box_classification_loss", fails_once)
+    monkeypatch.setattr(box_classification, "box_classification_loss", fails_once)
     with pytest.raises(KeyboardInterrupt):
         main(broken)
     present = sorted(path.name for path in broken.out.glob("[!.]*"))
@@ -218,7 +214,7 @@ def test_two_processes_train_what_one_does(pretrained, tmp_path, two_processes):
 
 
 def groups(settings):
-    run = train_classifier.ClassifierStage(settings)
+    run = train_classifier.VocClassifierStage(settings)
     network = run.build_network()
     return network, run.optimizer(network).param_groups
 
@@ -425,7 +421,7 @@ def test_less_than_an_image_for_each_rank_is_too_little():
 
 def test_a_classifier_keeps_its_poolings(tmp_path):
     """Which leave no trace in the weights."""
-    features = train_classifier.build_features("vgg16", "random", fifth_pooling=True)
+    features = box_classification.build_features("vgg16", "random", fifth_pooling=True)
     given = {"backbone": "vgg16", "stride": 8, "fifth_pooling": True, "channels_last": False}
     content = {"settings": given, "classes": ["a"], "features": features.state_dict()}
     torch.save({**content, "weight": torch.zeros(2, 1024)}, tmp_path / "classifier.pt")

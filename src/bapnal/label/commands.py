@@ -47,14 +47,14 @@ def label(
     """Label a data set from its boxes: VOC XML, COCO JSON or YOLO text in, masks out.
 
     Look at report.html first. After an interruption the same command goes on. What each mode
-    costs is CPU time of one core for 1,000 photographs of 640 x 480 with 7 boxes each.
+    costs is CPU time of one core for 1,000 photographs of 640 x 480 with 7 boxes each, about.
 
     (no mode)        --plain below 2,000 boxes, --refine from there on
-    --plain          each box on its own, nothing is fitted: 10 minutes
-    --refine         after training a small head on the boxes: 14 minutes
-    --fit            whole images by classes fitted in closed form: 10 minutes
-    --fit --refine   and by a head that learns from their labels: 15 minutes
-    --classifier F   whole images by a classifier that is there: 9 minutes
+    --plain          each box by what surrounds it, nothing is fitted: 11 minutes
+    --refine         after training a small head on the boxes: 15 minutes
+    --fit            by classes that are fitted in closed form, too: 13 minutes
+    --fit --refine   by a head that learns from the labels of these: 17 minutes
+    --classifier F   by a classifier that is there: 11 minutes
 
     Args:
         images: Folder of images.
@@ -63,8 +63,8 @@ def label(
         format: Of the annotations; found out by default.
         export: Formats to write besides PNG: coco (instances.json), yolo (YOLO-seg), voc.
         plain: Fit nothing: label each box by its own surroundings.
-        fit: Fit the classes to the boxes first, in closed form, and label each image at once: for
-            maps of classes of few, large objects.
+        fit: Fit the classes to the boxes first, in closed form: they help to tell large objects
+            from others and from their background.
         refine: Train a small head on the boxes first, which refines the mask of each; with --fit,
             one that learns from the labels of the fitted classes.
         classifier: One that --fit or --refine wrote for the same classes, or classifier.pt of the

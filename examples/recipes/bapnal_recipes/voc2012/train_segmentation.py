@@ -283,6 +283,10 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
         """Return the folder of label maps."""
         return {"labels": self.settings.labels}
 
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes 1..L."""
+        return self.settings.classes
+
     def read_data(self) -> LabelledImages:
         """Return the images with their label maps."""
         return training_images(self.settings)
