@@ -14,7 +14,8 @@ features, fitting and the CRF included.
     box, ellipse     the box, or the ellipse in it, filled with its class; smaller ones on top
     grabcut, wssl    GrabCut in each box; the CRF on boxes whose middle is foreground
     plain            PseudoLabelGenerator(DenseCRF()), without weights: nothing is fitted
-    ridge            the same with the weights of RidgeBoxClassifier, fitted to ``--fit-split``
+    instances        the classes of InstanceLabelGenerator's masks, nothing fitted
+    ridge            ``plain`` with the weights of RidgeBoxClassifier, fitted to ``--fit-split``
     refined          the same with the features and weights of FeatureHead, fitted to the labels of
                      ``ridge`` on ``--fit-split``
     pooled, refined_nal  what was tried in their place; see label_heads.py
@@ -45,6 +46,7 @@ from bapnal import (
     PRESETS,
     DenseCRF,
     FeatureHead,
+    InstanceLabelGenerator,
     PseudoLabelGenerator,
     RidgeBoxClassifier,
     fit_feature_head,
@@ -61,7 +63,7 @@ from bapnal_recipes.voc2012.results import data_name
 from label_data import IGNORE_INDEX, images_of
 
 Baseline = Literal["box", "ellipse", "grabcut", "wssl"]
-Tried = Literal["plain", "ridge", "refined", "pooled", "refined_nal"]
+Tried = Literal["plain", "instances", "ridge", "refined", "pooled", "refined_nal"]
 Method = Literal[Baseline, Tried, "classifier", "paper", "released"]
 BASELINES = ("box", "ellipse", "grabcut", "wssl")
 HEADS = ("refined", "refined_nal")
@@ -191,6 +193,13 @@ def ellipse(box: Tensor, size: tuple[int, int]) -> Tensor:
     return (u**2 + v**2 <= 1) & box_cells(box, size, size)
 
 
+@torch.inference_mode()
+def by_instances(generate: InstanceLabelGenerator, example: Example) -> Tensor:
+    """The classes of the masks of one image."""
+    _, image, boxes, labels = example
+    return generate(image[None], [boxes], [labels]).semantic[0]
+
+
 class CachedFeatures(nn.Module):
     """Features of images, which a folder keeps in half precision."""
 
@@ -267,6 +276,9 @@ def method_of(
     # The same for all that only label otherwise.
     common = replace(settings, options="{}", search=0, count=0, crf="exact", methods=())
     features = backbone_of(common, backbone, stride)
+    if method == "instances":
+        alone = features.features if isinstance(features, CachedFeatures) else features
+        return partial(by_instances, InstanceLabelGenerator(alone)), 0.0
     begin = time.perf_counter()
     weight: Tensor | None = None
     network: nn.Module = features
@@ -345,7 +357,7 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
         "backbone": backbone if drawn and method not in TRAINED else None,
         "stride": stride if drawn and method not in TRAINED else None,
         "boxes": boxes,
-        "crf": settings.crf if method not in ("box", "ellipse", "grabcut") else None,
+        "crf": settings.crf if method not in ("box", "ellipse", "grabcut", "instances") else None,
         "options": settings.options if drawn else "{}",
         "search": settings.search,
         "fit_split": settings.fit_split if method in FITTED else None,
