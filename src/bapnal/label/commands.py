@@ -54,8 +54,8 @@ def label(
         out: Where to write.
         format: Of the annotations; found out by default.
         export: Formats to write besides PNG: coco (instances.json), yolo (YOLO-seg), voc.
-        fit: Fit the classes to the boxes first, in closed form, and label each image at once: for
-            maps of classes of few, large objects. Without it each box is labelled on its own.
+        fit: Fit the classes to the boxes first, in closed form: they tell object from background in
+            boxes that are large in their image.
         refine: Train a small head on the boxes first, which refines the mask of each.
         classifier: One that --fit wrote for the same classes (classifier.safetensors).
         backbone: Any timm network.
