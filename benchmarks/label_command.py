@@ -2,6 +2,7 @@
 
     python benchmarks/label_command.py formats --coco coco-mini --voc VOCdevkit/VOC2012
     python benchmarks/label_command.py modes --coco coco-mini --voc VOCdevkit/VOC2012
+    python benchmarks/label_command.py costs --coco coco-mini --images 8
     python benchmarks/label_command.py workers --coco coco-mini
     python benchmarks/label_command.py memory --voc VOCdevkit/VOC2012
 
@@ -10,6 +11,7 @@ that of a fresh environment). Boxes are the ground truth's, scores are 1.
 
     formats   the same boxes as COCO, VOC and YOLO text: are the masks the same?
     modes     what each mode costs and gives
+    costs     CPU time of each mode for 1,000 images, from a few images of which every step is timed
     workers   two processes of one thread against one of two, in turn
     memory    peak memory for 100, 1,000 and 10,000 small images
 """
@@ -25,8 +27,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +39,12 @@ import tyro
 from PIL import Image
 from pycocotools.coco import COCO
 
+from bapnal import FeatureHead, MaskHead, RidgeBoxClassifier, fit_mask_head
+from bapnal.label import Labeler
+from bapnal.label.annotations import read_boxes
 from bapnal.label.export import decode
+from bapnal.label.fitting import IMAGES
+from bapnal.label.record import label_image, open_labelled, read_file
 from bapnal_recipes.data.voc import Devkit
 from bapnal_recipes.engine import series
 from coco_mini_instances import VOC_CLASSES, annotations, iou, miou, precision, short
@@ -63,7 +71,7 @@ class Options:
         out: The file of results.
     """
 
-    section: tyro.conf.Positional[Literal["formats", "modes", "workers", "memory"]]
+    section: tyro.conf.Positional[Literal["formats", "modes", "costs", "workers", "memory"]]
     coco: Path | None = None
     voc: Path | None = None
     command: str = f"{sys.executable} -m bapnal.label.cli"
@@ -308,6 +316,61 @@ def modes(options: Options, root: Path) -> None:
             keep(options, row)
 
 
+def costs(options: Options, root: Path) -> None:
+    """One process of one thread; fits are of as many images and boxes as the command takes."""
+    _, ids, args = coco_subset(options, root)
+    source = read_boxes(args[1], args[3])
+    kinds = len(source.classes) + 1
+    plain = Labeler()
+    weight = torch.randn(kinds, plain.channels + 1)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        start = time.process_time()
+        work()
+        seconds[name] = time.process_time() - start
+
+    def label(labeler: Labeler, name: str) -> None:
+        for image in source.images:
+            label_image(root / name, image, read_file(image), labeler, ("coco",))
+
+    samples = []
+    for image in source.images:
+        pixels, boxes = open_labelled(image)
+        samples.append((pixels, boxes, torch.tensor(image.labels)))
+    count = sum(len(boxes) for _, boxes, _ in samples)
+    label(plain, "warm")
+    heads = {"refine": Labeler(head=MaskHead(plain.channels, networks=2).eval())}
+    heads["fit"] = Labeler(classifier=weight)
+    heads["fit refine"] = Labeler(classifier=FeatureHead(plain.channels, kinds).eval())
+    for name, labeler in {"plain": plain, **heads}.items():
+        timed(name, partial(label, labeler, name))
+    features = [plain.features(pixels) for pixels, _, _ in samples]
+    ridge = RidgeBoxClassifier(plain.channels, kinds)
+    timed("features", lambda: [plain.features(pixels) for pixels, _, _ in samples])
+    timed("sums", lambda: [
+        ridge.update(f, [b], [c], (x.shape[1], x.shape[2]))
+        for (x, b, c), f in zip(samples, features, strict=True)
+    ])  # fmt: skip
+    timed("solve", ridge.solve)
+    timed("mask head", lambda: fit_mask_head(((x, b) for x, b, _ in samples), plain.network))
+    timed("feature head", lambda: heads["fit"].learn(iter(samples)))
+    images = {name: value / len(samples) for name, value in seconds.items()}
+    sums = IMAGES * (images["features"] + images["sums"]) + seconds["solve"]
+    # The mask head looks at 1,500 boxes, the others at 300 images or a few more.
+    fits = {
+        "plain": 0.0,
+        "refine": 1500 * seconds["mask head"] / count,
+        "fit": sums,
+        "fit refine": sums + IMAGES * images["feature head"],
+    }
+    for name, fitted in fits.items():
+        scores = {"boxes_per_image": count / len(samples), "label": 1000 * images[name]}
+        scores |= {"fit": fitted, "minutes": (1000 * images[name] + fitted) / 60}
+        row = {"data": "coco-mini", "row": f"cost of {name}", "images": len(ids)}
+        keep(options, {**row, "scores": scores})
+
+
 def workers(options: Options, root: Path) -> None:
     _, ids, args = coco_subset(options, root)
     os.environ.pop("OMP_NUM_THREADS", None)  # one process takes the threads of two cores
@@ -367,7 +430,13 @@ def memory(options: Options, root: Path) -> None:
 
 def main(options: Options) -> None:
     torch.set_num_threads(1)
-    section = {"formats": formats, "modes": modes, "workers": workers, "memory": memory}
+    section: dict[str, Any] = {
+        "formats": formats,
+        "modes": modes,
+        "costs": costs,
+        "workers": workers,
+        "memory": memory,
+    }
     with tempfile.TemporaryDirectory() as folder:
         section[options.section](options, Path(folder).resolve())
 

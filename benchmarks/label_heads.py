@@ -26,6 +26,7 @@ from bapnal import (
     noise_aware_loss,
     ridge_weights,
 )
+from bapnal.refine import SHARE
 
 CELLS, BATCH, EPOCHS, SCALE = 1200, 2048, 3, 10.0
 Sampled = tuple[Tensor, Tensor, Tensor, Tensor]  # image, features, boxes, labels
@@ -85,16 +86,19 @@ class CosineHead(nn.Module):
         mean = features.mean(0)
         self.head.mean.copy_(mean)
         self.head.deviation.copy_((features - mean).square().mean().sqrt())
+        self.gain = (SHARE * features.square().sum(1).mean()).sqrt()
         self.cosine = CosineClassifier(self.head.width, classes, scale=SCALE)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return unit vectors of features; ``(B, 256, h, w)``."""
-        return F.normalize(self.head(features), dim=1)
+        """Return features and unit vectors beside them; ``(B, D + 256, h, w)``."""
+        h = self.head.activations(features.movedim(1, -1)).movedim(-1, 1)
+        return torch.cat([features, self.gain * F.normalize(h, dim=1)], dim=1)
 
     @property
     def weight(self) -> Tensor:
-        """The classifier's unit vectors; ``(C, 256)``."""
-        return F.normalize(self.cosine.weight, dim=1).detach()
+        """The classifier's unit vectors; ``(C, D + 256)``."""
+        rows = F.normalize(self.cosine.weight, dim=1).detach() / self.gain
+        return F.pad(rows, (self.head.in_channels, 0))
 
 
 def fit_nal_head(samples: Iterable[Sampled], weight: Tensor, seed: int) -> CosineHead:

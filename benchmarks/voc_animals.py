@@ -48,10 +48,8 @@ WITHOUT_U0 = replace(RELEASED, background="cam", align_corners=False)
 BY_ATTENTION = replace(PAPER, background_threshold=None, unary_softmax=4.0, align_corners=False)
 MARGIN = 0.25  # of their sides, by which boxes are loosened
 HALF = CrfSettings(half_resolution=True)
-FOLDERS = (
-    *("classifier", "search", "labels_train_aug", "labels_val", "labels_unseen", "labels_grids"),
-    "segmentation",
-)
+KINDS = ("train_aug", "val", "unseen", "grids")
+FOLDERS = ("classifier", "search", *(f"labels_{kind}" for kind in KINDS), "segmentation")
 Job = tuple[str, Callable[[], Any]]
 
 
@@ -64,8 +62,8 @@ class Settings:
         work: Where weights and label maps are kept.
         out: Where results of evaluations go.
         series: Folder of the series that all numbers are added to.
-        parts: Which parts, in their order: classifiers, searches, labels, baselines, facts, unseen,
-            conditions, grids, segmentation, loose, noisy.
+        parts: Which parts, in their order: classifiers, searches, labels, presets, baselines,
+            facts, unseen, conditions, grids, segmentation, loose, noisy.
         only: Only jobs whose name holds one of these texts.
         seeds: How many seeds for what is compared.
         workers: Processes that read images.
@@ -76,8 +74,8 @@ class Settings:
     out: Path = Path("runs/voc_animals/evaluations")
     series: Path = Path("benchmarks/results/voc_animals")
     parts: tuple[str, ...] = (
-        *("classifiers", "searches", "labels", "baselines", "facts", "unseen", "conditions"),
-        *("grids", "segmentation", "loose", "noisy"),
+        *("classifiers", "searches", "labels", "presets", "baselines", "facts", "unseen"),
+        *("conditions", "grids", "segmentation", "loose", "noisy"),
     )
     only: tuple[str, ...] = ()
     seeds: int = 3
@@ -94,14 +92,9 @@ def classifiers(s: Settings) -> Iterator[Job]:
 
 
 def _classifier(s: Settings, name: str, settings: train_classifier.Settings) -> Job:
-    settings = replace(
-        settings,
-        root=s.root,
-        out=s.work / "classifier" / name,
-        machines=Machines(workers=s.workers),
-        logging=QUIET,
-        checkpoint_interval=62,
-    )
+    common = {"root": s.root, "machines": Machines(workers=s.workers), "logging": QUIET}
+    out = s.work / "classifier" / name
+    settings = replace(settings, out=out, checkpoint_interval=62, **common)
     return f"classifier_{name}", lambda: train_classifier.main(settings)
 
 
@@ -175,6 +168,24 @@ def _labels(
         score_classes=score_classes,
     )
     yield f"evaluate_labels_{name}", lambda: evaluate.main(evaluation)
+
+
+def presets(s: Settings) -> Iterator[Job]:
+    """Table 1's rows of both presets: u_0 is A, or the background's map."""
+    for name in _classifiers(s):
+        for kind, generator in {
+            "_paper": replace(PAPER, align_corners=False),
+            "_released": replace(RELEASED, align_corners=False),
+            "_paper_cam": replace(PAPER, align_corners=False, background="cam"),
+        }.items():
+            settings = generate_labels.Settings(
+                root=s.root,
+                out=s.work / f"labels_val/{name}{kind}",
+                split="val",
+                classifier=s.work / "classifier" / name / "classifier.pt",
+                generator=generator,
+            )
+            yield from _labels(s, f"val_{name}{kind}", settings)
 
 
 def baselines(s: Settings) -> Iterator[Job]:
@@ -397,7 +408,7 @@ def _trained(s: Settings, name: str, **options: Any) -> Iterator[Job]:
 PARTS = {
     part.__name__: part
     for part in (
-        *(classifiers, searches, labels, baselines, facts, unseen, conditions),
+        *(classifiers, searches, labels, presets, baselines, facts, unseen, conditions),
         *(grids, segmentation, loose, noisy),
     )
 }
@@ -411,9 +422,8 @@ def main(settings: Settings) -> None:
     try:
         for part in settings.parts:
             for name, job in PARTS[part](settings):
-                if settings.only and not any(text in name for text in settings.only):
-                    continue
-                if not any(path.is_file() for path in written(settings, name)):
+                asked = not settings.only or any(text in name for text in settings.only)
+                if asked and not any(path.is_file() for path in written(settings, name)):
                     rich.print(f"[bold]{name}")
                     job()
     finally:

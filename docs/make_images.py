@@ -146,7 +146,7 @@ def short_run(path: Path) -> None:
 
     import torch
 
-    import quickstart
+    import plans
     import shapes
     import stages
     from bapnal_recipes.data.dataset import BoxDataset
@@ -154,7 +154,7 @@ def short_run(path: Path) -> None:
     with TemporaryDirectory() as folder:
         root, labels = Path(folder) / "devkit", Path(folder) / "labels"
         shapes.write_shapes(root, 83, 3, seed=0)
-        plan = quickstart.plan_shapes(root, 80, "torch", "cpu")
+        plan = plans.plan_shapes(root, 80, "torch", "cpu")
         kit, classes = plan.devkit, len(plan.devkit.classes) + 1
         torch.manual_seed(0)
         network = plan.features()

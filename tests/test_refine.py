@@ -70,6 +70,7 @@ def test_head_agrees_with_loops():
     head = FeatureHead(in_channels=3, num_classes=4, width=5).double()
     head.mean.copy_(torch.randn(3))
     head.deviation.copy_(torch.tensor(0.7))
+    head.gain.copy_(torch.tensor(0.3))
     head.seen[2] = False
     f = torch.randn(2, 3, 2, 2, dtype=torch.float64)
     found = head(f)
@@ -80,15 +81,22 @@ def test_head_agrees_with_loops():
             total = b[k]
             for d in range(3):
                 total += v[k][d] * (at[d] - float(head.mean[d])) / float(head.deviation)
-            close(found[batch, k, y, x], max(total, 0.0))
+            close(found[batch, 3 + k, y, x], 0.3 * max(total, 0.0), tolerance=1e-6)
+        assert found[batch, :3, y, x].tolist() == at
     rows = head.weight
-    assert rows.shape == (4, 6)
+    assert rows.shape == (4, 9)
     assert (rows[2] == 0).all()
     for c in (0, 1, 3):
-        assert rows[c].tolist() == [
-            *head.classifier.weight[c].tolist(),
-            head.classifier.bias[c].item(),
-        ]
+        w, b = head.classifier.weight[c].tolist(), head.classifier.bias[c].item()
+        expected = [0.0, 0.0, 0.0, *(x / 0.3 for x in w), b]
+        close(rows[c], torch.tensor(expected, dtype=torch.float64), tolerance=1e-6)
+
+
+def test_activations_have_a_tenth_of_the_squared_length(fitted):
+    _, head = fitted
+    both = torch.stack([head(features)[0] for _, features, *_ in samples(24, labels=(1, 2))])
+    length, own = both[:, :2].square().sum(1).mean(), both[:, 2:].square().sum(1).mean()
+    close(own / length, 0.1, tolerance=0.01)
 
 
 def test_head_learns_what_the_closed_form_cannot(fitted):
@@ -106,8 +114,9 @@ def test_head_learns_what_the_closed_form_cannot(fitted):
 def test_scores_approach_the_marginals(fitted):
     _, head = fitted
     for image, features, _, labels, _ in samples(4, seed=5):
-        scores = head.classifier(head(features).movedim(1, -1)).movedim(-1, 1)
-        own = F.interpolate(scores[:, [0, *labels]], image.shape[1:])[0]
+        g = head(features)[0]
+        scores = torch.tensordot(head.weight[:, :-1], g, 1) + head.weight[:, -1, None, None]
+        own = F.interpolate(scores[None, [0, *labels]], image.shape[1:])[0]
         marginals = by_brightness(image[None], own[None])[0]
         assert (own - marginals).abs().mean() < 0.12
 
@@ -137,8 +146,8 @@ def test_scale_of_the_features_does_not_matter(scale):
     scaled = torch.cat([weight[:, :-1] / scale, weight[:, -1:]], dim=1)
     one = fit_feature_head(known, weight, by_brightness, epochs=1)
     other = fit_feature_head(large, scaled, by_brightness, epochs=1)
-    close(other(large[0][1]), one(known[0][1]), tolerance=1e-5)
-    close(other.weight, one.weight, tolerance=1e-5)
+    close(other(large[0][1]) / scale, one(known[0][1]), tolerance=1e-5)
+    close(other.weight * scale, one.weight * torch.tensor([1.0] * 258 + [scale]), tolerance=1e-5)
 
 
 def test_classes_that_no_image_shows_stay_unseen(fitted):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,18 +16,20 @@ import report
 import shapes
 import stages
 from bapnal import PseudoLabelGenerator
+from bapnal.label.files import only_one
 from bapnal_recipes.data.dataset import BoxDataset
 from bapnal_recipes.data.label_maps import class_colours, read_label_map, write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
 from bapnal_recipes.models.small import SmallFeatures
 
 TINY = {"steps": 2, "seeds": 2, "images": 6, "validation": 2, "size": 48, "examples": 2}
+COMPARED = {**TINY, "compare": True}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("quickstart")
-    return output, quickstart.main(output, **TINY)
+    return output, quickstart.main(output, **COMPARED)
 
 
 def test_the_table_has_every_row_over_all_seeds(finished):
@@ -46,6 +49,26 @@ def test_the_table_has_every_row_over_all_seeds(finished):
         assert len(row.train) == len(row.val) == (1 if row.group == "Boxes" else 2)
         assert all(0 <= value <= 1 for value in row.train + row.val)
     assert all(0 < value <= 1 for value in rows[4].coverage)
+
+
+def test_without_comparisons_there_is_a_line_per_stage(tmp_path, capsys):
+    rows = quickstart.main(tmp_path, **{**TINY, "seeds": 1})
+    assert [row.name for row in rows] == [
+        "Box filled with its class",
+        "BAP: Y_crf",
+        "BAP: Y_ret",
+        "BAP: Y_crf & Y_ret, where they agree",
+        "cross-entropy on Y_crf",
+        "noise-aware loss (NAL)",
+    ]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": done")]
+    assert [line.split(" s  ")[1] for line in lines] == [
+        "making images: done",
+        "seed 0, stage 1: boxes, BAP: done",
+        "seed 0, stage 2: labels, BAP: done",
+        "seed 0, stage 3: pixels, plain: done",
+        "seed 0, stage 3: pixels, nal: done",
+    ]
 
 
 def test_the_results_are_written_as_json(finished):
@@ -87,7 +110,7 @@ def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     monkeypatch.setattr(stages, "train_classifier", never)
     monkeypatch.setattr(stages, "train_segmentation", never)
     output, rows = finished
-    assert quickstart.main(output, **TINY) == rows
+    assert quickstart.main(output, **COMPARED) == rows
 
 
 def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, finished, monkeypatch):
@@ -101,12 +124,12 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, finished, monke
 
     monkeypatch.setattr(stages, "train_segmentation", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        quickstart.main(tmp_path, **TINY)
+        quickstart.main(tmp_path, **COMPARED)
     assert not (tmp_path / "results.json").exists()
     monkeypatch.undo()
     (tmp_path / "seed0/bap/ret/0000_000001.png").unlink()
     (tmp_path / "seed0/gap/.crf.png.part").write_bytes(b"half a file")
-    assert quickstart.main(tmp_path, **TINY) == rows
+    assert quickstart.main(tmp_path, **COMPARED) == rows
 
 
 def test_another_run_needs_another_folder(finished):
@@ -145,7 +168,7 @@ def real_images(output, root, **options):
 
 def test_a_devkit_runs_through_the_same_stages(tmp_path, voc):
     rows = real_images(tmp_path, voc, classes=("bird", "car"))
-    assert len(rows) == 9
+    assert len(rows) == 6
     assert json.loads((tmp_path / "results.json").read_text())["stage 1"]["optimizer"] == "sgd"
 
 
@@ -254,7 +277,7 @@ def test_real_images(tmp_path):
     for split, few in (("train", names[:3]), ("val", names[3:5])):
         (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(few))
     rows = real_images(tmp_path / "output", root, weights=None, network="tf_efficientnet_lite0")
-    assert rows[2].val[0] > rows[0].val[0] - 0.3  # labels after a single step are still labels
+    assert rows[1].val[0] > rows[0].val[0] - 0.3  # labels after a single step are still labels
 
 
 def test_what_a_user_does_wrong_ends_as_one_line(tmp_path):
@@ -265,3 +288,40 @@ def test_what_a_user_does_wrong_ends_as_one_line(tmp_path):
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
     assert "absent must hold a folder JPEGImages" in done.stderr
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_bytes(b"hello"),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:2000]),
+    "list": lambda path: torch.save([1, 2], path),
+    "other network": lambda path: torch.save({"network": {}, "weight": torch.zeros(1)}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("file", ["seed0/bap.pt", "seed0/segmentation_nal.pt"])
+def test_a_damaged_file_of_an_earlier_run_is_named(tmp_path, finished, file, damage):
+    shutil.copytree(finished[0], tmp_path / "output")
+    DAMAGES[damage](tmp_path / "output" / file)
+    with pytest.raises(ValueError, match=rf"{file} must be of an earlier run .*: remove it") as all:
+        quickstart.main(tmp_path / "output", **COMPARED)
+    assert "\n" not in str(all.value)
+
+
+def test_odd_names_odd_numbers_and_a_folder_in_use(tmp_path, capsys):
+    once = {**TINY, "seeds": 1}
+    quickstart.main(tmp_path / "a[" / "b]", **once)
+    quickstart.main(tmp_path / "[/b]", **{**once, "examples": 0})
+    assert "[/b]" in capsys.readouterr().out.replace("\n", "")
+    for wrong, message in [
+        ({"device": "nowhere"}, "device must be one that torch can use here, got 'nowhere'"),
+        ({"device": "meta"}, "device must be one that torch can use here, got 'meta'"),
+        ({"examples": -1}, "examples must be at least 0, got -1"),
+        ({"images": 2**70}, "images must be at most 1000000, got"),
+        ({"size": 2**40}, "size must be in 48..4096, got"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            quickstart.main(tmp_path / "never", **{**once, **wrong})
+    with only_one(tmp_path / "taken"), pytest.raises(OSError, match="is being written to by"):
+        quickstart.main(tmp_path / "taken", **once)

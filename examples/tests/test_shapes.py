@@ -1,8 +1,13 @@
 """The synthetic data set: deterministic, in devkit layout, and such that a box is a bad mask."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import shapes
 from bapnal import paint_boxes
@@ -114,7 +119,29 @@ def test_bad_arguments_say_what_arrived(root, tmp_path):
         shapes.write_shapes(root, 12, 4, 64, seed=6)
     with pytest.raises(ValueError, match=r"validation must be in 1\.\.11, got 12"):
         shapes.write_shapes(tmp_path / "a", 12, 12)
-    with pytest.raises(ValueError, match="size must be >= 48, got 20"):
+    with pytest.raises(ValueError, match=r"size must be in 48\.\.4096, got 20"):
         shapes.write_shapes(tmp_path / "b", size=20)
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**70), "x"])
+def test_what_a_user_does_wrong_ends_as_one_line(tmp_path, seed):
+    command = [sys.executable, shapes.__file__, "--root", str(tmp_path / "s"), "--seed", seed]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    if seed != "x":
+        assert done.stderr == f"seed must be in 0..9223372036854775807, got {seed}\n"
+
+
+def test_an_image_cut_by_a_full_disk_is_not_published(tmp_path, monkeypatch):
+    """Pillow does not notice a short write; what it writes must be in memory first."""
+    saved = Image.Image.save
+
+    def save(self, file, *args, **kwargs):
+        assert not isinstance(file, (str, Path)), "Pillow writes to the disk itself"
+        return saved(self, file, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    shapes.write_shapes(tmp_path, 2, 1, 48)

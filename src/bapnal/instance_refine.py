@@ -35,6 +35,11 @@ NEIGHBOURS = ((0, 2), (2, 0), (2, 2), (2, -2))  # a 3 x 3 window with dilation 2
 STEP_4 = 0.5  # share of the log-odds of step 4 in the result
 BATCH = 16
 PROJECTED = 200  # boxes whose features the principal components are taken of
+XYZ_OF_SRGB = (
+    (0.4124, 0.3576, 0.1805),
+    (0.2126, 0.7152, 0.0722),
+    (0.0193, 0.1192, 0.9505),
+)
 RAISED = 0.25  # what the result is raised by: averaging blurs outlines
 
 
@@ -100,11 +105,11 @@ def to_lab(colours: Tensor) -> Tensor:
     """
     x = colours / 255
     linear = torch.where(x > 0.04045, ((x + 0.055) / 1.055).pow(2.4), x / 12.92)
-    matrix = x.new_tensor(
-        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    red, green, blue = linear.unbind(1)
+    # Numbers of the host, none of which has to be copied to a device.
+    xyz = torch.stack(
+        [(r * red + g * green + b * blue) / (r + g + b) for r, g, b in XYZ_OF_SRGB], dim=1
     )
-    white = matrix.sum(1)[:, None, None]
-    xyz = torch.einsum("ij,njhw->nihw", matrix, linear) / white
     f = torch.where(xyz > 0.008856, xyz.clamp(min=1e-6).pow(1 / 3), 7.787 * xyz + 16 / 116)
     return torch.stack(
         [116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], dim=1

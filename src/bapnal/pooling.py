@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bapnal import _checks
 from bapnal._math import divide, divide_sums, full_precision, shortest, weighted_mean, widen
+from bapnal._pooling_backward import Layout, Pooled, pool_cells
 from bapnal.attention import (
     Attention,
     attention_at_full_precision,
@@ -70,7 +71,7 @@ def background_aware_pooling(
 
     A is :func:`~bapnal.background_attention` of the features outside all boxes. With A = 0 this is
     global average pooling (GAP) over the box. All boxes of all images are pooled by one matrix
-    product.
+    product, and so is the gradient of the features on a CPU.
 
     Args:
         features: f; ``(B, D, h, w)``. h and w need not divide the image size.
@@ -127,24 +128,27 @@ def background_aware_pooling(
         shown = None
         if valid is not None and not grid_padding:
             shown = valid_cells(valid, (x.shape[2], x.shape[3]))
-        if attention:
-            found = attention_at_full_precision(x, background, grid_size, zero, shown=shown)
-            gap = _too_little(background, min_background, None if count_padding else valid)
-            a = torch.where(gap[:, None, None, None] & ~background, 0.0, found.map)
-        else:
+        gap = _too_little(background, min_background, None if count_padding else valid)
+        if not attention:
             prototypes, known = grid_prototypes(x, background, grid_size, shown=shown)
             found = Attention(background.to(x.dtype), prototypes, known)
-            gap = torch.ones_like(background[:, 0, 0, 0])
-            a = found.map
+            gap = torch.ones_like(gap)
         if sampling == "roi_align":
+            if attention:
+                found = _attend(x, background, gap, grid_size, zero, shown)
             pooled = _pool_samples(x, padded, size, found, gap, output_size, roi_size, zero)
         else:
             masks = cells if output_size == 1 else _bin_masks(padded, size, x, output_size, valid)
-            pooled = _pool_cells(x, masks, a)  # (B, S * output_size**2, D)
+            if attention:
+                found, pooled = _pool_attended(x, background, masks, gap, grid_size, zero, shown)
+            else:
+                pooled = _pool_cells(x, masks, found.map)
             shape = (x.shape[0], padded.present.shape[1], output_size**2, x.shape[1])
             pooled = padded.restore(pooled.reshape(shape))
     kind = features.dtype
-    return PooledFeatures(pooled.to(kind), found.prototypes.to(kind), found.valid, a.to(kind))
+    return PooledFeatures(
+        pooled.to(kind), found.prototypes.to(kind), found.valid, found.map.to(kind)
+    )
 
 
 def check_options(
@@ -165,6 +169,42 @@ def _too_little(background: Tensor, min_background: float, valid: Tensor | None)
         return share.mean(1) <= min_background
     shown = valid_cells(valid, (background.shape[2], background.shape[3])).flatten(1).float()
     return divide(share.sum(1), shown.sum(1)) <= min_background
+
+
+def _attend(
+    x: Tensor,
+    background: Tensor,
+    gap: Tensor,
+    grid_size: int,
+    zero: float,
+    shown: Tensor | None,
+) -> Attention:
+    """Eq. 1-3, with A = 0 off the background in the images ``gap (B,)``."""
+    found = attention_at_full_precision(x, background, grid_size, zero, shown=shown)
+    a = torch.where(gap[:, None, None, None] & ~background, 0.0, found.map)
+    return found._replace(map=a)
+
+
+def _pool_attended(
+    x: Tensor,
+    background: Tensor,
+    masks: Tensor,
+    gap: Tensor,
+    grid_size: int,
+    zero: float,
+    shown: Tensor | None,
+) -> tuple[Attention, Tensor]:
+    """Eq. 1-4 for the cells in each mask: A, and r_i ``(B, S, D)``."""
+
+    def definition(x: Tensor) -> Pooled:
+        found = _attend(x, background, gap, grid_size, zero, shown)
+        return Pooled(found.prototypes, found.map, _pool_cells(x, masks, found.map))
+
+    grid = grid_assignment((x.shape[2], x.shape[3]), grid_size, x, shown)
+    grid = background.to(x.dtype).flatten(1)[..., None] * grid
+    layout = Layout(background.flatten(2), grid, masks.flatten(2), gap[:, None, None])
+    found = pool_cells(x, layout, zero, definition)
+    return Attention(found.attention, found.prototypes, grid.sum(1) > 0), found.vectors
 
 
 def _bin_masks(

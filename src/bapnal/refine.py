@@ -1,9 +1,9 @@
 r"""A small network on frozen features that learns from the labels of the closed form.
 
 Stage 3 in small: the labels of many images know more than the classifier that made them, once the
-CRF has seen the colours. One hidden layer learns what the CRF makes of the closed form; its
-activations are features, and its last layer their classifier, so that both take the place of
-features and weights in :func:`bapnal.pseudo_labels`. It is not in the paper.
+CRF has seen the colours. One hidden layer learns what the CRF makes of the closed form; features
+with its activations beside them, and its last layer, take the place of features and weights in
+:func:`bapnal.pseudo_labels`. It is not in the paper.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from bapnal.pseudo_labels import pseudo_labels
 
 BATCH = 2048  # cells per step
 DROPOUT = 0.2
+SHARE = 0.1  # squared length of the activations beside features of length 1
 
 FittedImage = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class FeatureHead(nn.Module):
-    r"""One hidden layer on features, and a linear classifier of it; from :func:`fit_feature_head`.
+    r"""Features with a hidden layer beside them, and a classifier; from :func:`fit_feature_head`.
 
-    .. math:: h = \mathrm{ReLU}\big(V (f - \mu) / \sigma + b\big), \qquad s_c = h \cdot w_c + b_c
+    .. math::
+        h = \mathrm{ReLU}\big(V (f - \mu) / \sigma + b\big), \qquad
+        g = (f, \kappa h), \qquad s_c = h \cdot w_c + b_c
 
-    with :math:`\mu` the mean feature and :math:`\sigma` one standard deviation for all channels.
+    with :math:`\mu` the mean feature, :math:`\sigma` one standard deviation for all channels, and
+    :math:`\kappa` such that h has a tenth of the squared length of f. Scores come from h alone;
+    what compares features, attention and retrieval, goes on seeing f.
 
     Args:
         in_channels: D.
@@ -40,6 +45,7 @@ class FeatureHead(nn.Module):
     Attributes:
         mean: :math:`\mu`; ``(D,)``.
         deviation: :math:`\sigma`; a scalar.
+        gain: :math:`\kappa`; a scalar.
         seen: ``(L + 1,)`` bool, which classes were trained.
 
     Raises:
@@ -49,11 +55,12 @@ class FeatureHead(nn.Module):
     Example:
         >>> head = FeatureHead(in_channels=8, num_classes=21)
         >>> head(torch.rand(1, 8, 4, 4)).shape, head.weight.shape
-        (torch.Size([1, 256, 4, 4]), torch.Size([21, 257]))
+        (torch.Size([1, 264, 4, 4]), torch.Size([21, 265]))
     """
 
     mean: Tensor
     deviation: Tensor
+    gain: Tensor
     seen: Tensor
 
     def __init__(self, in_channels: int, num_classes: int, width: int = 256) -> None:
@@ -63,18 +70,19 @@ class FeatureHead(nn.Module):
         self.width = _checks.integer("width", width, minimum=1)
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("deviation", torch.ones(()))
+        self.register_buffer("gain", torch.ones(()))
         self.register_buffer("seen", torch.ones(num_classes, dtype=torch.bool))
         self.hidden = nn.Linear(in_channels, width)
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return h of features.
+        """Return g of features.
 
         Args:
             features: f; ``(B, D, h, w)``.
 
         Returns:
-            ``(B, width, h, w)``, in the dtype of the module's parameters.
+            ``(B, D + width, h, w)``, in the dtype of the module's parameters.
 
         Raises:
             TypeError: If ``features`` is not floating.
@@ -83,20 +91,22 @@ class FeatureHead(nn.Module):
         _checks.floating("features", features)
         _checks.shape("features", features, ("B", self.in_channels, "h", "w"))
         _checks.same_device(features=features, mean=self.mean)
-        return self.activations(features.movedim(1, -1)).movedim(-1, 1)
+        x = features.to(self.mean.dtype)
+        h = self.activations(x.movedim(1, -1)).movedim(-1, 1)
+        return torch.cat([x, self.gain * h], dim=1)
 
     def activations(self, x: Tensor) -> Tensor:
         """Return h of vectors ``(*, D)``; ``(*, width)``."""
-        centred = (x.to(self.mean.dtype) - self.mean) / self.deviation
-        return F.relu(self.hidden(centred))
+        return F.relu(self.hidden((x - self.mean) / self.deviation))
 
     @property
     def weight(self) -> Tensor:
-        """Weights of h for :func:`bapnal.pseudo_labels`; ``(L + 1, width + 1)``, bias last.
+        """Weights of g for :func:`bapnal.pseudo_labels`; ``(L + 1, D + width + 1)``, bias last.
 
         A class that was not trained has zeros, which counts as unseen there.
         """
-        rows = torch.cat([self.classifier.weight, self.classifier.bias[:, None]], dim=1)
+        w, b = self.classifier.weight, self.classifier.bias
+        rows = torch.cat([w.new_zeros(len(w), self.in_channels), w / self.gain, b[:, None]], dim=1)
         return rows * self.seen[:, None]
 
     def extra_repr(self) -> str:
@@ -197,6 +207,7 @@ def fit_feature_head(
     head = _new_head(cells, weight, width, seed)
     with torch.enable_grad():
         _train(head, cells, epochs, lr, generator)
+    _set_gain(head, cells)
     return head.eval()
 
 
@@ -248,6 +259,15 @@ def _new_head(cells: _Cells, weight: Tensor, width: int, seed: int) -> FeatureHe
     head.deviation.copy_(torch.where(deviation > 0, deviation, 1.0) * cells.unit)
     head.seen.copy_(cells.present.any(0))
     return head
+
+
+@torch.no_grad()
+def _set_gain(head: FeatureHead, cells: _Cells) -> None:
+    """Scale h to a tenth of the squared length of f."""
+    few = cells.features[:: max(len(cells.features) // 10_000, 1)].float() * cells.unit
+    length, own = few.square().sum(1).mean(), head.activations(few).square().sum(1).mean()
+    gain = (SHARE * length / own).sqrt()
+    head.gain.copy_(torch.where((gain > 0) & gain.isfinite(), gain, 1.0))
 
 
 def _train(

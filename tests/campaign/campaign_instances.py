@@ -2,9 +2,12 @@
 
     BAPNAL_DRAWS=10000 python -m pytest tests/campaign/campaign_instances.py \
         --hypothesis-profile=campaign
+
+Finite, inside their boxes, never empty, and the same alone and in a batch.
 """
 
 import torch
+from campaign_library import DTYPES, any_size, boxes_of, mask_of, seeds, sides
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -12,7 +15,6 @@ from torch.nn import functional as F
 import bapnal
 from assertions import close, finite, finite_gradients
 from bapnal import PRESETS, MaskHead, RidgeBoxClassifier, ZoomedBoxes
-from campaign_library import DTYPES, any_size, boxes_of, mask_of, seeds, sides
 from strategies import seeded
 
 
@@ -60,8 +62,10 @@ def test_instances(data, drawn):
     assert y.masks.shape == y.log_odds.shape == (len(owner), *size)
     assert y.masks.flatten(1).any(1).all()
     assert not (y.masks & ~inside).any()
-    assert torch.isfinite(y.log_odds[inside]).all()
-    assert (y.log_odds[~inside] == -torch.inf).all()
+    covered = torch.isfinite(y.log_odds)
+    assert not (y.log_odds.isnan() | (y.log_odds == torch.inf)).any()
+    assert not (covered & ~inside).any()
+    assert not (y.masks & ~covered).any()
     assert torch.equal(y.reliable, y.masks == y.retrieval)
     assert ((y.doubt >= 0) & (y.doubt <= 1)).all()
     for b in range(batch):

@@ -1,16 +1,17 @@
 """The console command: one line for whatever a user does wrong, names as they are."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from label_data import change, place
 from PIL import Image
 
 from bapnal.label.cli import main
+from label_data import change, place
 
 QUICK = [
     "--backbone",
@@ -98,6 +99,21 @@ def test_errors_of_a_data_set_are_one_line(copy, tmp_path):
     file = tmp_path / "file"
     file.touch()
     assert str(file) in ended(command(copy, "voc", file / "below"))
+
+
+def test_help_names_each_mode_and_its_cost(capsys):
+    with pytest.raises(SystemExit):
+        main(["label", "--help"])
+    shown = capsys.readouterr().out
+    for mode in ("--plain", "--refine", "--fit", "--fit --refine", "--classifier F"):
+        assert re.search(rf"^{mode}  +.*: [1-9]\d* minutes$", shown, re.MULTILINE), mode
+
+
+def test_modes_that_do_not_go_together(drawn, tmp_path):
+    for more in (["--fit"], ["--refine"], ["--classifier", "c.safetensors"]):
+        message = ended(command(drawn, "coco", tmp_path / "never", "--plain", *more))
+        assert message.startswith("plain must come without fit, refine and classifier")
+    assert not (tmp_path / "never").exists()
 
 
 def test_damaged_own_files_are_named(drawn, tmp_path):

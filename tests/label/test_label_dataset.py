@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from label_data import QUICK, change, label, place
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +21,7 @@ from bapnal.label.dataset import label_dataset
 from bapnal.label.label_maps import read_label_map
 from bapnal.label.labeler import Labeler
 from bapnal.label.record import boxes_in_pixels, open_labelled
+from label_data import QUICK, change, label, place
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,7 @@ def test_summary_lists_what_is_suspicious_and_stays_bounded(copy, quick, tmp_pat
     assert summary["left_out"] == {"crowds": 1}
     counts = summary["suspicious"]
     assert (counts["tiny"], counts["outside"], counts["duplicate"]) == (1, 1, 1999)
+    assert counts["empty"] == 1
     entry = next(e for e in summary["suspicious_boxes"] if e["kind"] == "outside")
     assert entry["corners"] == [70, 0, 79, 9]
     assert entry["image"] == "image0.jpg"

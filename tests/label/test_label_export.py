@@ -9,7 +9,6 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from label_data import QUICK, label
 from PIL import Image, ImageDraw
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
@@ -17,6 +16,7 @@ from pycocotools.coco import COCO
 from bapnal.label.export import decode, encode, object_map, yolo_lines
 from bapnal.label.label_maps import read_label_map
 from bapnal.label.polygons import area, joined, mask_polygons, outlines, simplify
+from label_data import QUICK, label
 
 # Of pycocotools, when it decodes.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

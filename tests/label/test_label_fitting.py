@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
-from label_data import QUICK, label, place
 from safetensors.torch import load_file, save_file
 
 from bapnal import FeatureHead
+from bapnal.label import dataset, fitting
 from bapnal.label.backbone import TimmFeatures
 from bapnal.label.dataset import label_dataset
 from bapnal.label.fitted import make_labeler, read_fitted, read_head
+from label_data import QUICK, change, label, place
 
 CLASSES = ("bar", "disc", "ring")
 
@@ -31,7 +32,7 @@ def masks(out):
     return sorted(a["segmentation"]["counts"] for a in content["annotations"])
 
 
-def test_a_head_is_trained_and_kept(many, quick, tmp_path):
+def test_a_head_is_trained_and_kept(many, quick, tmp_path, monkeypatch):
     out = tmp_path / "coco"
     first = label(many, "coco", out, quick, refine=True)
     assert first["settings"]["head_sha256"]
@@ -39,9 +40,10 @@ def test_a_head_is_trained_and_kept(many, quick, tmp_path):
     written = (out / "head.safetensors").read_bytes()
     head = read_head(out / "head.safetensors")
     assert len(head.networks) == 2
-    # Whatever the format and the number of workers.
+    # Whatever the format and the number of workers; by itself, where there are many boxes.
+    monkeypatch.setattr(dataset, "MANY_BOXES", 48)
     other = label_dataset(
-        **place(many, "yolo"), out=tmp_path / "yolo", workers=2, options=quick, refine=True
+        **place(many, "yolo"), out=tmp_path / "yolo", workers=2, options=quick, refine=None
     )
     assert (tmp_path / "yolo/head.safetensors").read_bytes() == written
     assert masks(tmp_path / "yolo") == masks(out)
@@ -50,8 +52,30 @@ def test_a_head_is_trained_and_kept(many, quick, tmp_path):
     when = (out / "head.safetensors").stat().st_mtime_ns
     assert label(many, "coco", out, quick, refine=True) == first
     assert (out / "head.safetensors").stat().st_mtime_ns == when
-    label(many, "coco", tmp_path / "plain", quick)
+    monkeypatch.setattr(dataset, "MANY_BOXES", 49)
+    plain = label(many, "coco", tmp_path / "plain", quick, refine=None)
+    assert plain["settings"]["head_sha256"] == ""
     assert masks(tmp_path / "plain") != masks(out)
+
+
+def test_a_fit_is_kept_while_few_of_its_images_change(copy, quick, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    label(copy, "coco", out, quick, fit=True)
+    written = (out / "classifier.safetensors").read_bytes()
+
+    def edit(content):
+        content["annotations"][0]["bbox"][2] -= 3
+
+    change(copy, edit)
+    monkeypatch.setattr(fitting, "CHANGED", 0.25)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("labels/*.png")}
+    label(copy, "coco", out, quick, fit=True)
+    assert (out / "classifier.safetensors").read_bytes() == written
+    after = [path.name for path in before if path.stat().st_mtime_ns != before[path]]
+    assert after == ["image0.png"]
+    monkeypatch.setattr(fitting, "CHANGED", 0.1)
+    label(copy, "coco", out, quick, fit=True)
+    assert (out / "classifier.safetensors").read_bytes() != written
 
 
 def test_too_few_boxes_train_no_head(drawn, quick, tmp_path):

@@ -227,10 +227,11 @@ def test_suspicious_boxes_are_told():
         (2, "tiny"),
         (4, "outside"),
         (5, "covering"),
+        (6, "empty"),
         (6, "outside"),
     ]
     assert found[0].why == "95 % of box 0"
-    assert found[4].why == "by 120 pixels"
+    assert found[5].why == "by 120 pixels"
     assert suspicious(torch.zeros(0, 4), (80, 100)) == []
 
 

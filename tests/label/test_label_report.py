@@ -7,10 +7,10 @@ import urllib.error
 import urllib.request
 
 import pytest
-from label_data import change, label
 
 from bapnal.label import report
 from bapnal.label.report import serve, write_report
+from label_data import change, label
 
 
 @pytest.fixture

@@ -249,3 +249,28 @@ def test_lightning(tmp_path):
         trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     assert seen[-1] < seen[0]
     assert trainer.optimizers[0].param_groups[0]["lr"] < 0.005  # the schedule came to its end
+
+
+def test_torchvision_mask_rcnn():
+    from torch.nn.functional import avg_pool2d
+
+    import torchvision_mask_rcnn as integration
+    from bapnal import InstanceLabelGenerator
+
+    images, boxes, labels = boxed()
+    images[:, :, 8:48, 8:40] = images[:, :, 8:48, 8:40] // 4  # an object to be found
+    generate = InstanceLabelGenerator(lambda crops: avg_pool2d(crops.float() - 100, 8))
+    target = integration.target(generate, images[0], boxes[0], labels[0])
+    assert target["masks"].shape == (2, 64, 64)
+    sizes = {"min_size": 64, "max_size": 64, "box_batch_size_per_image": 8}
+    model = integration.build(num_classes=CLASSES, **sizes)
+    value = integration.loss(model, [images[0]], [target])
+    assert set(model([images[0] / 255], [target])) >= {"loss_mask", "loss_classifier"}
+    value.backward()
+    assert value.isfinite()
+    weight = model.roi_heads.mask_predictor.mask_fcn_logits.weight
+    assert weight.grad.abs().sum() > 0
+    weight.grad = None
+    target["masks"][1] = 0  # nothing is reliable: the mask head learns nothing
+    integration.loss(model, [images[0]], [target]).backward()
+    assert weight.grad.abs().sum() == 0

@@ -89,16 +89,24 @@ def test_mask_and_splits(root):
             r"a\.xml: object 0 must be one of aero.*, got 'wolf'",
         ),
         (
-            f"<annotation>{an_object(x1=7, x2=6)}</annotation>",
-            r"a\.xml: box 0 must have xmin <= xmax and ymin <= ymax, got xmin=7 .*xmax=6",
+            f"<annotation>{an_object(x1=7, x2=5)}</annotation>",
+            r"a\.xml: object 0 must have a box of no negative size, got corners 6 0 5 10",
         ),
         (
             f"<annotation>{an_object(x1='nan')}</annotation>",
-            r"a\.xml: xmin of box 0 must be a number, got 'nan'",
+            r"a\.xml: object 0 must have numbers of at most 1e\+06, got 'nan'",
+        ),
+        (
+            f"<annotation>{an_object(x2='1e300')}</annotation>",
+            r"a\.xml: object 0 must have numbers of at most 1e\+06, got '1e300'",
+        ),
+        (
+            f"<annotation>{an_object(name=' ')}</annotation>",
+            r"a\.xml: object 0 must have a name, has none",
         ),
         (
             "<annotation><object><name>dog</name></object></annotation>",
-            r"a\.xml: xmin of box 0 must be a number, got None",
+            r"a\.xml: object 0 must have numbers of at most 1e\+06, got None",
         ),
         (
             f"<annotation>{an_object()}{an_object(x2=30)}</annotation>",
@@ -131,6 +139,32 @@ def test_what_is_missing_is_named(root):
             read("b")
     with pytest.raises(FileNotFoundError, match="must hold a folder JPEGImages, has none"):
         Devkit(root / "JPEGImages")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[0, 1000, 4095]], np.uint16), [0, 62, 255]),
+        (np.array([[-5, 0, 5]], np.int32), [0, 128, 255]),
+        (np.array([[0.25, 0.35, 0.75]], np.float32), [0, 51, 255]),
+    ],
+)
+def test_deep_images_are_read_as_for_labelling(root, values, expected):
+    path = root / "JPEGImages/deep.png"
+    kind = "PNG" if values.dtype == np.uint16 else "TIFF"
+    Image.fromarray(values).save(path, format=kind)
+    assert Devkit(root).image("deep")[:, 0].tolist() == [expected] * 3
+
+
+def test_transparent_images_lie_on_white_and_turned_ones_as_they_are_stored(root):
+    Image.new("RGBA", (2, 1), (9, 9, 9, 0)).save(root / "JPEGImages/clear.png")
+    assert (Devkit(root).image("clear") == 255).all()
+    turned = Image.new("RGB", (6, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(root / "JPEGImages/turned.jpg", exif=exif)
+    assert Devkit(root).image("turned").shape == (3, 4, 6)
+    assert Devkit(root).size("turned") == (4, 6)
 
 
 def test_broken_files_are_named(root):

@@ -52,6 +52,9 @@ def drawn(tmp_path_factory):
             (out / "unaries").mkdir(exist_ok=True)
             maps = {"background": np.zeros(size, np.float16), "classes": np.array([1])}
             np.savez(out / f"unaries/{name}.npz", foreground=np.ones((1, *size), "float16"), **maps)
+    some = devkit.names("val")[0]  # the test set has neither boxes nor masks
+    devkit.image_path(some).with_stem("test_0").write_bytes(devkit.image_path(some).read_bytes())
+    (root / "ImageSets/Segmentation/test.txt").write_text("test_0\n")
     for pool in ("gap", "bap"):
         settings = train_classifier.Settings(
             out=runs / pool, pool=pool, backbone="small", channels_last=False, **where

@@ -18,6 +18,7 @@ from scipy.io import savemat
 import bapnal
 import shapes
 from bapnal import DenseCRF, PseudoLabelGenerator, RidgeBoxClassifier, paint_boxes
+from bapnal.label.files import only_one
 from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map, write_label_map
 from bapnal_recipes.data.voc import Devkit
 from bapnal_recipes.engine.commands import cli, run
@@ -140,7 +141,7 @@ def test_network_writes_both_maps_where_they_agree_and_the_unaries(settings, cla
 
 def test_finished_run_gives_the_stored_result(settings, monkeypatch):
     first = main(settings)
-    monkeypatch.setattr(generate_labels, "_label", None)
+    monkeypatch.setattr(generate_labels, "write_label_map", None)  # is not asked again
     assert main(settings) == first
     assert main(replace(settings, machines=replace(CPU, workers=1))) == first
 
@@ -189,10 +190,10 @@ def test_images_are_shared_out_among_processes(settings, monkeypatch, tmp_path):
             return getattr(self.inner, name)
 
     def gather(fabric, mine):
-        parts.append([one.name for one in mine[0]])
+        parts.append([one.name for one in mine.done])
         return [mine]
 
-    monkeypatch.setattr(generate_labels, "_gather", gather)
+    monkeypatch.setattr(generate_labels, "gather", gather)
     monkeypatch.setattr(generate_labels.Together, "fail", lambda self, error: None)
     for rank in (1, 0):
         monkeypatch.setattr(generate_labels, "launch", lambda _, rank=rank: Rank(rank))
@@ -245,6 +246,100 @@ def test_broken_images_are_skipped_and_counted(settings, tmp_path):
     assert len(list((mine.out / "crf").iterdir())) == 4
 
 
+def test_an_image_that_memory_cannot_hold_is_skipped(settings, monkeypatch):
+    large, *others = names(settings)
+    make = generate_labels.make_labeller
+
+    def short(*args):
+        label = make(*args)
+
+        def one(sample, clock):
+            if sample.name == large:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            if sample.name == others[0]:
+                raise MemoryError
+            return label(sample, clock)
+
+        return one
+
+    monkeypatch.setattr(generate_labels, "make_labeller", short)
+    scores = main(settings)["scores"]
+    assert scores["skipped"] == [large, others[0]]
+    assert scores["errors"][large] == f"{large} needs more memory than there is"
+    monkeypatch.undo()
+    assert main(settings)["scores"]["skipped"] == []
+
+    def broken(*_):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(generate_labels, "make_labeller", lambda *_: broken)
+    (settings.out / "crf" / f"{large}.png").unlink()
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(settings)
+
+
+def test_what_lies_under_a_label_may_change(settings, tmp_path):
+    """Another image, another annotation, other weights: labels of the old ones do not stay."""
+    mine = replace(copied(settings, tmp_path), method="box")
+    first, second, *rest = names(mine)
+    main(mine)
+    whole, times = files(mine.out), {p: p.stat().st_mtime_ns for p in mine.out.rglob("*.png")}
+    photo = mine.root / "JPEGImages" / f"{first}.jpg"
+    photo.touch()  # the same image at another time
+    other = (mine.root / "JPEGImages" / f"{rest[0]}.jpg").read_bytes()
+    assert main(mine)["scores"]["images"] == 4
+    assert {p: p.stat().st_mtime_ns for p in mine.out.rglob("*.png")} == times
+    photo.write_bytes(other)
+    annotation = mine.root / "Annotations" / f"{second}.xml"
+    annotation.write_text(annotation.read_text().replace("<difficult>0", "<difficult>1"))
+    assert main(mine)["scores"]["images_timed"] == 2
+    changed = {p.stem for p, when in times.items() if p.stat().st_mtime_ns != when}
+    assert changed == {first, second}
+    assert files(mine.out) != whole
+
+
+def test_other_weights_of_a_backbone_are_noticed(settings, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    path = tmp_path / "w.safetensors"
+    mine = replace(
+        settings,
+        method="agnostic",
+        backbone="test_efficientnet",
+        weights=str(path),
+        classifier=None,
+    )
+    save_file(timm.create_model("test_efficientnet").state_dict(), path)
+    main(mine)
+    save_file(timm.create_model("test_efficientnet").state_dict(), path)
+    with pytest.raises(ValueError, match="weights_sha256"):
+        main(mine)
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(settings):
+    with only_one(settings.out), pytest.raises(OSError, match="is being written to by process"):
+        main(settings)
+    assert not (settings.out / "result.json").exists()
+
+
+def test_names_like_markup_are_shown_as_they_are(settings, tmp_path, capsys):
+    mine = copied(settings, tmp_path)
+    mine = replace(mine, out=tmp_path / "[red]" / "b]", method="box")
+    name = names(mine)[0]
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        path = mine.root / folder / f"{name}.{suffix}"
+        path.rename(path.with_name(f"a[red].{suffix}"))
+    path = mine.root / "ImageSets/Segmentation" / f"{mine.split}.txt"
+    path.write_text(path.read_text().replace(name, "a[red]"))
+    (mine.root / "JPEGImages/a[red].jpg").write_bytes(b"broken [/b]")
+    with pytest.raises(ValueError, match=r"1 of 4 images skipped"):
+        generate_labels.command(mine)
+    shown = capsys.readouterr().err
+    assert "skipped a[red]: " in shown
+    assert f"3 images labelled in {mine.out}" in shown
+
+
 def test_full_disk_ends_the_run(settings, monkeypatch):
     def full(path, labels):
         if path.parent.name == "ret":
@@ -292,7 +387,7 @@ def test_search_replaces_generator_and_crf(settings, tmp_path):
     with pytest.raises(ValueError, match=r"must be a result of search\.py.* \(.*size.*\): search"):
         main(replace(settings, search=path, out=tmp_path / "other"))
     path.write_text(json.dumps({"scores": {}}))
-    with pytest.raises(ValueError, match=r"must be a result of search\.py: KeyError\('best'\)"):
+    with pytest.raises(ValueError, match=r"must be a result of search\.py: 'best' is missing"):
         main(replace(settings, search=path, out=tmp_path / "other"))
 
 
@@ -359,7 +454,7 @@ def test_ridge_fits_itself_and_keeps_what_it_found(ridge, tmp_path, monkeypatch)
     torch.testing.assert_close(found.weight, own.solve(), rtol=1e-4, atol=1e-5)
     whole = files(ridge.out)
     (ridge.out / "crf" / f"{names(ridge)[0]}.png").unlink()
-    monkeypatch.setattr(generate_labels, "solve_classifier", None)  # is not asked again
+    monkeypatch.setattr(generate_labels, "write_solved_classifier", None)  # is not asked again
     main(ridge)
     assert files(ridge.out) == whole
     by_file = replace(ridge, method="network", classifier=ridge.out / "classifier.pt")

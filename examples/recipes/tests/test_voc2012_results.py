@@ -269,3 +269,25 @@ def test_plain_rows_have_their_numbers_among_the_settings(tmp_path):
     assert m.scores == {"miou": 80.5}
     assert m.seeds == (("seed", 2),)
     assert m.more["versions"]["python"]
+
+
+def test_labels_without_a_result_are_given():
+    made = {"settings": {"loss": "nal", "labels": "downloads/Generation"}, "scores": {}}
+    facts, _ = results.follow({"segmentation": made})
+    assert facts["labels.method"] == "given"
+    assert facts["made elsewhere"] == "Generation"
+
+
+@pytest.mark.parametrize(
+    ("weights", "settings", "initial"),
+    [
+        ({"trained_on": "coco"}, {"weights": "imagenet.pth"}, "coco"),
+        (None, {"weights": None}, "imagenet"),
+        (None, {"weights": "random"}, "random"),
+        (None, {"weights": "resnet101_coco.pth"}, "unknown"),
+    ],
+)
+def test_what_weights_were_trained_on_is_never_guessed(weights, settings, initial):
+    made = {"settings": {"loss": "nal", **settings}, "scores": {}}
+    made |= {"weights": weights} if weights else {}
+    assert results.follow({"segmentation": made})[0]["stage3.initial"] == initial

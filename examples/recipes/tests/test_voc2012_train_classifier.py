@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 import shapes
+from bapnal.label.files import only_one
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit
-from bapnal_recipes.engine import stage
+from bapnal_recipes.engine import box_classification, stage
+from bapnal_recipes.engine.box_classification import pooling, schedule
 from bapnal_recipes.engine.commands import cli, run
 from bapnal_recipes.engine.logs import Logging
 from bapnal_recipes.engine.machines import Machines
@@ -21,12 +23,7 @@ from bapnal_recipes.engine.runs import as_json
 from bapnal_recipes.engine.trainer import TrainingPlan
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import train_classifier
-from bapnal_recipes.voc2012.train_classifier import (
-    PRESETS,
-    Settings,
-    main,
-    schedule,
-)
+from bapnal_recipes.voc2012.train_classifier import PRESETS, Settings, main
 
 SCRIPT = Path(train_classifier.__file__)
 CPU = Machines(accelerator="cpu", workers=0)
@@ -131,7 +128,7 @@ def test_the_result_says_what_was_run(finished):
     assert found["scores"]["steps"] == 30
     assert found["seconds"] > 0
     assert found["peak_memory_bytes"]["host"] > 0
-    present = sorted(path.name for path in settings.out.iterdir())
+    present = sorted(path.name for path in settings.out.glob("[!.]*"))
     assert present == ["classifier.pt", "logs", "result.json", "settings.json"]
 
 
@@ -142,7 +139,7 @@ def test_it_learns_and_the_classifier_comes_back(finished, root):
     assert classifier.settings == as_json(settings)
     assert classifier.weight.shape == (7, classifier.features.channels)
     assert not classifier.features.training
-    pool = train_classifier.pooling(settings)
+    pool = pooling(settings)
     devkit = Devkit(root, shapes.CLASSES)
     with torch.no_grad():
         losses = []
@@ -150,13 +147,13 @@ def test_it_learns_and_the_classifier_comes_back(finished, root):
             image, annotation = devkit.annotated(name)
             out = pool(classifier.features(image[None]), [annotation.boxes], (64, 64))
             pair = (classifier.weight, [annotation.labels])
-            losses.append(train_classifier.box_classification_loss(out, *pair))
+            losses.append(box_classification.box_classification_loss(out, *pair))
     assert torch.stack(losses).mean() < 0.75 * torch.tensor(7.0).log()
 
 
 def test_a_finished_run_returns_what_it_found(finished, monkeypatch):
     settings, found = finished
-    monkeypatch.setattr(train_classifier, "build_features", None)
+    monkeypatch.setattr(box_classification, "build_features", None)
     assert main(change(settings, machines=Machines(devices=3))) == found
     with pytest.raises(ValueError, match=r"belongs to another run \(pool='bap' there, 'gap' now\)"):
         main(change(settings, pool="gap"))
@@ -172,7 +169,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
     settings = change(settings, backbone="test_efficientnet", weights="random", iterations=6)
     whole = weights_of(change(settings, out=tmp_path / "whole"))
     broken = change(settings, checkpoint_interval=2)
-    loss = train_classifier.box_classification_loss
+    loss = box_classification.box_classification_loss
     calls = []
 
     def fails_once(*args, **options):
@@ -181,10 +178,10 @@ def test_an_interrupted_run_ends_with_the_same_weights(settings, tmp_path, monke
             raise KeyboardInterrupt
         return loss(*args, **options)
 
-    monkeypatch.setattr(train_classifier, "box_classification_loss", fails_once)
+    monkeypatch.setattr(box_classification, "box_classification_loss", fails_once)
     with pytest.raises(KeyboardInterrupt):
         main(broken)
-    present = sorted(path.name for path in broken.out.iterdir())
+    present = sorted(path.name for path in broken.out.glob("[!.]*"))
     assert present == ["last.ckpt", "settings.json"]
     continued = weights_of(broken)
     assert len(calls) == 4 + 6 - 2
@@ -217,7 +214,7 @@ def test_two_processes_train_what_one_does(pretrained, tmp_path, two_processes):
 
 
 def groups(settings):
-    run = train_classifier.ClassifierStage(settings)
+    run = train_classifier.VocClassifierStage(settings)
     network = run.build_network()
     return network, run.optimizer(network).param_groups
 
@@ -328,13 +325,20 @@ def test_difficult_objects_can_be_left_out(settings, few):
         main(change(settings, difficult=False))
 
 
+def test_a_folder_that_another_process_writes_is_left_alone(settings, tmp_path):
+    mine = change(settings, out=tmp_path / "taken")
+    with only_one(mine.out), pytest.raises(OSError, match="is being written to by process"):
+        main(mine)
+    assert not (mine.out / "result.json").exists()
+
+
 def line_of(settings, capsys):
     """Run as a script does, and return the one line that it ends with."""
     with pytest.raises(SystemExit) as caught:
         run(main, settings)
     assert caught.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert {path.name for path in settings.out.glob("*")} <= {"settings.json"}
+    assert {path.name for path in settings.out.glob("[!.]*")} <= {"settings.json"}
     return line
 
 
@@ -417,7 +421,7 @@ def test_less_than_an_image_for_each_rank_is_too_little():
 
 def test_a_classifier_keeps_its_poolings(tmp_path):
     """Which leave no trace in the weights."""
-    features = train_classifier.build_features("vgg16", "random", fifth_pooling=True)
+    features = box_classification.build_features("vgg16", "random", fifth_pooling=True)
     given = {"backbone": "vgg16", "stride": 8, "fifth_pooling": True, "channels_last": False}
     content = {"settings": given, "classes": ["a"], "features": features.state_dict()}
     torch.save({**content, "weight": torch.zeros(2, 1024)}, tmp_path / "classifier.pt")
@@ -471,7 +475,9 @@ def test_the_script_trains_and_says_what_is_wrong(settings, capsys, monkeypatch)
     monkeypatch.setattr(sys, "argv", command)
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert load_classifier(settings.out / "classifier.pt").settings["iterations"] == 1
-    assert capsys.readouterr().out.startswith("loss ")
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "weights: random"
+    assert last.startswith("loss ")
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert capsys.readouterr().out.startswith(f"{settings.out} is finished, loss ")
     monkeypatch.setattr(sys, "argv", [*command, "--batch-size", "0"])

@@ -298,7 +298,7 @@ def test_a_network_says_where_its_weights_are_from(tmp_path, monkeypatch):
     torch.save(vgg(), tmp_path / "vgg.pth")
     weights = known_weights("vgg16", str(tmp_path / "vgg.pth"), trained_on="imagenet")
     told = origin(build_features("vgg16", weights), None, None)
-    assert told == {"source": weights.source, "trained_on": "imagenet"}
+    assert told == {"source": weights.source, "trained_on": "imagenet", "from_caffe": True}
     small = origin(build_features("small"), None, None)
     assert small == {"source": "random", "trained_on": "random"}
 

@@ -2,17 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import coco_files
 import pytest
 import yaml
 
 import shapes
 
 pytest.importorskip("snakemake", reason="Snakemake is not installed (extra workflow)")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 RECIPES = Path(__file__).parents[1]
 PREFORK = Path(__file__).with_name("prefork.py")
@@ -20,7 +24,7 @@ COMMON = "--accelerator cpu --workers 0"
 TRAINING = f"{COMMON} --no-tensorboard --batch-size 4 --iterations 2 --weights random"
 TARGETS = (
     *("table1", "table3", "table4", "table5", "figure1b", "all"),
-    *("supplement_table1", "supplement_table2"),
+    *("supplement_table1", "supplement_table2", "test_set"),
 )
 
 
@@ -42,9 +46,12 @@ def server(tmp_path_factory):
 def workplace(tmp_path_factory):
     """A folder with 12 images, and the settings of a workflow of small networks on them."""
     folder = tmp_path_factory.mktemp("workflow")
-    root = shapes.write_shapes(folder / "devkit", 12, 4, 64, seed=0)
+    root = shapes.write_shapes(folder / "a devkit", 12, 4, 64, seed=0)
     lists = root / "ImageSets/Segmentation"
     (lists / "train_aug.txt").write_text((lists / "train.txt").read_text())
+    photo = next((root / "JPEGImages").iterdir())  # the test set has images alone
+    shutil.copy(photo, photo.with_stem("test_0"))
+    (lists / "test.txt").write_text("test_0\n")
     config = {
         "data": str(root),
         "runs": "runs",
@@ -106,11 +113,18 @@ def test_each_row_comes_from_what_its_table_says(finished):
     assert settings("stage3/v1_nal_gap-0/result.json")["labels"] == "runs/labels/gap-0/train_aug"
 
 
+def test_archives_for_the_test_server_are_packed(finished):
+    with tarfile.open(finished / "runs/test/v2_semi-0.tgz") as archive:
+        names = archive.getnames()
+    assert names == ["results/VOC2012/Segmentation/comp6_test_cls/test_0.png"]
+
+
 def test_what_is_finished_is_not_run_again(finished, server):
     code, log = snakemake(finished, server, "-n", *TARGETS)
     assert code == 0
     assert "Nothing to be done" in log
-    (finished / "runs/scores/labels/box-0-val.json").unlink()
+    for path in ("scores/labels/box-0-val.json", "pages/table1/tables.md"):
+        (finished / "runs" / path).unlink()
     _, log = snakemake(finished, server, "-n", "table1")
     jobs = log[log.index("Job stats:") :].split("Reasons:")[0]
     assert "label_scores" in jobs
@@ -145,3 +159,46 @@ def test_weights_are_taken_by_what_they_are_for(workplace, server):
     assert f"--weights {folder}/resnet101_coco.pth --trained-on coco" in log
     _, log = snakemake(workplace, server, "-n", "supplement_table6", *options)
     assert "resnet101_imagenet" not in log
+
+
+def test_a_search_serves_its_labels_and_its_images_do_not_count(workplace, server):
+    _, log = snakemake(workplace, server, "-n", "table1", "--config", "search=true", "runs=others")
+    commands = [line for line in log.splitlines() if "Shell command" in line]
+
+    def command(*parts):
+        found = [line for line in commands if all(part in line for part in parts)]
+        assert len(found) == 1, parts
+        return found[0]
+
+    assert "--search others/search/gap-0/result.json" in command("--out others/labels/gap-0/val")
+    assert "--search" not in command("--out others/labels/bap_cam-0/val")
+    for name in ("bap", "box"):
+        exclude = " --exclude others/search/bap-0/images.txt "
+        assert exclude in command(f"scores/labels/{name}-0-val.json", "evaluate")
+        assert exclude not in command(f"scores/labels/{name}-0-train.json", "evaluate")
+
+
+def test_the_tables_on_coco_take_a_classifier_of_each_data_set(workplace, server):
+    root = coco_files.write_coco(workplace / "coco", train=3, val=2)
+    options = ("--config", f"coco={root}", "coco_runs=coco_runs", "runs=others", "seeds=2")
+    code, log = snakemake(workplace, server, "-n", "coco_table2", "coco_table6", *options)
+    assert code == 0, log[-6000:]
+    commands = [line for line in log.splitlines() if "Shell command" in line]
+
+    def command(*parts):
+        found = [line for line in commands if all(part in line for part in parts)]
+        assert len(found) == 1, parts
+        return found[0]
+
+    own = command("coco.generate_labels", "--out coco_runs/labels/coco-1 ")
+    assert "--classifier coco_runs/stage1/bap-1/classifier.pt" in own
+    other = command("coco.generate_labels", "--out coco_runs/labels/voc-0 ")
+    assert "--classifier others/stage1/bap-0/classifier.pt" in other
+    assert "--method truth" in command("coco.generate_labels", "--out coco_runs/labels/truth-0 ")
+    detector = command("coco.train_detector", "--out coco_runs/stage3/voc_ret-1 ")
+    assert "--labels coco_runs/labels/voc-1 --supervision ret" in detector
+    for seed in (0, 1):  # the ground truth is one, whatever the seed of the detector
+        full = command("coco.train_detector", f"--out coco_runs/stage3/truth-{seed} ")
+        assert "--labels coco_runs/labels/truth-0 --supervision masks" in full
+    assert "--split train" in own
+    assert "--method grabcut" in command("coco.generate_labels", "labels/grabcut-0 ")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from bapnal.label.files import load_json, one_line
 from bapnal.label.sources import (
@@ -129,22 +129,22 @@ def read_voc(images: Path, annotations: Path, classes: Sequence[str] = ()) -> Da
     names = [name for name in found if name in stated]
     read = [read_voc_file(annotations / f"{name}.xml") for name in names]
     if not classes:
-        used = {label for labels, _, _ in read for label in labels}
+        used = {name for file in read for name in file.names}
         classes = VOC_CLASSES if used <= set(VOC_CLASSES) else sorted(used)
     label_of = {name: label for label, name in enumerate(classes, start=1)}
     entries, ids = [], 0
-    for number, (name, (labels, boxes, size)) in enumerate(zip(names, read, strict=True), start=1):
-        for i, label in enumerate(labels):
+    for number, (name, file) in enumerate(zip(names, read, strict=True), start=1):
+        for i, label in enumerate(file.names):
             if label not in label_of:
                 raise ValueError(
                     f"{annotations / name}.xml: object {i} must be one of {', '.join(classes)}, "
                     f"got {label!r}"
                 )
-        own = list(range(ids + 1, ids + 1 + len(labels)))
-        ids += len(labels)
-        path, numbers = found[name], [label_of[label] for label in labels]
+        own = list(range(ids + 1, ids + 1 + len(file.names)))
+        ids += len(file.names)
+        path, numbers = found[name], [label_of[label] for label in file.names]
         entries.append(
-            LabelledImage(name, path.name, path, number, boxes, numbers, own, False, size)
+            LabelledImage(name, path.name, path, number, file.boxes, numbers, own, False, file.size)
         )
     left_out = {
         "images without annotation": len(found) - len(names),
@@ -153,8 +153,24 @@ def read_voc(images: Path, annotations: Path, classes: Sequence[str] = ()) -> Da
     return DataSet(tuple(classes), tuple(range(1, len(classes) + 1)), entries, left_out)
 
 
-def read_voc_file(path: Path) -> tuple[list[str], list[Box], tuple[int, int] | None]:
-    """Return the class names and boxes of one VOC annotation, and the size that it states.
+class VocFile(NamedTuple):
+    """What one VOC annotation says.
+
+    Attributes:
+        names: The class of each object.
+        boxes: Their boxes, half open.
+        difficult: Whether each is marked as difficult.
+        size: Height and width, where they are stated.
+    """
+
+    names: list[str]
+    boxes: list[Box]
+    difficult: list[bool]
+    size: tuple[int, int] | None
+
+
+def read_voc_file(path: Path) -> VocFile:
+    """Read one VOC annotation.
 
     Raises:
         ValueError: If it cannot be read, or an object has no name or no box.
@@ -166,17 +182,18 @@ def read_voc_file(path: Path) -> tuple[list[str], list[Box], tuple[int, int] | N
     except (ElementTree.ParseError, DefusedXmlException, ValueError, LookupError) as error:
         reason = one_line(error)
         raise ValueError(f"{path} must be an XML annotation: {reason}") from error
-    labels, boxes = [], []
+    names, boxes, difficult = [], [], []
     for i, entry in enumerate(tree.findall("object")):
         name = (entry.findtext("name") or "").strip()
         if not name:
             raise ValueError(f"{path}: object {i} must have a name, has none")
-        labels.append(name)
+        names.append(name)
+        difficult.append((entry.findtext("difficult") or "").strip() == "1")
         corners = [entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         xmin, ymin, xmax, ymax = numbers_of(f"{path}: object {i}", corners)
         boxes.append(checked_box(f"{path}: object {i}", (xmin - 1, ymin - 1, xmax, ymax)))
     sides = [(tree.findtext(f"size/{side}") or "").strip() for side in ("height", "width")]
-    return labels, boxes, stated_size(sides)
+    return VocFile(names, boxes, difficult, stated_size(sides))
 
 
 # YOLO

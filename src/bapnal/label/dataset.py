@@ -28,7 +28,7 @@ from bapnal import __version__
 from bapnal.label.annotations import read_boxes
 from bapnal.label.backbone import TimmFeatures
 from bapnal.label.export import EXPORTS, Record, finish_exports
-from bapnal.label.files import one_line, only_one, read_json, whole, write_json
+from bapnal.label.files import one_line, only_one, out_of_memory, read_json, whole, write_json
 from bapnal.label.fitted import make_labeler
 from bapnal.label.fitting import fit_classifier, fit_head
 from bapnal.label.label_maps import voc_palette
@@ -47,6 +47,7 @@ from bapnal.label.sources import DataSet, LabelledImage
 from bapnal.label.summary import summarize
 from bapnal.label.workers import LocalTeam, SkipError, Team, cores, set_threads
 
+MANY_BOXES = 2_000  # from which on training a head at most doubles the time
 Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
 
 
@@ -59,7 +60,7 @@ def label_dataset(
     data_yaml: Path | None = None,
     classes: Sequence[str] = (),
     fit: bool = False,
-    refine: bool = False,
+    refine: bool | None = False,
     workers: int | None = None,
     ray: str | None = None,
     options: Options | None = None,
@@ -75,7 +76,8 @@ def label_dataset(
         data_yaml: Names of the classes (YOLO); by default the nearest ``data.yaml``.
         classes: Names of the classes 1, 2, ... (VOC); by default VOC's twenty or those found.
         fit: Fit a classifier to the boxes first, in closed form.
-        refine: Train a head on the boxes first.
+        refine: Train a head on the boxes first; None where that pays: with many boxes, without a
+            classifier.
         workers: Number of processes of one thread each; by default one per core, or per GPU.
         ray: Where the workers are: ``"local"`` or the address of a Ray; None for processes of
             this machine. ``images`` and ``out`` then lie on a path that all machines see.
@@ -103,7 +105,7 @@ def label_dataset(
         if fit:
             weights = fit_classifier(out, source, network, options, team, progress)
             options = options._replace(classifier=weights)
-        if refine:
+        if pays(source, options) if refine is None else refine:
             options = fit_head(out, source, network, options, team, progress)
         broken: dict[str, str] = {}
         start = partial(_start, out, options, source.classes, team.threads)
@@ -120,7 +122,13 @@ def label_dataset(
     return summary
 
 
-def _check_options(options: Options, workers: int | None, fit: bool, refine: bool) -> None:
+def pays(source: DataSet, options: Options) -> bool:
+    """Whether a head takes less time to train than the boxes take to be labelled."""
+    boxes = sum(len(image.boxes) for image in source.images)
+    return boxes >= MANY_BOXES and options.classifier is None
+
+
+def _check_options(options: Options, workers: int | None, fit: bool, refine: bool | None) -> None:
     if options.crf not in CRFS:
         raise ValueError(f"crf must be one of {', '.join(CRFS)}, got {options.crf!r}")
     for name in options.exports:
@@ -214,7 +222,6 @@ def _reason(image: LabelledImage, error: Exception) -> str:
     """Why an image is skipped; other errors than its own are raised."""
     if isinstance(error, ValueError):
         return one_line(error)
-    short = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "alloc" in str(error)
-    if not short:
+    if not out_of_memory(error):
         raise error
     return f"{one_line(image.path)} needs more memory than there is: see max_pixels"

@@ -26,6 +26,7 @@ from bapnal.label.files import read_json, whole
 from bapnal.label.label_maps import write_label_map
 from bapnal.label.polygons import joined, mask_polygons
 from bapnal.label.sources import DataSet
+from bapnal.label.stored import check_record
 
 EXPORTS = ("coco", "yolo", "voc")
 MOST_OBJECTS = 254  # a byte per pixel, without background and 255
@@ -41,13 +42,40 @@ def encode(mask: NDArray[np.bool_]) -> str:
 
 
 def decode(counts: str, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the mask ``(H, W)`` that run lengths stand for."""
+    """Return the mask ``(H, W)`` that run lengths stand for.
+
+    Raises:
+        ValueError: If they do not cover the image exactly: pycocotools would write past its end.
+    """
     from pycocotools import mask as run_lengths
 
+    if sum(_runs(counts)) != size[0] * size[1]:
+        raise ValueError(f"run lengths of a mask must cover {size[1]} x {size[0]} pixels, do not")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of its arrays, with NumPy 2
         found = run_lengths.decode({"size": list(size), "counts": counts.encode("ascii")})
     return np.asarray(found).astype(bool)
+
+
+def _runs(counts: str) -> list[int]:
+    """The lengths in COCO's text: five bits per letter, differences from the third on."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in counts:
+        bits = ord(letter) - 48
+        if not 0 <= bits < 64:
+            return []
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        if runs[-1] < 0:
+            return []
+        value = shift = 0
+    return [] if shift else runs
 
 
 def record_path(out: Path, name: str) -> Path:
@@ -61,7 +89,10 @@ def read_record(out: Path, name: str) -> Record:
     Raises:
         ValueError: If the file is damaged.
     """
-    return read_json(record_path(out, name), dict, "depends", "height", "width", "boxes", "pixels")
+    path = record_path(out, name)
+    record = read_json(path, dict)
+    check_record(path, record)
+    return record
 
 
 def export_paths(out: Path, name: str, export: str) -> list[Path]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import platform
 import secrets
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,6 +98,65 @@ def load_json(path: Path) -> Any:
         raise ValueError(f"{path} must be a JSON file: brackets are nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path} must be a JSON file: {error}") from error
+
+
+@contextmanager
+def expecting(path: Path, what: str) -> Iterator[None]:
+    """Name the file, whatever a damaged or a foreign one leads to.
+
+    Args:
+        path: The file that is read and used inside.
+        what: What it must be.
+
+    Raises:
+        ValueError: If anything goes wrong but the import of a package.
+
+    Example:
+        >>> with expecting(Path("a.json"), "a list of boxes"):
+        ...     {}["boxes"]
+        Traceback (most recent call last):
+        ValueError: a.json must be a list of boxes: 'boxes' is missing
+    """
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        reason = one_line(reason) or type(error).__name__
+        short = textwrap.shorten(reason, 200, placeholder=" ...")
+        raise ValueError(f"{path} must be {what}: {short}") from error
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """Return size, time of change and digest of a file, for :func:`is_unchanged`.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    found = path.stat()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": digest}
+
+
+def is_unchanged(path: Path, known: dict[str, Any]) -> bool:
+    """Whether a file holds what it held; one of another time but the same content does.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    found = path.stat()
+    if [known["bytes"], known["mtime_ns"]] == [found.st_size, found.st_mtime_ns]:
+        return True
+    return bool(known["sha256"] == file_identity(path)["sha256"])
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, as Python, torch and CUDA say so in different ways."""
+    import torch
+
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "alloc" in str(error))
 
 
 def one_line(text: object) -> str:

@@ -6,7 +6,6 @@ holds its network as well and knows its classes by name.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 from bapnal import FeatureHead
 from bapnal.instance_refine import MaskHead
 from bapnal.label.backbone import TimmFeatures, read_state
+from bapnal.label.files import expecting
 from bapnal.label.labeler import Labeler
 from bapnal.label.record import Options
 
@@ -91,23 +91,31 @@ def _recipe(path: Path) -> Fitted | None:
         return None
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError):
+    except Exception:  # whatever unpickling runs into; it is read again, and named
         return None
     if not (isinstance(content, dict) and {"settings", "features", "weight"} <= content.keys()):
         return None
-    settings = content["settings"]
+    with expecting(path, "a classifier.pt of the recipes"):
+        settings, classes = dict(content["settings"]), tuple(map(str, content["classes"]))
+        weight, features = _tensor(content["weight"]), dict(content["features"])
     name = settings.get("backbone")
     try:
         untrained = bool(settings.get("untrained"))
-        network = TimmFeatures(name, "random", settings["stride"], normalize=untrained)
-        network.load_state_dict(content["features"])
-    except (KeyError, ValueError, RuntimeError) as error:
+        network = TimmFeatures(str(name), "random", settings["stride"], normalize=untrained)
+        network.load_state_dict(features)
+    except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{path} must be of one of timm's networks to label with, is of {name!r}: label with "
             f"generate_labels of the recipes"
         ) from error
     network.source, network.pretrained = str(path), True
-    return Fitted(content["weight"], network, tuple(content["classes"]))
+    return Fitted(weight, network, classes)
+
+
+def _tensor(value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"weight is a {type(value).__name__}")
+    return value
 
 
 def _for_classes(path: Path | None, fitted: Fitted, classes: Sequence[str]) -> Tensor | FeatureHead:

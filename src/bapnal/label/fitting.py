@@ -1,7 +1,8 @@
 """What labelling is fitted to before it starts: weights of the classes, and a head for the masks.
 
-Both come from the boxes alone, are kept in the folder of the results with a note of all that they
-depend on, and are used again by a run to which nothing of that has changed.
+Both come from the boxes alone and are kept in the folder of the results with a note of all that
+they depend on. A later run uses them again, unless a setting or more than a tenth of the images
+that they were fitted to have changed: so a corrected box changes the labels of its own image alone.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from bapnal import FeatureHead, MaskHead, RidgeBoxClassifier, __version__, fit_mask_head
 from bapnal.label.backbone import TimmFeatures, weights_digest
-from bapnal.label.files import read_json, whole, write_json
+from bapnal.label.files import one_line, read_json, whole, write_json
 from bapnal.label.fitted import make_labeler
 from bapnal.label.inputs import clip, reduce
 from bapnal.label.labeler import LARGE, Labeler
@@ -32,18 +33,25 @@ TOGETHER = 4  # images of equal shape whose features are computed at once
 IMAGES = 300  # that fitting looks at, more where classes are rare
 PER_CLASS = 40  # images of each class that it looks at, where there are so many
 FEWEST = 16  # boxes that a head can be trained on
+CHANGED = 0.1  # of the images fitted to: a fit is kept while no more of them have changed
+Note = dict[str, Any]
 Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
 
 
 def chosen_images(source: DataSet) -> list[LabelledImage]:
-    """Choose the images to fit to, by name: evenly spread ones, and enough of each class."""
-    boxed = sorted((image for image in source.images if image.labels), key=lambda x: x.name)
-    step = max(1, len(boxed) // IMAGES)
+    """Choose the images to fit to: some without order, and enough of each class.
+
+    A few images more or less in the data set change a few of those chosen.
+
+    Returns:
+        The images in an order that has no order, the same every time: by a digest of the name.
+    """
+    boxed = [image for image in source.images if image.labels]
+    boxed.sort(key=lambda x: hashlib.sha256(x.name.encode(errors="replace")).digest())
     seen: Counter[int] = Counter()
-    chosen = []
-    for i, image in enumerate(boxed):
-        rare = any(seen[label] < PER_CLASS for label in set(image.labels))
-        if rare or i % step == 0:
+    chosen: list[LabelledImage] = []
+    for image in boxed:
+        if len(chosen) < IMAGES or any(seen[label] < PER_CLASS for label in set(image.labels)):
             chosen.append(image)
             seen.update(set(image.labels))
     return chosen
@@ -64,8 +72,8 @@ def fit_classifier(
     from safetensors.torch import save
 
     chosen = chosen_images(source)
-    path, key = out / "classifier.safetensors", _key(chosen, network, options)
-    if _is_current(path, key):
+    path, note = out / "classifier.safetensors", _note(chosen, network, options)
+    if _is_current(path, note):
         return path
     ridge = RidgeBoxClassifier(network.channels, len(source.classes) + 1)
     chunks = [(i, chosen[i : i + CHUNK]) for i in range(0, len(chosen), CHUNK)]
@@ -79,7 +87,7 @@ def fit_classifier(
             ridge.gram += torch.as_tensor(gram)
             ridge.moment += torch.as_tensor(moment)
             following += CHUNK
-    _keep(path, key, save({"weight": ridge.solve().contiguous()}), len(chosen))
+    _keep(path, note, save({"weight": ridge.solve().contiguous()}))
     return path
 
 
@@ -102,49 +110,57 @@ def fit_head(
     refined = options.classifier is not None
     chosen = chosen_images(source)
     path = out / ("refined.safetensors" if refined else "head.safetensors")
-    key = _key(chosen, network, options)
-    if not _is_current(path, key):
+    note = _note(chosen, network, options)
+    if not _is_current(path, note):
         # One worker trains: the others would wait for it anyway.
         start = partial(_start_head, options, source.classes)
-        (done,) = progress("training a head", team.run([spread(chosen)], start), 1)
+        (done,) = progress("training a head", team.run([chosen], start), 1)
         if done.failure:
             raise ValueError(f"no head could be trained: {done.failure}")
         if done.result is None:
             return options
-        _keep(path, key, done.result, len(chosen))
+        _keep(path, note, done.result)
     return options._replace(classifier=path) if refined else options._replace(head=path)
 
 
-def spread(images: Sequence[LabelledImage]) -> list[LabelledImage]:
-    """Put images in an order that has no order, the same every time: by a digest of the name."""
-    return sorted(images, key=lambda x: hashlib.sha256(x.name.encode(errors="replace")).digest())
-
-
-def _key(chosen: Sequence[LabelledImage], network: TimmFeatures, options: Options) -> str:
-    """A digest of all that a fit depends on."""
+def _note(chosen: Sequence[LabelledImage], network: TimmFeatures, options: Options) -> Note:
+    """All that a fit depends on: settings, and each image with its boxes."""
     facts: list[Any] = [options.backbone, weights_digest(network), options.max_pixels, __version__]
     if options.classifier is not None:
         facts.append(hashlib.sha256(options.classifier.read_bytes()).hexdigest())
+    images = {}
     for image in chosen:
         try:
             found = image.path.stat()
             identity = [found.st_size, found.st_mtime_ns]
         except OSError:
             identity = []
-        facts.append([image.file, identity, image.boxes, image.labels])
+        images[one_line(image.file)] = _digest([identity, image.boxes, image.labels])
+    return {"settings": _digest(facts), "images": images}
+
+
+def _digest(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _is_current(path: Path, key: str) -> bool:
-    note = path.with_suffix(".json")
-    return path.is_file() and note.is_file() and read_json(note, dict).get("key") == key
+def _is_current(path: Path, now: Note) -> bool:
+    """Whether a fit is there of the same settings and, but for a few, the same images."""
+    kept = path.with_suffix(".json")
+    if not (path.is_file() and kept.is_file()):
+        return False
+    there = read_json(kept, dict)
+    images = there.get("images")
+    if there.get("settings") != now["settings"] or not isinstance(images, dict):
+        return False
+    changed = sum(images.get(file) != digest for file, digest in now["images"].items())
+    return bool(changed <= CHANGED * len(now["images"]))
 
 
-def _keep(path: Path, key: str, content: bytes, images: int) -> None:
+def _keep(path: Path, note: Note, content: bytes) -> None:
     path.with_suffix(".json").unlink(missing_ok=True)  # never the note of another file
     with whole(path) as unfinished:
         unfinished.write_bytes(content)
-    write_json(path.with_suffix(".json"), {"key": key, "images": images})
+    write_json(path.with_suffix(".json"), note)
 
 
 # What a worker does

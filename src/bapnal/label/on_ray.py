@@ -144,6 +144,7 @@ def ray_team(address: str, workers: int | None = None) -> Iterator[RayTeam]:
     own = not ray.is_initialized()
     if own:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its files tell the rest
         _join(address, workers)
     context = ray.data.DataContext.get_current()
     kept = context.enable_progress_bars, context.print_on_execution_start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from bapnal.label.export import (
     read_record,
     record_path,
 )
-from bapnal.label.files import one_line, write_json
+from bapnal.label.files import file_identity, is_unchanged, one_line, write_json
 from bapnal.label.images import MAX_PIXELS, Opened, read_rgb
 from bapnal.label.inputs import clip
 from bapnal.label.label_maps import IGNORE_INDEX, read_label_map, write_label_map
@@ -214,11 +213,9 @@ def depends(image: LabelledImage, labeler: Labeler) -> dict[str, Any]:
 def _identity(path: Path) -> dict[str, Any]:
     """Size, time of change and digest of a file."""
     try:
-        found = path.stat()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_identity(path)
     except OSError as error:
         raise ValueError(f"{path} must be an image: {one_line(error)}") from error
-    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "sha256": digest}
 
 
 def current_record(
@@ -237,9 +234,7 @@ def current_record(
         known = there.pop("image")
         if _compared(json.loads(json.dumps(depends(image, labeler)))) != _compared(there):
             return None
-        found = image.path.stat()
-        same = [known["bytes"], known["mtime_ns"]] == [found.st_size, found.st_mtime_ns]
-        if not same and known["sha256"] != _identity(image.path)["sha256"]:
+        if not _is_of(record, image) or not is_unchanged(image.path, known):
             return None
     except (ValueError, TypeError, KeyError, OSError):  # a damaged record is none
         return None
@@ -249,6 +244,16 @@ def current_record(
         if all(path.is_file() for path in export_paths(out, image.name, name))
     ]
     return record
+
+
+def _is_of(record: Record, image: LabelledImage) -> bool:
+    """Whether a record names the boxes of an image, as it does unless it was changed."""
+    label_of = dict(zip(image.ids, image.labels, strict=True))
+    return (
+        [record["name"], record["file"], record["id"]] == [image.name, image.file, image.number]
+        and all(label_of.get(box["id"]) == box["label"] for box in record["boxes"])
+        and all(entry["class"] in image.labels for entry in record["suspicious"])
+    )
 
 
 def _compared(known: dict[str, Any]) -> dict[str, Any]:

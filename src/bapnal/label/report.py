@@ -17,8 +17,9 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from bapnal.label.export import read_record
-from bapnal.label.files import finite, one_line, read_json, whole
+from bapnal.label.files import expecting, finite, one_line, read_json, whole
 from bapnal.label.label_maps import voc_palette
+from bapnal.label.stored import check_summary
 from bapnal.label.suspicious import KINDS, far_from_class
 
 MOST_BOXES = 60  # of an image that are drawn
@@ -35,15 +36,18 @@ def write_report(out: Path) -> Path:
     """
     if not (out / "summary.json").is_file():
         raise FileNotFoundError(f"{out} must hold labels (summary.json), does not")
-    summary = read_json(out / "summary.json", dict, "classes", "images", "labelled", "suspicious")
+    summary = read_json(out / "summary.json", dict)
+    check_summary(out / "summary.json", summary)
     settings = read_json(out / "settings.json", dict, "images")
+    with expecting(out / "settings.json", "the settings of bapnal label"):
+        base = _url(os.path.relpath(settings["images"], out.resolve())) + "/"
     rows = list(_rows(out))
     rows.sort(key=lambda row: (-row["score"], row["name"]))
     colours = voc_palette().tolist()
     content = {
         "summary": {**summary, "suspicious_boxes": [], "broken": _broken(summary)},
         "kinds": KINDS,
-        "base": _url(os.path.relpath(settings["images"], out.resolve())) + "/",
+        "base": base,
         "served": f"{IMAGES}/",
         "colours": [colours[entry["label"]] for entry in summary["classes"]],
         "rows": [list(row.values()) for row in rows],

@@ -1,4 +1,4 @@
-"""Boxes that look like mistakes: tiny, outside, covering the image, duplicated."""
+"""Boxes that look like mistakes: tiny, outside, empty, covering the image, duplicated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bapnal.label.inputs import clip
 
-KINDS = ("tiny", "outside", "covering", "duplicate", "doubtful", "filling")
+KINDS = ("empty", "tiny", "outside", "covering", "duplicate", "doubtful", "filling")
 TINY = 4.0  # pixels along a side
 OUTSIDE = 1.0  # pixels beyond the border; annotators are off by one
 COVERING = 0.95  # of the image, which leaves no background to compare with
@@ -39,11 +39,15 @@ def suspicious(boxes: Tensor, size: tuple[int, int]) -> list[Suspicion]:
         size: Height and width of the image.
 
     Returns:
-        What is ``"tiny"``, ``"outside"``, ``"covering"`` the image or a ``"duplicate"``, by box.
+        What is ``"empty"``, ``"tiny"``, ``"outside"``, ``"covering"`` the image or a
+        ``"duplicate"``, by box.
     """
     height, width = size
-    inside, _ = clip(boxes, size)
-    found = []
+    inside, left = clip(boxes, size)
+    found = [
+        Suspicion(i, "empty", "nothing of it lies in the image: no mask")
+        for i in (~left).nonzero()[:, 0].tolist()
+    ]
     for i, (box, cut) in enumerate(zip(boxes.tolist(), inside.tolist(), strict=True)):
         across, down = cut[2] - cut[0], cut[3] - cut[1]
         beyond = max(-box[0], -box[1], box[2] - width, box[3] - height)

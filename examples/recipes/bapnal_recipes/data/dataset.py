@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
-from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.data.voc import Annotation
 
 
 class Sample(NamedTuple):
@@ -52,11 +52,26 @@ class Batch(NamedTuple):
         return self.images.shape[2], self.images.shape[3]
 
 
+class BoxSource(Protocol):
+    """Where images with boxes come from, such as a devkit."""
+
+    def annotated(self, name: str) -> tuple[Tensor, Annotation]:
+        """Return an image and its boxes."""
+
+
+@runtime_checkable
+class MaskSource(Protocol):
+    """Where ground-truth masks come from."""
+
+    def mask(self, name: str, size: tuple[int, int] | None = None) -> Tensor:
+        """Return the true class of every pixel."""
+
+
 class BoxDataset(Dataset[Sample]):
     """Images with boxes, and on request with label maps; each is read when asked for.
 
     Args:
-        devkit: Where the images are.
+        devkit: Where the images are, and the masks if they are asked for.
         names: Which of them.
         augment: How to vary them; None leaves them as they are.
         label_maps: Folders of PNG label maps ``NAME.png`` to go with each image.
@@ -68,7 +83,7 @@ class BoxDataset(Dataset[Sample]):
 
     def __init__(
         self,
-        devkit: Devkit,
+        devkit: BoxSource,
         names: Sequence[str],
         augment: Callable[[Sample], Sample] | None = None,
         *,
@@ -83,7 +98,11 @@ class BoxDataset(Dataset[Sample]):
         self.names = list(names)
         self.augment = augment
         self.label_maps = list(label_maps)
-        self.masks = masks
+        self.masks: MaskSource | None = None
+        if masks:
+            if not isinstance(devkit, MaskSource):
+                raise ValueError("masks must come with a devkit that has them, got boxes alone")
+            self.masks = devkit
         self.kept: dict[int, Sample] | None = {} if keep else None
         self.difficult = difficult
         self.margin = margin
@@ -113,8 +132,8 @@ class BoxDataset(Dataset[Sample]):
                 raise ValueError(
                     f"label maps of {name} must have size {size}, got {tuple(found.shape)}"
                 )
-        if self.masks:
-            maps.append(self.devkit.mask(name, size))
+        if self.masks is not None:
+            maps.append(self.masks.mask(name, size))
         stacked = torch.stack(maps) if maps else torch.zeros(0, *size, dtype=torch.long)
         valid = torch.ones(size, dtype=torch.bool)
         return Sample(name, image, boxes, annotation.labels[chosen], valid, stacked)

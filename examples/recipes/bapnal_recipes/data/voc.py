@@ -10,7 +10,6 @@ Training reads images and boxes. Masks are for evaluation (and for fully supervi
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -19,17 +18,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from defusedxml import DefusedXmlException, ElementTree
 from torch import Tensor
 
-from bapnal_recipes.data.images import image_head, open_image
+from bapnal.label.annotations import VOC_CLASSES, VocFile, read_voc_file
+from bapnal.label.files import one_line
+from bapnal_recipes.data.images import image_head, open_image, read_rgb
 from bapnal_recipes.data.label_maps import IGNORE_INDEX
 
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
-    *("train", "tvmonitor"),
-)
+__all__ = ["VOC_CLASSES", "Annotation", "Devkit", "default_root", "read_names"]
+
+
+LONGEST_NAME = 200  # letters; file systems take 255 bytes
 
 
 def default_root() -> Path:
@@ -91,10 +90,8 @@ class Devkit:
         raise FileNotFoundError(f"{self.root / 'JPEGImages' / name}.jpg does not exist")
 
     def image(self, name: str) -> Tensor:
-        """Return an image as uint8 RGB, ``(3, H, W)``."""
-        path = self.image_path(name)
-        pixels = np.array(open_image(path).convert("RGB"))
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        """Return an image as uint8 RGB, ``(3, H, W)``, as it is stored: none is turned."""
+        return read_rgb(self.image_path(name), self.size(name)).pixels
 
     def annotation_path(self, name: str) -> Path:
         """Return where the boxes are, or should be."""
@@ -107,40 +104,29 @@ class Devkit:
             FileNotFoundError: If there is no annotation.
             ValueError: If it cannot be read, or holds an unknown class or a broken box.
         """
-        path, tree = self._tree(name)
-        objects = tree.findall("object")
-        boxes = [_box(path, i, entry) for i, entry in enumerate(objects)]
-        labels = [self._label(path, i, entry) for i, entry in enumerate(objects)]
-        difficult = [entry.findtext("difficult", "0").strip() == "1" for entry in objects]
+        found = self._read(name)
+        path, names = self.annotation_path(name), found.names
+        for i, label in enumerate(names):
+            if label not in self.classes:
+                raise ValueError(
+                    f"{path}: object {i} must be one of {', '.join(self.classes)}, got {label!r}"
+                )
+        labels = [self.classes.index(label) + 1 for label in names]
         return Annotation(
-            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            torch.tensor(found.boxes, dtype=torch.float32).reshape(-1, 4),
             torch.tensor(labels, dtype=torch.long),
-            torch.tensor(difficult, dtype=torch.bool),
+            torch.tensor(found.difficult, dtype=torch.bool),
         )
 
     def stated_size(self, name: str) -> tuple[int, int] | None:
         """Return height and width as the annotation states them; None where it does not."""
-        _, tree = self._tree(name)
-        sides = (tree.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
-        height, width = (int(side) if side.isdecimal() else 0 for side in sides)
-        return (height, width) if height and width else None
+        return self._read(name).size
 
-    def _tree(self, name: str) -> tuple[Path, ElementTree.Element]:
+    def _read(self, name: str) -> VocFile:
         path = self.annotation_path(name)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
-        try:
-            return path, ElementTree.parse(path).getroot()
-        except (ElementTree.ParseError, DefusedXmlException, UnicodeError, LookupError) as error:
-            raise ValueError(f"{path} must be an XML annotation: {error}") from error
-
-    def _label(self, path: Path, i: int, entry: ElementTree.Element) -> int:
-        name = entry.findtext("name", "").strip()
-        if name not in self.classes:
-            raise ValueError(
-                f"{path}: object {i} must be one of {', '.join(self.classes)}, got {name!r}"
-            )
-        return self.classes.index(name) + 1
+        return read_voc_file(path)
 
     def annotated(self, name: str) -> tuple[Tensor, Annotation]:
         """Return image and boxes, with the boxes checked against the image's size."""
@@ -216,8 +202,9 @@ def read_names(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be a text file: {error}") from error
     for name in names:
-        if "/" in name or "\\" in name or name in (".", ".."):
-            raise ValueError(f"{path} must hold one image name a line, got {name!r}")
+        odd = len(name) > LONGEST_NAME or not {"/", "\\", "\0"}.isdisjoint(name)
+        if odd or name in (".", ".."):
+            raise ValueError(f"{path} must hold one image name a line, got {one_line(name)[:80]!r}")
     if not names:
         raise ValueError(f"{path} must name at least one image, got none")
     name, times = Counter(names).most_common(1)[0]
@@ -230,22 +217,3 @@ def _voc_text(box: Tensor) -> str:
     """``xmin=1 ymin=1 xmax=5 ymax=5``: a box as its annotation writes it."""
     x1, y1, x2, y2 = box.tolist()
     return f"xmin={x1 + 1:g} ymin={y1 + 1:g} xmax={x2:g} ymax={y2:g}"
-
-
-def _box(path: Path, i: int, entry: ElementTree.Element) -> tuple[float, float, float, float]:
-    """Half open corners of one ``<object>``."""
-    corners = []
-    for key in ("xmin", "ymin", "xmax", "ymax"):
-        text = entry.findtext(f"bndbox/{key}")
-        try:
-            value = float(text if text is not None else "nothing")
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"{path}: {key} of box {i} must be a number, got {text!r}")
-        corners.append(value)
-    xmin, ymin, xmax, ymax = corners
-    if xmax < xmin or ymax < ymin:
-        facts = f"xmin={xmin:g} ymin={ymin:g} xmax={xmax:g} ymax={ymax:g}"
-        raise ValueError(f"{path}: box {i} must have xmin <= xmax and ymin <= ymax, got {facts}")
-    return xmin - 1, ymin - 1, xmax, ymax

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bapnal_recipes.data.dataset import Batch, Sample, collate
+from bapnal_recipes.data.dataset import collate
 
 ORDER, VARIATION, INSIDE = range(3)  # what random numbers are drawn for
 
@@ -32,11 +33,25 @@ def batch_indices(count: int, batch_size: int, seed: int, step: int) -> list[int
     return order[place * batch_size : (place + 1) * batch_size].tolist()
 
 
-class Batches(Dataset[Batch]):
+class TrainingBatch(Protocol):
+    """What every batch has: images of one size, in a NamedTuple."""
+
+    @property
+    def images(self) -> Tensor:
+        """``(B, 3, H, W)``."""
+
+    def _replace(self: B, **changes: Any) -> B: ...
+
+
+B = TypeVar("B", bound=TrainingBatch)
+
+
+class Batches(Dataset[Any]):
     """The batches of a training run, by step; a rank reads its share of each.
 
     Args:
-        dataset: Gives one sample per index, varied by torch's random numbers.
+        dataset: Gives one sample per index, varied by torch's random numbers. Where it has a method
+            ``collate``, that makes a batch of samples, else :func:`~.data.dataset.collate`.
         batch_size: Images in a batch, of all ranks together.
         seed: Of order and variation.
         rank: Which share.
@@ -45,19 +60,20 @@ class Batches(Dataset[Batch]):
 
     def __init__(
         self,
-        dataset: Dataset[Sample],
+        dataset: Dataset[Any],
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.dataset = dataset
+        self.collate = getattr(dataset, "collate", collate)
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Any:
         """Return this rank's share of the batch of a step."""
         indices = batch_indices(length(self.dataset), self.batch_size, self.seed, step)
         first, last = (
@@ -68,9 +84,9 @@ class Batches(Dataset[Batch]):
             for place in range(first, last):
                 torch.default_generator.manual_seed(draw(self.seed, VARIATION, step, place))
                 samples.append(self.dataset[indices[place]])
-        return collate(samples)
+        return self.collate(samples)
 
-    def load(self, steps: range, workers: int = 0, pin_memory: bool = False) -> Iterator[Batch]:
+    def load(self, steps: range, workers: int = 0, pin_memory: bool = False) -> Iterator[Any]:
         """Go through the batches of some steps, read ahead by ``workers`` processes."""
         loader = DataLoader(
             _Caught(self),
@@ -92,7 +108,7 @@ class _Caught(Dataset[Any]):
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, step: int) -> Batch | Exception:
+    def __getitem__(self, step: int) -> Any:
         try:
             return self.batches[step]
         except (OSError, ValueError) as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -10,6 +13,9 @@ from bapnal import RidgeBoxClassifier
 from bapnal_recipes.data.dataset import BoxDataset
 from bapnal_recipes.engine.images import Unreadable, each_image, report_skipped
 from bapnal_recipes.engine.machines import Together
+from bapnal_recipes.engine.stage import state_on_cpu
+from bapnal_recipes.engine.trainer import write_whole
+from bapnal_recipes.models.classifier import untrained_features
 from bapnal_recipes.models.deeplab import Features
 
 
@@ -49,3 +55,42 @@ def solve_classifier(
         ridge.all_reduce()
     with together.alike():
         return ridge.solve()
+
+
+def write_solved_classifier(
+    path: Path,
+    fabric: Fabric,
+    dataset: BoxDataset,
+    classes: tuple[str, ...],
+    weights: str | None,
+    settings: Mapping[str, object],
+    workers: int,
+) -> None:
+    """Fit the classifier on features that were never trained on boxes, and write both.
+
+    Args:
+        path: The ``classifier.pt`` to write.
+        fabric: Of this process; the images are shared out.
+        dataset: Images with boxes.
+        classes: Names of the classes 1..L.
+        weights: Weights of the backbone: a file, "random", or None for its own.
+        settings: What is noted beside the weights, ``backbone`` and ``stride`` among it.
+        workers: Processes that read images.
+
+    Raises:
+        ValueError: If there is no box.
+    """
+    together = Together(fabric)
+    with together.alike():
+        stride = settings["stride"]
+        assert isinstance(stride, int)
+        features = untrained_features(str(settings["backbone"]), weights, stride)
+        features = features.eval().to(fabric.device)
+    weight = solve_classifier(fabric, features, dataset, len(classes) + 1, workers)
+    content = {
+        "settings": {**settings, "untrained": True, "channels_last": False},
+        "classes": list(classes),
+        "features": state_on_cpu(features),
+        "weight": weight.cpu(),
+    }
+    write_whole(together, path, content)

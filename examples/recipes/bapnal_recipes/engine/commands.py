@@ -9,9 +9,12 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
+from bapnal.label.files import one_line
+
 Chosen = TypeVar("Chosen")
 
-EXPECTED = (ImportError, OSError, ValueError)  # errors that the user can do something about
+# What the user can do something about.
+EXPECTED = (ImportError, MemoryError, OSError, ValueError)
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -33,7 +36,12 @@ def run(main: Callable[..., object], *args: object) -> None:
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except EXPECTED as error:
-        _end(" ".join(str(error).split()) or type(error).__name__, 1)
+        _end(one_line(error) or type(error).__name__, 1)
+
+
+def say(line: str) -> None:
+    """Print a line to stderr as it is, whatever names in it look like."""
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def _end(line: str, code: int) -> NoReturn:

@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from bapnal.label.files import out_of_memory
 from bapnal_recipes.data.dataset import BoxDataset, Sample
 from bapnal_recipes.engine.batches import as_it_is
+from bapnal_recipes.engine.commands import say
 
 
 class Unreadable(NamedTuple):
@@ -35,8 +37,9 @@ class _Readable(Dataset[Sample | Unreadable]):
     def __getitem__(self, index: int) -> Sample | Unreadable:
         try:
             return self.dataset[index]
-        except (ValueError, OSError) as error:
-            return Unreadable(self.dataset.names[index], str(error))
+        except (MemoryError, OSError, RuntimeError, ValueError) as error:
+            name = self.dataset.names[index]
+            return Unreadable(name, reason(name, error))
 
 
 def each_image(
@@ -72,6 +75,15 @@ def each_image(
             progress.advance(bar)
 
 
+def reason(name: str, error: Exception) -> str:
+    """Return why an image is skipped; a mistake of ours is raised."""
+    if out_of_memory(error):
+        return f"{name} needs more memory than there is"
+    if isinstance(error, RuntimeError):
+        raise error
+    return str(error)
+
+
 def report_skipped(name: str, error: str) -> None:
     """Say on the terminal, on one line, why an image is left out."""
-    Console(stderr=True).print(f"skipped {name}: {error}", soft_wrap=True, highlight=False)
+    say(f"skipped {name}: {error}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from bapnal.label.files import only_one
 from bapnal_recipes.engine.commands import EXPECTED, at_least
 from bapnal_recipes.engine.runs import as_json
 
@@ -106,6 +108,20 @@ class Together:
         except EXPECTED as error:
             failure = error
         self.fail(failure)
+
+
+@contextmanager
+def alone(together: Together, folder: Path) -> Iterator[None]:
+    """Keep a folder to this run, by a lock that rank zero holds.
+
+    Raises:
+        OSError: If another process writes there; the message says which.
+    """
+    with ExitStack() as held:
+        with together.alike():
+            if together.rank == 0:
+                held.enter_context(only_one(folder))
+        yield
 
 
 def total(fabric: Fabric, counts: Tensor) -> Tensor:

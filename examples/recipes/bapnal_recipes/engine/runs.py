@@ -8,10 +8,8 @@ import json
 import platform
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 
 import bapnal
-from bapnal.label.files import read_json
+from bapnal.label.files import expecting, read_json
 
 # Packages that results depend on besides torch.
 PACKAGES = (
@@ -134,7 +132,9 @@ def inputs(**paths: Path | None) -> dict[str, dict[str, Any]]:
         if path is not None:
             made = (path if path.is_dir() else path.parent) / "result.json"
             if made.is_file():
-                found[name] = summary(read_json(made, dict))
+                content = read_json(made, dict)
+                with expecting(made, "a result file"):
+                    found[name] = summary(content)
     return found
 
 
@@ -164,27 +164,6 @@ def read_result(path: Path, kind: str) -> dict[str, Any]:
     if found["kind"] != kind:
         raise ValueError(f"{path} must be of the kind {kind!r}, got {found['kind']!r}")
     return found
-
-
-@contextmanager
-def expecting(path: Path, what: str) -> Iterator[None]:
-    """Name the file whatever a broken or a foreign one leads to.
-
-    Args:
-        path: The file that is read and used inside.
-        what: What it must be.
-
-    Raises:
-        ValueError: If anything goes wrong but the import of a package.
-    """
-    try:
-        yield
-    except ImportError:
-        raise
-    except Exception as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        short = textwrap.shorten(reason, 200, placeholder=" ...")
-        raise ValueError(f"{path} must be {what}: {short}") from error
 
 
 def digest(path: Path) -> str:

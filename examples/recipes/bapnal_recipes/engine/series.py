@@ -93,10 +93,14 @@ def read(path: Path) -> list[Row]:
         ValueError: If a line is not a JSON object.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text file: {error}") from error
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}, must be JSON: {error}") from error
         if not isinstance(row, dict):
             kind = type(row).__name__

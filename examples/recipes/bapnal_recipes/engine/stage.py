@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bapnal.label.files import read_json, require_same_run, write_json
-from bapnal_recipes.data.dataset import Batch
 from bapnal_recipes.engine.batches import length
 from bapnal_recipes.engine.logs import Logging
-from bapnal_recipes.engine.machines import Machines, Together, launch
+from bapnal_recipes.engine.machines import Machines, Together, alone, launch
 from bapnal_recipes.engine.runs import Meter, as_json, inputs, read_result, result
 from bapnal_recipes.engine.trainer import (
     CHECKPOINT,
@@ -39,10 +38,6 @@ class HasOut(Protocol):
 
 class StageSettings(HasOut, Protocol):
     """Settings that every training has."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes 1..L."""
 
     @property
     def batch_size(self) -> int:
@@ -154,6 +149,10 @@ class Stage(ABC, Generic[S, Data, Network]):
         return {}
 
     @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes 1..L, after :meth:`read_data`."""
+
+    @abstractmethod
     def read_data(self) -> Data:
         """Look for all that is missing or does not fit; return what to train on."""
 
@@ -181,10 +180,10 @@ class Stage(ABC, Generic[S, Data, Network]):
         """Prepare what the losses need, in every process."""
 
     @abstractmethod
-    def loss(self, network: nn.Module, batch: Batch, step: int) -> Tensor:
+    def loss(self, network: nn.Module, batch: Any, step: int) -> Tensor:
         """Return the loss of a batch over all ranks."""
 
-    def draw(self, network: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+    def draw(self, network: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
         """Return images ``(3, H, W)`` to log."""
         return {}
 
@@ -228,12 +227,12 @@ class Stage(ABC, Generic[S, Data, Network]):
         if fabric.is_global_zero:
             print(f"weights: {origin['source']}")
         folder.claim(together)
-        with Meter() as meter:
+        with alone(together, settings.out), Meter() as meter:
             trained = self._train(fabric, together, network, data)
         meter.seconds += trained.earlier
         content = {
             "settings": as_json(settings),
-            "classes": list(settings.classes),
+            "classes": list(self.classes()),
             **self.state(network),
             "loss": trained.loss,
         }

@@ -32,14 +32,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from bapnal.label.files import require_same_run, whole
-from bapnal_recipes.data.dataset import Batch, Sample
-from bapnal_recipes.engine.batches import INSIDE, Batches, draw, length
+from bapnal_recipes.engine.batches import INSIDE, Batches, TrainingBatch, draw, length
 from bapnal_recipes.engine.commands import at_least
 from bapnal_recipes.engine.logs import Log, Logging, silent_writer
 from bapnal_recipes.engine.machines import Together
 
-BatchLoss = Callable[[nn.Module, Batch, int], Tensor]
-ImageLog = Callable[[nn.Module, Batch, int], dict[str, Tensor]]
+BatchLoss = Callable[[nn.Module, Any, int], Tensor]
+ImageLog = Callable[[nn.Module, Any, int], dict[str, Tensor]]
 
 CHECKPOINT = "last.ckpt"
 MEAN_OVER = 50  # steps of the running mean of the loss
@@ -118,7 +117,7 @@ class Trainer:
         fabric: Fabric,
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
-        dataset: Dataset[Sample],
+        dataset: Dataset[Any],
         loss: BatchLoss,
         plan: TrainingPlan,
         folder: Path,
@@ -182,7 +181,7 @@ class Trainer:
                     self.checkpoint()
         return Trained(float(self.mean), self.earlier)
 
-    def step(self, batch: Batch) -> Batch:
+    def step(self, batch: TrainingBatch) -> TrainingBatch:
         """Take one step; return the batch as it was seen, on the device."""
         step = self.done
         for group in self.optimizer.param_groups:
@@ -251,7 +250,7 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def _drawn(self, batch: Batch) -> dict[str, Tensor]:
+    def _drawn(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Let the stage draw with the network as it is for evaluation, on the first rank."""
         if self.images is None or not self.fabric.is_global_zero:
             return {}

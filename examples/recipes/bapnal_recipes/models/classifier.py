@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bapnal.label.backbone import TimmFeatures, read_state
+from bapnal.label.files import expecting
 from bapnal_recipes.data.voc import VOC_CLASSES
-from bapnal_recipes.engine.runs import expecting
 from bapnal_recipes.models.backbones import Vgg16Features
 from bapnal_recipes.models.deeplab import Features, build_features
 from bapnal_recipes.models.weights import Weights, vgg16_weights

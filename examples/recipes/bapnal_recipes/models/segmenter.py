@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bapnal import CosineClassifier
+from bapnal.label.files import expecting
 from bapnal_recipes.data.voc import VOC_CLASSES
-from bapnal_recipes.engine.runs import expecting
 from bapnal_recipes.models.classifier import published_vgg16
 from bapnal_recipes.models.deeplab import Segmenter, build_segmenter
 

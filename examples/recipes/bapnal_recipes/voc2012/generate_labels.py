@@ -22,32 +22,26 @@ interruption the same command goes on from there.
 
 from __future__ import annotations
 
-import json
-import sys
-import time
-from collections.abc import Iterator
+import glob
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from lightning.fabric import Fabric
 from PIL import Image
-from rich.console import Console
 
 from bapnal.label import files
-from bapnal_recipes.data.dataset import BoxDataset, Sample
+from bapnal.label.files import expecting
+from bapnal_recipes.data.dataset import BoxDataset
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root
-from bapnal_recipes.engine import runs
-from bapnal_recipes.engine.closed_form import solve_classifier
+from bapnal_recipes.engine import made_from, runs
+from bapnal_recipes.engine.closed_form import write_solved_classifier
 from bapnal_recipes.engine.commands import cli, run
-from bapnal_recipes.engine.images import Unreadable, each_image, report_skipped
-from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
-from bapnal_recipes.engine.stage import state_on_cpu
-from bapnal_recipes.engine.trainer import write_whole
-from bapnal_recipes.models.classifier import untrained_features
+from bapnal_recipes.engine.labelling import Share, gather, label_share, report, skipped, speed
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, alone, launch
 from bapnal_recipes.models.generator import (
     PAPER,
     RELEASED,
@@ -58,7 +52,7 @@ from bapnal_recipes.models.generator import (
 from bapnal_recipes.voc2012.labellers import (
     CLASSIFIER,
     TWO_MAPS,
-    Labeller,
+    LabelMaps,
     check_folders,
     make_labeller,
 )
@@ -148,20 +142,6 @@ PRESETS = {
 }
 
 
-class Done(NamedTuple):
-    """What became of one image.
-
-    Attributes:
-        name: Its name.
-        error: Why it was skipped, or None.
-        seconds: Time of each part.
-    """
-
-    name: str
-    error: str | None
-    seconds: dict[str, float]
-
-
 def read_search(path: Path, settings: Settings) -> Settings:
     """Return ``settings`` with the best generator and CRF of a search.
 
@@ -171,11 +151,9 @@ def read_search(path: Path, settings: Settings) -> Settings:
     """
     if not path.is_file():
         raise FileNotFoundError(f"search {path} does not exist")
-    try:
-        best = json.loads(path.read_text(encoding="utf-8"))["scores"]["best"]
+    with expecting(path, "a result of search.py"):
+        best = files.read_json(path, dict)["scores"]["best"]
         options, crf = dict(best["generator"]), replace(settings.crf, **best["crf"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"search {path} must be a result of search.py: {error!r}") from error
     known = asdict(settings.generator).keys()
     if options.keys() != known:
         facts = ", ".join(sorted(options.keys() ^ known))
@@ -199,36 +177,48 @@ def main(settings: Settings) -> dict[str, Any]:
     path = settings.out / "result.json"
     stored = runs.read_result(path, "labels") if path.is_file() else None
     fabric = launch(settings.machines)
-    with runs.Meter() as meter:
+    with alone(Together(fabric), settings.out), runs.Meter() as meter:
         if settings.method == "ridge" and not (settings.out / CLASSIFIER).is_file():
             fit_classifier(settings, fabric)
         with Together(fabric).alike():
             mine = _label_share(settings, fabric, names)
-        parts = _gather(fabric, mine)
-    every = [one for some, _ in parts for one in some]
-    errors = {one.name: one.error for one in sorted(every, key=lambda one: one.name) if one.error}
+        shares = gather(fabric, mine)
+    errors = skipped(shares)
     scores = {"images": len(names) - len(errors), "skipped": list(errors), "errors": errors}
     inputs = runs.inputs(classifier=settings.classifier, search=settings.search)
     found = runs.result("labels", asdict(settings), scores, meter, inputs=inputs)
-    if stored and len(every) == len(errors):  # nothing new but what was skipped before
+    if stored and sum(len(share.done) for share in shares) == len(errors):
+        # Nothing is new but what was skipped before.
         found = {**stored, "scores": {**stored["scores"], **scores}}
     else:
-        found["scores"].update(_speed(every, [seconds for _, seconds in parts]))
+        found["scores"].update(speed(shares))
     if fabric.is_global_zero:
         files.write_json(path, found)
     return found
 
 
-def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> tuple[list[Done], float]:
+def _label_share(settings: Settings, fabric: Fabric, names: list[str]) -> Share:
     """Label this process's share of the images; return what became of them, and the time."""
     label = make_labeller(settings, fabric)
     _claim(settings, fabric)
-    dataset = _dataset(settings, names)
-    mine = range(fabric.global_rank, len(names), fabric.world_size)
-    todo = [i for i in mine if not _is_labelled(settings, names[i])]
-    begin = time.perf_counter()
-    done = list(_label_all(settings, fabric, label, dataset, todo))
-    return done, round(time.perf_counter() - begin, 3)
+
+    def write(name: str, found: LabelMaps) -> None:
+        for folder, path in _files(settings, name).items():
+            content = found[folder]
+            if isinstance(content, dict):
+                _write_arrays(path, content)
+            else:
+                write_label_map(path, content)
+        made_from.note(_note(settings, name), _inputs(settings, name))
+
+    return label_share(
+        fabric,
+        _dataset(settings, names),
+        label,
+        write,
+        partial(_is_labelled, settings),
+        settings.machines.workers,
+    )
 
 
 def _claim(settings: Settings, fabric: Fabric) -> None:
@@ -247,26 +237,19 @@ def fit_classifier(settings: Settings, fabric: Fabric) -> None:
     Raises:
         ValueError: If there is no box to fit it to, or ``out`` holds the labels of other settings.
     """
-    together = Together(fabric)
-    with together.alike():
-        features = untrained_features(settings.backbone, settings.weights, settings.stride)
-        features = features.eval().to(fabric.device)
+    with Together(fabric).alike():
         _claim(settings, fabric)
         dataset = _dataset(settings, Devkit(settings.root).names(settings.fit_split))
-    count = len(settings.classes) + 1
-    weight = solve_classifier(fabric, features, dataset, count, settings.machines.workers)
     kept = ("backbone", "stride", "fit_split", "difficult", "margin")
-    content = {
-        "settings": {
-            **{name: getattr(settings, name) for name in kept},
-            "untrained": True,
-            "channels_last": False,
-        },
-        "classes": list(settings.classes),
-        "features": state_on_cpu(features),
-        "weight": weight.cpu(),
-    }
-    write_whole(together, settings.out / CLASSIFIER, content)
+    write_solved_classifier(
+        settings.out / CLASSIFIER,
+        fabric,
+        dataset,
+        settings.classes,
+        settings.weights,
+        {name: getattr(settings, name) for name in kept},
+        settings.machines.workers,
+    )
 
 
 def _check(settings: Settings) -> list[str]:
@@ -307,44 +290,6 @@ def _check(settings: Settings) -> list[str]:
     return names
 
 
-def _label_all(
-    settings: Settings, fabric: Fabric, label: Labeller, dataset: BoxDataset, todo: list[int]
-) -> Iterator[Done]:
-    """Label some images and write what comes out."""
-    for sample in each_image(fabric, dataset, todo, "labelling", settings.machines.workers):
-        if isinstance(sample, Unreadable):
-            done = Done(*sample, {})
-        else:
-            done = _label(settings, label, sample)
-        if done.error:
-            report_skipped(done.name, done.error)
-        yield done
-
-
-def _label(settings: Settings, label: Labeller, sample: Sample) -> Done:
-    seconds: dict[str, float] = {}
-    last = time.perf_counter()
-
-    def clock(part: str) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        seconds[part] = seconds.get(part, 0.0) + now - last
-        last = now
-
-    try:
-        found = label(sample, clock)
-    except (ValueError, OSError) as error:
-        return Done(sample.name, str(error), {})
-    for folder, path in _files(settings, sample.name).items():
-        content = found[folder]
-        if isinstance(content, dict):
-            _write_arrays(path, content)
-        else:
-            write_label_map(path, content)
-    clock("writing")
-    return Done(sample.name, None, seconds)
-
-
 def _files(settings: Settings, name: str) -> dict[str, Path]:
     """All that is written of one image, by folder."""
     folders = ["labels"]
@@ -354,6 +299,22 @@ def _files(settings: Settings, name: str) -> dict[str, Path]:
     return {x: settings.out / x / f"{name}{ends.get(x, '.png')}" for x in folders}
 
 
+def _note(settings: Settings, name: str) -> Path:
+    return settings.out / "made_from" / f"{name}.json"
+
+
+def _inputs(settings: Settings, name: str) -> list[Path]:
+    """All files that the labels of an image are made from."""
+    devkit = Devkit(settings.root, settings.classes)
+    found = [devkit.image_path(name), devkit.annotation_path(name)]
+    if settings.proposals is not None:
+        found.append(settings.proposals / f"{name}.mat")
+    if settings.masks is not None:
+        found.append(settings.masks / f"{name}.png")
+        found += sorted(settings.masks.glob(f"{glob.escape(name)}_[0-9]*.png"))
+    return [path for path in found if path.is_file()]
+
+
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Write a file of arrays, whole or not at all."""
     with files.whole(path) as unfinished, unfinished.open("wb") as file:
@@ -361,7 +322,7 @@ def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def _is_labelled(settings: Settings, name: str) -> bool:
-    """Whether all files of an image are there and readable."""
+    """Whether all files of an image are there, readable, and made from what is there now."""
     for path in _files(settings, name).values():
         try:
             if path.suffix == ".png":
@@ -372,7 +333,7 @@ def _is_labelled(settings: Settings, name: str) -> bool:
                     arrays["classes"]
         except (OSError, SyntaxError, ValueError, KeyError, EOFError):
             return False
-    return True
+    return made_from.holds(_note(settings, name), _inputs(settings, name))
 
 
 def _noted(settings: Settings) -> dict[str, object]:
@@ -380,48 +341,16 @@ def _noted(settings: Settings) -> dict[str, object]:
     found = runs.as_json(settings)
     if settings.classifier is not None:  # the same name may hold another one
         found["classifier_sha256"] = runs.digest(settings.classifier)
+    if settings.weights is not None and Path(settings.weights).is_file():
+        found["weights_sha256"] = runs.digest(Path(settings.weights))
     for key in ("machines", "out", "search"):
         found.pop(key)
     return found
 
 
-def _gather(fabric: Fabric, mine: tuple[list[Done], float]) -> list[tuple[list[Done], float]]:
-    """What every process found, in their order."""
-    if fabric.world_size == 1:
-        return [mine]
-    parts: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(parts, mine)
-    return parts
-
-
-def _speed(done: list[Done], seconds: list[float]) -> dict[str, object]:
-    """Means over the images of this run."""
-    timed = [one.seconds for one in done if not one.error]
-    parts = list(timed[0]) if timed else []
-    means = {part: sum(one[part] for one in timed) / len(timed) for part in parts}
-    longest = max(seconds)
-    return {
-        "images_timed": len(timed),
-        "seconds_per_image": {part: round(mean, 5) for part, mean in means.items()},
-        "images_per_second": round(len(timed) / longest, 3) if longest else None,
-        "seconds_per_rank": seconds,
-    }
-
-
 def command(settings: Settings) -> None:
     """Run :func:`main`, and end with an error where images were skipped."""
-    scores = main(settings)["scores"]
-    skipped = scores["skipped"]
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() > 0:
-        sys.exit(bool(skipped))  # rank zero says it for all
-    Console(stderr=True).print(f"{scores['images']} images labelled in {settings.out}")
-    if skipped:
-        raise ValueError(
-            f"{len(skipped)} of {len(skipped) + scores['images']} images skipped, the reasons "
-            f"are in {settings.out / 'result.json'}: {', '.join(skipped[:5])}"
-            + ", ..."
-            * (len(skipped) > 5)
-        )
+    report(main(settings)["scores"], settings.out, settings.out / "result.json")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from bapnal_recipes.data.dataset import Sample
 from bapnal_recipes.data.images import image_head
 from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.engine.labelling import Clock
 from bapnal_recipes.models.classifier import load_classifier, untrained_features
 from bapnal_recipes.models.generator import make_crf, make_generator
 from bapnal_recipes.voc2012 import baselines
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 CLASSIFIER = "classifier.pt"  # that "ridge" keeps beside its labels
 TWO_MAPS = ("network", "ridge", "agnostic")  # the methods that give Y_crf and Y_ret
 LabelMaps = dict[str, Tensor | dict[str, np.ndarray]]
-Clock = Callable[[str], None]  # called with the name of the part that has just ended
 Labeller = Callable[[Sample, Clock], LabelMaps]
 
 

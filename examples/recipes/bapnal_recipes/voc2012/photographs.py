@@ -6,7 +6,7 @@ They need the devkit, and the folders that the results name, on this machine.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,9 @@ from bapnal_recipes.voc2012.results import Archive, Run
 from bapnal_recipes.voc2012.wording import METHODS, label_name
 
 LARGEST = 400_000  # bytes of a figure
+
+
+NO_BOXES = Annotation(torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
 
 
 class Panel(NamedTuple):
@@ -137,17 +140,25 @@ def _show(
     panels: Callable[[str, Tensor, Annotation], Sequence[Panel]],
     *,
     boxes: bool = True,
+    named: Set[int] = frozenset(),
 ) -> None:
-    """Write a figure: each image, what ``panels`` makes of it, and its ground truth, if any."""
+    """Write a figure: each image, what ``panels`` makes of it, and its ground truth, if any.
+
+    The legend has the classes of the boxes, and those in ``named``.
+    """
     examples, labels = [], set()
     for name in names:
-        image, annotation = devkit.annotated(name)
+        if devkit.annotation_path(name).is_file():
+            image, annotation = devkit.annotated(name)
+        else:  # as in the test set
+            image, annotation = devkit.image(name), NO_BOXES
         first = Panel("boxes", image, annotation) if boxes else Panel("image", image)
         shown = [first, *panels(name, image, annotation)]
         if devkit.has_mask(name):
             shown.append(Panel("ground truth", label_map(image, devkit.mask(name))))
         examples.append(shown)
         labels |= set(annotation.labels.tolist())
+    labels |= named - {0}
     grid(path, examples, {label: devkit.classes[label - 1] for label in sorted(labels)})
 
 
@@ -295,8 +306,13 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
     return f"{settings['network']}, gamma {settings['gamma']:g}; σ from 0, dark blue, to 1, yellow."
 
 
+def on_the_test_set(archive: Archive, path: Path, examples: int) -> str | None:
+    """Show what segmentation networks make of the test set, where the devkit has it."""
+    return predictions(archive, path, examples, test=True)
+
+
 @torch.inference_mode()
-def predictions(archive: Archive, path: Path, examples: int) -> str | None:
+def predictions(archive: Archive, path: Path, examples: int, *, test: bool = False) -> str | None:
     """Show what segmentation networks make of images that they have not seen."""
     found: dict[tuple[str, str], dict[str, Run]] = {}
     titles = {"boxes": "boxes, NAL", "some ground truth": "some ground truth, NAL"}
@@ -313,8 +329,13 @@ def predictions(archive: Archive, path: Path, examples: int) -> str | None:
     networks = {x: load_segmenter(runs[x].folder / "segmenter.pt") for x in sorted(runs)}
     settings = next(iter(runs.values())).settings
     devkit = _devkit(settings)
-    has_val = (devkit.root / "ImageSets/Segmentation/val.txt").is_file()
-    split = "val" if has_val else settings["split"]
+    split = "test" if test else "val"
+    if not (devkit.root / f"ImageSets/Segmentation/{split}.txt").is_file():
+        if test:
+            return None
+        split = settings["split"]
+
+    named: set[int] = set()
 
     def panels(_: str, image: Tensor, __: Annotation) -> list[Panel]:
         shown = []
@@ -322,10 +343,12 @@ def predictions(archive: Archive, path: Path, examples: int) -> str | None:
             aligned = bool(saved.settings.get("align_corners", False))
             how: dict[str, Any] = {"mode": "bilinear", "align_corners": aligned}
             logits = F.interpolate(saved.network(image[None])[0], image.shape[1:], **how)
-            shown.append(Panel(title, label_map(image, logits[0].argmax(0))))
+            labels = logits[0].argmax(0)
+            named.update(np.unique(labels.numpy()).tolist())
+            shown.append(Panel(title, label_map(image, labels)))
         return shown
 
-    _show(path, devkit, _choose(devkit, split, examples), panels, boxes=False)
+    _show(path, devkit, _choose(devkit, split, examples), panels, boxes=False, named=named)
     return f"{network}, {split}, one scale, without CRF."
 
 
@@ -335,4 +358,5 @@ PHOTOGRAPHS: dict[str, Callable[[Archive, Path, int], str | None]] = {
     "figure_5_confidence": confidence,
     "supplement_2_unaries": unaries,
     "supplement_3_predictions": predictions,
+    "supplement_3_test_set": on_the_test_set,
 }

@@ -29,10 +29,11 @@ import tyro
 from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torchvision.datasets import SBDataset, VOCSegmentation
 
-from bapnal.label.files import whole, write_json
+from bapnal.label.files import one_line, whole, write_json
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import VOC_CLASSES, Devkit, default_root, read_names
 from bapnal_recipes.engine.runs import Meter, result
@@ -125,12 +126,13 @@ def main(settings: Settings) -> dict[str, Any]:
     scores = {"train_aug": state, "wrong": wrong, "splits": summaries}
     found = result("devkit", asdict(settings), scores, meter)
     console.print(_table(settings, summaries))
-    for line in [f"train_aug: {state}", *wrong[:LISTED]]:
+    for line in [f"train_aug: {state}", *map(one_line, wrong[:LISTED])]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not wrong:
         console.print(f"{len(checks):,} images checked, nothing is wrong")
     if len(wrong) > LISTED:
-        console.print(f"... and {len(wrong) - LISTED:,} more in {settings.out / 'result.json'}")
+        more = f"... and {len(wrong) - LISTED:,} more in {settings.out / 'result.json'}"
+        console.print(more, markup=False, highlight=False, soft_wrap=True)
     write_json(settings.out / "result.json", found)
     return found
 
@@ -366,7 +368,7 @@ def _table(settings: Settings, summaries: dict[str, dict[str, Any]]) -> Table:
     """One column a split, one row a fact or a class."""
     counted = "how many of them are" if settings.difficult else "those left out as"
     caption = f"In brackets: {counted} difficult." if summaries["all"]["difficult"] else None
-    table = Table(title=f"{settings.root}", caption=caption)
+    table = Table(title=Text(str(settings.root)), caption=caption)
     table.add_column("")
     shown = dict(summaries)
     # Split "trainval" is the two others beside it, and a terminal is narrow.

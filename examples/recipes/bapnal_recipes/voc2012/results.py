@@ -124,7 +124,7 @@ def _read_run(path: Path) -> list[Run]:
     """Read a result; JSON files that are none belong to something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a result file in JSON: {error}") from error
     if not isinstance(content, dict) or content.get("kind") not in KINDS:
         return []

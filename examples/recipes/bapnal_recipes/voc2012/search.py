@@ -30,13 +30,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import rich
-
-from bapnal.label.files import read_json, whole, write_json
+from bapnal.label.files import one_line, read_json, whole, write_json
 from bapnal_recipes.data.voc import VOC_CLASSES, default_root
 from bapnal_recipes.engine import runs
 from bapnal_recipes.engine.commands import cli, run
-from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, launch
+from bapnal_recipes.engine.machines import Machines, MachinesOption, Together, alone, launch
 from bapnal_recipes.engine.runs import Meter, as_json, digest, result
 from bapnal_recipes.engine.stage import RunFolder
 from bapnal_recipes.models.generator import (
@@ -163,7 +161,7 @@ def main(settings: Settings) -> dict[str, Any]:
         FileNotFoundError: If a file is not there.
         ValueError: If a setting does not fit, or ``out`` holds a search with other settings.
     """
-    _check(settings)
+    check(settings)
     files = {"classifier": settings.classifier, "image_list": settings.image_list}
     inputs = {f"{x}_sha256": digest(path) for x, path in files.items() if path and path.is_file()}
     folder = RunFolder(settings, "search", inputs)
@@ -172,7 +170,7 @@ def main(settings: Settings) -> dict[str, Any]:
         return stored
     fabric = launch(settings.machines)
     together = Together(fabric)
-    with Meter() as meter:
+    with alone(together, settings.out), Meter() as meter:
         with together.alike():
             bench = held_out.read_bench(settings, fabric)
         folder.claim(together)
@@ -186,11 +184,12 @@ def main(settings: Settings) -> dict[str, Any]:
         with whole(settings.out / "images.txt") as unfinished:
             unfinished.write_text(listed, encoding="utf-8")
         write_json(folder.result_path, found)
-        rich.print(f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}")
+        line = f"mIoU {best['miou']} with {best['generator']}, {best['crf']}: {settings.out}"
+        print(one_line(line))
     return found
 
 
-def _check(settings: Settings) -> None:
+def check(settings: Settings) -> None:
     """Find what is wrong before anything is computed."""
     for name in ("count", "finalists"):
         if getattr(settings, name) < 1:

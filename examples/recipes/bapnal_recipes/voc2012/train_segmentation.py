@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric import Fabric
@@ -46,8 +46,8 @@ from bapnal_recipes.models.deeplab import Segmenter, build_segmenter, known_weig
 from bapnal_recipes.voc2012.confidence import ConfidenceKeeper, moments, sigma_of, upsample
 from bapnal_recipes.voc2012.training_labels import fingerprints, training_images
 
-LOSSES = ("crf", "ret", "ignore", "entropy", "bootstrap", "nal")
 LossName = Literal["crf", "ret", "ignore", "entropy", "bootstrap", "nal"]
+LOSSES: tuple[str, ...] = get_args(LossName)
 
 
 @dataclass(frozen=True)
@@ -252,18 +252,8 @@ def check(settings: Settings) -> None:
     for name, least in {
         **dict.fromkeys(("gamma", "crop", "batch_size", "epochs", "confidence_every"), 1),
         **dict.fromkeys(("stride", "checkpoint_interval"), 1),
-        **dict.fromkeys(
-            (
-                "balance",
-                "frozen_stages",
-                "jitter",
-                "bias_factor",
-                "momentum",
-                "weight_decay",
-                "seed",
-            ),
-            0,
-        ),
+        **dict.fromkeys(("balance", "frozen_stages", "jitter", "bias_factor"), 0),
+        **dict.fromkeys(("momentum", "weight_decay", "seed"), 0),
     }.items():
         at_least(name, getattr(s, name), least)
     if s.iterations is not None:
@@ -292,6 +282,10 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
     def made_from(self) -> dict[str, Path | None]:
         """Return the folder of label maps."""
         return {"labels": self.settings.labels}
+
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes 1..L."""
+        return self.settings.classes
 
     def read_data(self) -> LabelledImages:
         """Return the images with their label maps."""

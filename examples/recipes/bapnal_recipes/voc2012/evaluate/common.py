@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -10,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import rich
 from lightning.fabric import Fabric
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from bapnal.label.files import write_json
+from bapnal.label.files import one_line, read_json, write_json
 from bapnal_recipes.data.label_maps import IGNORE_INDEX, read_label_map
 from bapnal_recipes.data.metrics import SegmentationScore
 from bapnal_recipes.data.voc import Devkit, read_names
@@ -77,11 +75,7 @@ def subject(folder: Path) -> dict[str, Any]:
     path = folder / "result.json"
     if not path.is_file():
         return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    except ValueError as error:
-        raise ValueError(f"{path} must be a result file: {error}") from error
+    return read_json(path, dict)
 
 
 def write(
@@ -114,8 +108,8 @@ def write(
             if isinstance(value, dict):  # of a label map, a mode, or the mean over classes
                 value = value.get("miou", value.get("mean"))
             if isinstance(value, (int, float)):
-                rich.print(f"{name}: {value:g}")
-        rich.print(f"see {settings.out}")
+                print(f"{name}: {value:g}")
+        print(one_line(f"see {settings.out}"))
     return found
 
 
