@@ -13,6 +13,7 @@ import shapes
 from bapnal import paint_boxes
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.models.deeplab import build_features
 from bapnal_recipes.voc2012 import (
     figures,
     generate_labels,
@@ -60,7 +61,7 @@ def drawn(tmp_path_factory):
             out=runs / pool, pool=pool, backbone="small", channels_last=False, **where
         )
         write(runs / pool / "result.json", "classifier", settings, {})
-        features = train_classifier.build_features("small", "random", 4)
+        features = build_features("small", "random", 4)
         content = {"settings": asdict(settings), "classes": list(shapes.CLASSES), "loss": 1.0}
         content["settings"] = json.loads(json.dumps(content["settings"], default=str))
         content |= {"features": features.state_dict(), "weight": torch.randn(7, features.channels)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -291,7 +292,9 @@ def test_what_lies_under_a_label_may_change(settings, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in mine.out.rglob("*.png")} == times
     photo.write_bytes(other)
     annotation = mine.root / "Annotations" / f"{second}.xml"
-    annotation.write_text(annotation.read_text().replace("<difficult>0", "<difficult>1"))
+    named = re.search("<name>(.*?)</name>", annotation.read_text()).group(1)
+    another = next(name for name in shapes.CLASSES if name != named)
+    annotation.write_text(annotation.read_text().replace(named, another))
     assert main(mine)["scores"]["images_timed"] == 2
     changed = {p.stem for p, when in times.items() if p.stat().st_mtime_ns != when}
     assert changed == {first, second}
