@@ -60,7 +60,7 @@ from bapnal_recipes.engine import series
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.voc2012 import baselines
 from bapnal_recipes.voc2012.results import data_name
-from label_data import IGNORE_INDEX, images_of
+from label_images import IGNORE_INDEX, images_of
 
 Baseline = Literal["box", "ellipse", "grabcut", "wssl"]
 Tried = Literal["plain", "instances", "ridge", "refined", "pooled", "refined_nal"]
