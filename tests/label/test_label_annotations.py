@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from label_data import change, place
 
 from bapnal.label.annotations import find_format, read_boxes, read_voc
 from bapnal.label.record import boxes_in_pixels
-from label_data import change, place
+from bapnal.label.sources import LabelledImage
 
 
 def refused(error, message, **arguments):
@@ -223,3 +224,10 @@ def test_rounding_in_a_format_changes_no_box(copy):
     (copy / "yolo/labels/train/image0.txt").write_text("\n".join(lines))
     ours, theirs = (read_boxes(**place(copy, kind)).images[0] for kind in ("coco", "yolo"))
     assert torch.equal(boxes_in_pixels(ours, (640, 640)), boxes_in_pixels(theirs, (640, 640)))
+
+
+def test_a_box_at_the_border_begins_at_zero_whatever_the_rounding():
+    place = LabelledImage(
+        "a", "a.jpg", Path("a.jpg"), 1, [(-1e-9, 0.25, 0.5, 0.75)], [1], [1], True
+    )
+    assert str(boxes_in_pixels(place, (64, 64)).tolist()) == "[[0.0, 16.0, 32.0, 48.0]]"

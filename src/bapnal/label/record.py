@@ -78,7 +78,7 @@ def boxes_in_pixels(image: LabelledImage, size: tuple[int, int]) -> Tensor:
         boxes = boxes * torch.tensor([size[1], size[0], size[1], size[0]])
     boxes = boxes.round(decimals=2)
     nearest = boxes.round()
-    return torch.where((boxes - nearest).abs() < SNAP, nearest, boxes).float()
+    return torch.where((boxes - nearest).abs() < SNAP, nearest, boxes).float() + 0.0  # not -0
 
 
 class FileRead(NamedTuple):
