@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from pycocotools.coco import COCO
 from torch import Tensor
 
 from bapnal import paint_boxes
+from bapnal_recipes.data.average_precision import read_truth
 from bapnal_recipes.data.coco import CocoBoxes, annotation_path, read_split
+from bapnal_recipes.data.instances import truth_mask
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.voc import Annotation, Devkit
-
-IGNORE_INDEX = 255
 
 
 class Images(Protocol):
@@ -47,19 +47,16 @@ class CocoImages:
         self.classes = tuple(self.boxes.classes)
         self.names = [x for x in self.boxes.names if len(self.boxes.annotation(x).labels)]
         self.annotated = self.boxes.annotated
-        self.coco = COCO(str(annotation_path(root, split)))
+        self.coco = read_truth(annotation_path(root, split))
 
     def truth(self, name: str) -> Tensor:
         """Return the label map ``(H, W)``; crowds are 255."""
         number = int(self.boxes.numbers[self.boxes.place(name)])
-        ids = self.coco.getAnnIds(imgIds=[number], iscrowd=False)
-        found = {i: torch.from_numpy(self.coco.annToMask(self.coco.anns[i])).bool() for i in ids}
         annotation, size = self.boxes.annotation(name), self.boxes.size(name)
-        own = [found[i] for i in self.boxes.ids_of(name)]
+        own = [truth_mask(self.coco, i, size) for i in self.boxes.ids_of(name)]
         labels = paint_boxes(annotation.boxes, annotation.labels, size, masks=torch.stack(own))
         for i in self.coco.getAnnIds(imgIds=[number], iscrowd=True):
-            crowd = torch.from_numpy(self.coco.annToMask(self.coco.anns[i])).bool()
-            labels[crowd & (labels == 0)] = IGNORE_INDEX
+            labels[truth_mask(self.coco, i, size) & (labels == 0)] = IGNORE_INDEX
         return labels
 
 

@@ -55,12 +55,13 @@ from bapnal import (
 from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
 from bapnal_recipes.data import dataset
+from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.voc import default_root
 from bapnal_recipes.engine import series
+from bapnal_recipes.models import baselines
 from bapnal_recipes.models.classifier import load_classifier
-from bapnal_recipes.voc2012 import baselines
 from bapnal_recipes.voc2012.results import data_name
-from label_images import IGNORE_INDEX, images_of
+from label_images import images_of
 
 Baseline = Literal["box", "ellipse", "grabcut", "wssl"]
 Tried = Literal["plain", "instances", "ridge", "refined", "pooled", "refined_nal"]

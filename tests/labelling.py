@@ -7,18 +7,6 @@ import reference
 from bapnal import pseudo_labels
 from strategies import Scene, seeded
 
-DEFAULTS = {
-    "grid_size": 4,
-    "attention_reduction": "max",
-    "background": "both",
-    "background_threshold": None,
-    "background_minmax": True,
-    "background_otsu": True,
-    "foreground": "complement",
-    "cam_normalization": "class",
-    "unary_softmax": 3.0,
-    "align_corners": False,
-}
 # Eq. 5 and 7 as they stand, for the tests that work out unaries by hand.
 EQUATIONS = {
     "grid_size": 1,
@@ -105,7 +93,7 @@ def oracle_of(scene, b, weight, kwargs):
         scene.labels[b].tolist(),
         scene.image_size,
         scene.classes,
-        {**DEFAULTS, **kwargs},
+        {**reference.DEFAULTS, **kwargs},
         valid,
     )
 

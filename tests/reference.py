@@ -9,6 +9,20 @@ Positions are fractions, so that a cell centre on the border of a box is decided
 import math
 from fractions import Fraction
 
+# Of the label generator.
+DEFAULTS = {
+    "grid_size": 4,
+    "attention_reduction": "max",
+    "background": "both",
+    "background_threshold": None,
+    "background_minmax": True,
+    "background_otsu": True,
+    "foreground": "complement",
+    "cam_normalization": "class",
+    "unary_softmax": 3.0,
+    "align_corners": False,
+}
+
 # ----------------------------------------------------------------------------------------- vectors
 
 

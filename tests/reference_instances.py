@@ -9,19 +9,6 @@ import math
 
 import reference
 
-ON_IMAGES = {
-    "grid_size": 4,
-    "attention_reduction": "max",
-    "background": "both",
-    "background_threshold": None,
-    "background_minmax": True,
-    "background_otsu": True,
-    "foreground": "complement",
-    "cam_normalization": "class",
-    "unary_softmax": 3.0,
-    "align_corners": False,
-}
-
 
 def plane(size, value):  # -> [h][w]
     return [[value(i, j) for j in range(size[1])] for i in range(size[0])]
@@ -295,7 +282,7 @@ def ellipse(zoomed, pixels):
 
 def image_log_odds(f, boxes, labels, image_size, weight=None):  # -> {class: [H][W]}
     classes = max(labels) if weight is None else len(weight) - 1
-    args = (f, weight, boxes, labels, image_size, classes, ON_IMAGES)
+    args = (f, weight, boxes, labels, image_size, classes, reference.DEFAULTS)
     found = reference.unaries(*args)[2]
 
     def value(c, i, j):

@@ -10,7 +10,6 @@ import reference
 from assertions import close
 from bapnal import PseudoLabelGenerator, PseudoLabels, definite_background, pseudo_labels
 from labelling import (
-    DEFAULTS,
     blurring,
     fixed,
     images_of,
@@ -417,7 +416,7 @@ def test_the_module_is_the_function(kwargs):
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
     assert not module.state_dict()
-    for name, value in {**DEFAULTS, "ignore_index": 255, **kwargs}.items():
+    for name, value in {**reference.DEFAULTS, "ignore_index": 255, **kwargs}.items():
         assert f"{name}={value!r}" in repr(module)
     if kwargs:
         default = labels_of(
@@ -438,7 +437,7 @@ def test_a_crf_module_is_part_of_the_generator():
     generate = PseudoLabelGenerator(Crf())
     assert [name for name, _ in generate.named_children()] == ["crf"]
     assert PseudoLabelGenerator().crf is None
-    for name, value in DEFAULTS.items():
+    for name, value in reference.DEFAULTS.items():
         assert getattr(PseudoLabelGenerator(), name) == value
 
 

@@ -10,7 +10,6 @@ import reference
 from assertions import Largest, close, finite
 from bapnal import PRESETS, DenseCRF, PseudoLabelGenerator, definite_background, pseudo_labels
 from labelling import (
-    DEFAULTS,
     EQUATIONS,
     blurring,
     fixed,
@@ -189,7 +188,7 @@ def test_presets_are_the_settings_of_the_paper_and_of_the_released_code():
 @pytest.mark.parametrize("name", ["paper", "released"])
 def test_a_preset_names_every_option_and_the_generator_takes_it(name):
     generate = PseudoLabelGenerator(blurring, **PRESETS[name])
-    assert set(PRESETS[name]) == set(DEFAULTS)
+    assert set(PRESETS[name]) == set(reference.DEFAULTS)
     for option, value in PRESETS[name].items():
         assert getattr(generate, option) == value
         assert f"{option}={value!r}" in repr(generate)

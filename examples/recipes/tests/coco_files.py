@@ -7,7 +7,21 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 import shapes
+from bapnal_recipes.engine.machines import Machines
+from bapnal_recipes.models.detector import DetectorSettings
 
+CPU = Machines(accelerator="cpu", workers=0)
+TINY = DetectorSettings(
+    network="test_efficientnet",
+    weights="random",
+    frozen_stages=0,
+    channels=8,
+    head_channels=16,
+    anchor=16,
+    min_size=(64,),
+    max_size=64,
+    samples=16,
+)
 # Of the six synthetic classes: four that VOC has under its own or the same name, two that it lacks.
 CATEGORIES = {3: "airplane", 5: "bicycle", 9: "couch", 20: "giraffe", 21: "pizza", 40: "tv"}
 NUMBERS = list(CATEGORIES)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import coco_files
 import pytest
 import torch
+from coco_files import CPU, TINY
 
 from bapnal_recipes.coco import (
     evaluate,
@@ -19,23 +20,10 @@ from bapnal_recipes.coco import (
 from bapnal_recipes.coco.evaluate_detector import EvaluateDetector
 from bapnal_recipes.coco.evaluate_labels import EvaluateLabels
 from bapnal_recipes.engine.logs import Logging
-from bapnal_recipes.engine.machines import Machines
 from bapnal_recipes.models.classifier import load_classifier
-from bapnal_recipes.models.detector import DetectorSettings, load_detector
+from bapnal_recipes.models.detector import load_detector
 
-CPU = Machines(accelerator="cpu", workers=0)
 SILENT = Logging(tensorboard=False)
-TINY = DetectorSettings(
-    network="test_efficientnet",
-    weights="random",
-    frozen_stages=0,
-    channels=8,
-    head_channels=16,
-    anchor=16,
-    min_size=(64,),
-    max_size=64,
-    samples=16,
-)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 import coco_files
 import pytest
 import torch
+from coco_files import CPU, TINY
 from test_coco_labels import killed_at
 
 from bapnal.mask_rcnn import ValidRoIHeads
@@ -19,25 +20,11 @@ from bapnal_recipes.data.instance_dataset import InstanceDataset, mirrored
 from bapnal_recipes.data.instances import read_masks, write_instances
 from bapnal_recipes.engine import stage
 from bapnal_recipes.engine.logs import Logging
-from bapnal_recipes.engine.machines import Machines
 from bapnal_recipes.models.detector import (
     DetectorSettings,
     build_detector,
     load_detector,
     masks_in_boxes,
-)
-
-CPU = Machines(accelerator="cpu", workers=0)
-TINY = DetectorSettings(
-    network="test_efficientnet",
-    weights="random",
-    frozen_stages=0,
-    channels=8,
-    head_channels=16,
-    anchor=16,
-    min_size=(64,),
-    max_size=64,
-    samples=16,
 )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import coco_files
 import pytest
 import torch
+from coco_files import CPU
 
 from bapnal import PseudoLabels
 from bapnal_recipes.coco import evaluate, generate_labels, prepare
@@ -22,12 +23,9 @@ from bapnal_recipes.coco.labellers import class_weights, masks_of_boxes
 from bapnal_recipes.data.coco import read_prepared
 from bapnal_recipes.data.instances import instance_path, read_masks
 from bapnal_recipes.data.voc import VOC_CLASSES
-from bapnal_recipes.engine.machines import Machines
 from bapnal_recipes.models.classifier import Classifier
 from bapnal_recipes.models.deeplab import build_features
 from bapnal_recipes.models.generator import PAPER, RELEASED, GeneratorSettings
-
-CPU = Machines(accelerator="cpu", workers=0)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from scipy.io import savemat
 
 from bapnal import DenseCRF, box_cells, paint_boxes
 from bapnal_recipes.data.label_maps import IGNORE_INDEX
-from bapnal_recipes.voc2012 import baselines
+from bapnal_recipes.models import baselines
 
 SIZE = (60, 80)
 DISC_BOX = torch.tensor([15.0, 5.0, 65.0, 55.0])

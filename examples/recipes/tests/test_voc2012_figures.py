@@ -13,12 +13,11 @@ import shapes
 from bapnal import paint_boxes
 from bapnal_recipes.data.label_maps import write_label_map
 from bapnal_recipes.data.voc import Devkit
+from bapnal_recipes.engine import page, panels
 from bapnal_recipes.models.deeplab import build_features
 from bapnal_recipes.voc2012 import (
     figures,
     generate_labels,
-    page,
-    photographs,
     train_classifier,
     train_segmentation,
 )
@@ -94,7 +93,7 @@ def test_every_figure_is_drawn_from_synthetic_images(tmp_path, drawn):
     assert [one.reason for one in found] == [""] * len(figures.FIGURES)
     for one in found:
         data = one.path.read_bytes()
-        assert len(data) <= photographs.LARGEST, one.path
+        assert len(data) <= panels.LARGEST, one.path
         if one.path.suffix == ".png":
             with Image.open(one.path) as image:
                 colours = image.convert("RGB").getcolors(1 << 24)
@@ -133,9 +132,9 @@ def test_a_devkit_that_is_elsewhere_leaves_a_reason(tmp_path, drawn):
 
 def test_photographs_stay_small(tmp_path):
     noise = torch.randint(0, 256, (10, 3, 300, 400), dtype=torch.uint8)
-    grid = [[photographs.Panel("Y_crf", noise[i + k]) for i in range(5)] for k in (0, 5)]
-    photographs.grid(tmp_path / "noise.png", grid, {8: "cat", 9: "chair", 10: "cow", 12: "dog"})
-    assert (tmp_path / "noise.png").stat().st_size <= photographs.LARGEST
+    grid = [[panels.Panel("Y_crf", noise[i + k]) for i in range(5)] for k in (0, 5)]
+    panels.grid(tmp_path / "noise.png", grid, {8: "cat", 9: "chair", 10: "cow", 12: "dog"})
+    assert (tmp_path / "noise.png").stat().st_size <= panels.LARGEST
 
 
 def test_plots_are_drawn_from_series(tmp_path):

@@ -10,11 +10,10 @@ import pytest
 import tyro
 from result_files import animals, voc
 
-from bapnal_recipes.engine import series
+from bapnal_recipes.engine import page, series
 from bapnal_recipes.engine.commands import cli
 from bapnal_recipes.voc2012 import (
     generate_labels,
-    page,
     paper,
     tables,
 )

@@ -15,9 +15,9 @@ from bapnal_recipes.data.average_precision import read_truth
 from bapnal_recipes.data.coco import CocoBoxes, annotation_path, read_prepared
 from bapnal_recipes.data.instances import instance_path, read_masks, truth_mask
 from bapnal_recipes.data.label_maps import label_map
+from bapnal_recipes.engine.panels import Panel, grid
 from bapnal_recipes.engine.runs import summary
 from bapnal_recipes.models.detector import load_detector
-from bapnal_recipes.voc2012.photographs import Panel, grid
 
 SURE = 0.5  # score from which a result is shown
 

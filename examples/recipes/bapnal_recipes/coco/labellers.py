@@ -15,10 +15,10 @@ from bapnal_recipes.data.coco import annotation_path, known_names, read_prepared
 from bapnal_recipes.data.dataset import Sample
 from bapnal_recipes.data.instances import truth_mask
 from bapnal_recipes.engine.labelling import Clock
+from bapnal_recipes.models.baselines import grab_cut
 from bapnal_recipes.models.classifier import Classifier, load_classifier, untrained_features
 from bapnal_recipes.models.deeplab import Features
 from bapnal_recipes.models.generator import make_generator
-from bapnal_recipes.voc2012.baselines import grab_cut
 
 if TYPE_CHECKING:
     from bapnal_recipes.coco.generate_labels import Settings

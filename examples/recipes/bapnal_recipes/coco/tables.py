@@ -19,13 +19,12 @@ from typing import Any
 
 import tyro
 
-from bapnal.label.files import whole
 from bapnal_recipes.coco import figures
 from bapnal_recipes.coco.rows import DETECTOR, LABELS, heads, read_rows, row_name, score
 from bapnal_recipes.data.average_precision import SCORES
 from bapnal_recipes.data.coco import default_root
 from bapnal_recipes.engine.commands import at_least, run
-from bapnal_recipes.voc2012.page import table, to_html
+from bapnal_recipes.engine.page import table, to_html, write_texts
 
 Row = Mapping[str, Any]
 DIRECTIONS = ("", "VOC-to-COCO", "COCO-to-COCO")
@@ -79,11 +78,7 @@ def main(settings: Settings) -> dict[str, Any]:
         "markdown": (s.out / "tables.md", text),
         "html": (s.out / "tables.html", to_html(text, s.out)),
     }
-    for path, content in texts.values():
-        with whole(path) as unfinished:
-            unfinished.write_text(content, encoding="utf-8")
-    paths = {name: path for name, (path, _) in texts.items()}
-    return {**paths, "figures": [one.path for one in drawn]}
+    return {**write_texts(texts), "figures": [one.path for one in drawn]}
 
 
 def markdown(rows: Sequence[Row], drawn: Sequence[figures.Drawn] = ()) -> str:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from bapnal import confidence_map
 from bapnal.label.files import whole
+from bapnal_recipes.engine.panels import as_mathematics
 from bapnal_recipes.voc2012 import paper
 from bapnal_recipes.voc2012.measurements import Measurement, group
-from bapnal_recipes.voc2012.photographs import PHOTOGRAPHS, as_mathematics
+from bapnal_recipes.voc2012.photographs import PHOTOGRAPHS
 from bapnal_recipes.voc2012.results import Archive
 from bapnal_recipes.voc2012.wording import label_name
 

@@ -18,9 +18,9 @@ from bapnal_recipes.data.images import image_head
 from bapnal_recipes.data.label_maps import IGNORE_INDEX
 from bapnal_recipes.data.voc import Devkit
 from bapnal_recipes.engine.labelling import Clock
+from bapnal_recipes.models import baselines
 from bapnal_recipes.models.classifier import load_classifier, untrained_features
 from bapnal_recipes.models.generator import make_crf, make_generator
-from bapnal_recipes.voc2012 import baselines
 
 if TYPE_CHECKING:
     from bapnal_recipes.voc2012.generate_labels import Settings

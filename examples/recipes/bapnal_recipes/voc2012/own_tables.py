@@ -10,9 +10,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bapnal_recipes.data.voc import VOC_CLASSES
+from bapnal_recipes.engine.page import table
 from bapnal_recipes.voc2012 import wording
 from bapnal_recipes.voc2012.measurements import Facts, Measurement, Rule, fits, group, varying
-from bapnal_recipes.voc2012.page import table
 from bapnal_recipes.voc2012.wording import NOTHING, score_text, setting_name, settings_text
 
 # Settings of evaluate that some modes of a segmentation network have and others have not.

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from bapnal_recipes.engine.page import table
 from bapnal_recipes.voc2012 import generate_labels, train_classifier, train_segmentation
 from bapnal_recipes.voc2012.measurements import Facts, Measurement, Rule, fits
-from bapnal_recipes.voc2012.page import table
 from bapnal_recipes.voc2012.results import flat
 from bapnal_recipes.voc2012.wording import NOTHING, score_text
 

@@ -20,11 +20,10 @@ from typing import Any
 
 import tyro
 
-from bapnal.label.files import whole
-from bapnal_recipes.engine.commands import run
+from bapnal_recipes.engine.commands import at_least, run
+from bapnal_recipes.engine.page import slug, to_html, write_texts
 from bapnal_recipes.voc2012 import figures, paper
 from bapnal_recipes.voc2012.own_tables import own_tables
-from bapnal_recipes.voc2012.page import slug, to_html
 from bapnal_recipes.voc2012.results import Archive, read_results
 
 
@@ -56,8 +55,7 @@ def main(settings: Settings) -> dict[str, Any]:
         FileNotFoundError: If a folder does not exist.
         ValueError: If a file in it is broken.
     """
-    if settings.examples < 1:
-        raise ValueError(f"examples must be at least 1, got {settings.examples}")
+    at_least("examples", settings.examples, 1)
     archive = read_results(settings.results)
     one_file = settings.out.suffix == ".md"
     folder = settings.out.parent / "images" if one_file else settings.out / "figures"
@@ -72,11 +70,7 @@ def main(settings: Settings) -> dict[str, Any]:
             "markdown": (settings.out / "tables.md", text),
             "html": (settings.out / "tables.html", to_html(text, settings.out)),
         }
-    for path, content in texts.values():
-        with whole(path) as unfinished:
-            unfinished.write_text(content, encoding="utf-8")
-    paths = {name: path for name, (path, _) in texts.items()}
-    return {**paths, "figures": [one.path for one in drawn if one.path]}
+    return {**write_texts(texts), "figures": [one.path for one in drawn if one.path]}
 
 
 def markdown(archive: Archive, drawn: Sequence[figures.Drawn], images: str) -> str:

@@ -15,9 +15,9 @@ from bapnal import DenseCRF, PseudoLabelGenerator
 from bapnal_recipes.data.voc import Devkit, default_root
 from bapnal_recipes.engine.machines import Machines, MachinesOption, launch
 from bapnal_recipes.engine.runs import Meter
+from bapnal_recipes.models.baselines import box_crf, grab_cut, stack_masks
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.models.generator import PAPER, CrfSettings, GeneratorSettings, make_crf
-from bapnal_recipes.voc2012.baselines import box_crf, grab_cut, stack_masks
 from bapnal_recipes.voc2012.evaluate.common import bar, subject, write
 
 

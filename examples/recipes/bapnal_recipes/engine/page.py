@@ -6,11 +6,13 @@ import base64
 import html
 import mimetypes
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+
+from bapnal.label.files import whole
 
 # A line of a table with nothing but a name in bold is a heading inside the table.
 GROUP = re.compile(r"<tr>\n<td><strong>(.*?)</strong></td>\n((?:<td></td>\n)+)</tr>")
@@ -65,3 +67,11 @@ def _embed(image: Token, folder: Path) -> None:
     kind = mimetypes.guess_type(path.name)[0]
     data = base64.b64encode(path.read_bytes()).decode()
     image.attrSet("src", f"data:{kind};base64,{data}")
+
+
+def write_texts(texts: Mapping[str, tuple[Path, str]]) -> dict[str, Path]:
+    """Write texts, each whole or not at all, and return their paths by the same names."""
+    for path, content in texts.values():
+        with whole(path) as unfinished:
+            unfinished.write_text(content, encoding="utf-8")
+    return {name: path for name, (path, _) in texts.items()}
