@@ -117,7 +117,7 @@ def generated(
 ) -> Method:
     """The library's generator, with a head in place of its log-odds where one is given."""
     if backbone is None:
-        backbone = TimmFeatures(stride=8, normalize=True).eval()
+        backbone = TimmFeatures(stride=8, normalize=True).folded()
     generate = InstanceLabelGenerator(backbone, head=head)
 
     def find(image: Tensor, boxes: Tensor, labels: Tensor) -> Found:
@@ -135,7 +135,7 @@ def colours(crops: Tensor) -> Tensor:
 
 def prior_alone(zoomed: ZoomedBoxes) -> Tensor:
     """The shape prior of small boxes, without features."""
-    return 3 * (1 - zoomed.u.square() - zoomed.v.square()) + 0.9
+    return 3 * (1 - zoomed.u.square() - zoomed.v.square()) + 1
 
 
 def methods(options: Options) -> Iterator[tuple[str, Method]]:
@@ -166,7 +166,7 @@ def fitted(options: Options) -> MaskHead:
                 corners(objects(coco, image_id)),
             )
 
-    head = fit_mask_head(samples(), TimmFeatures(stride=8, normalize=True).eval())
+    head = fit_mask_head(samples(), TimmFeatures(stride=8, normalize=True).folded())
     options.head.parent.mkdir(parents=True, exist_ok=True)
     torch.save(head, options.head)
     return head

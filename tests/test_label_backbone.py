@@ -74,3 +74,68 @@ def test_weights_of_any_timm_network_are_read_from_a_file(name, tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"broken\.safetensors must be a file of safetensors"):
         backbone.TimmFeatures(name, tmp_path / "broken.safetensors", out_indices=(-1,))
+
+
+def unsettle(network):
+    """Statistics and scales of batch normalisation as training leaves them, not 0 and 1."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 2)
+            torch.nn.init.uniform_(module.bias, -1, 1)
+
+
+def norms(network):
+    return [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_resnet", "test_vit"])
+def test_folded_network_gives_the_same_features(name):
+    torch.manual_seed(0)
+    network = backbone.TimmFeatures(name, "random", stride=8, normalize=True).eval()
+    unsettle(network)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    folded = network.folded()
+    images = torch.randint(0, 256, (2, 3, 70, 100), dtype=torch.uint8)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(images), network(images), atol=1e-4, rtol=1e-3)
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert len(norms(folded)) == 0 or len(norms(folded)) < len(norms(network))
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+class Branching(torch.nn.Module):
+    """Its convolution's result is normalised, and used as it is as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return [self.norm(x) + x]
+
+
+class Shared(Branching):
+    """One convolution, with two normalisations."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = torch.nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return [self.norm(self.conv(x)), self.other(self.conv(2 * x))]
+
+
+@pytest.mark.parametrize("kind", [Branching, Shared])
+def test_network_that_cannot_be_folded_stays_as_it_is(kind):
+    torch.manual_seed(0)
+    network = backbone.TimmFeatures("test_efficientnet", "random", stride=1)
+    network.network, network.out_indices = kind(), [0]
+    network.eval()
+    unsettle(network)
+    images = torch.rand(1, 3, 20, 30)
+    folded = network.folded()
+    assert len(norms(folded)) == len(norms(network))
+    torch.testing.assert_close(folded(images), network(images))

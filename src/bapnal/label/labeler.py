@@ -121,7 +121,7 @@ class Labeler:
         self.device = torch.device(device)
         if network is None:
             network = TimmFeatures(backbone, weights, stride=8, normalize=True)
-        self.network = network.eval().to(self.device).to(memory_format=torch.channels_last)
+        self.network = network.eval().to(self.device).folded()
         self.channels = network.channels
         if head is not None and len(head.mean) != self.channels:
             raise ValueError(
