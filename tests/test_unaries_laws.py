@@ -1,0 +1,397 @@
+"""Laws of the unaries, and what each of their options does."""
+
+import pytest
+import torch
+from hypothesis import given
+
+import reference
+from assertions import close, finite
+from bapnal import PRESETS, definite_background, pseudo_labels
+from labelling import (
+    EQUATIONS,
+    blurring,
+    fixed,
+    labels_of,
+    options,
+    weight_of,
+    weights,
+)
+from strategies import scenes
+
+
+@given(scene=scenes(max_image=9), kwargs=options, kind=weights)
+def test_unaries_are_in_the_unit_interval(scene, kwargs, kind):
+    if kind is None and kwargs["background"] == "cam":
+        kwargs["background"] = "both"
+    y = labels_of(scene, kind, **kwargs)
+    for u in (y.background_unary, y.foreground_unary):
+        finite(u)
+        if u.numel():
+            assert u.min() >= 0
+            assert u.max() <= 1 + 1e-12
+
+
+def test_each_class_peaks_at_one_in_its_boxes():
+    scene = fixed()
+    y = labels_of(scene, foreground="cam")
+    assert y.classes.tolist() == [[1, 3], [2, 0]]
+    peaks = y.foreground_unary.amax((2, 3))
+    close(peaks, [[1.0, 1.0], [1.0, 0.0]])
+    by_box = labels_of(scene, foreground="cam", cam_normalization="box")
+    for box in scene.boxes[0][[0, 2]]:
+        x1, y1, x2, y2 = box.long().tolist()
+        close(by_box.foreground_unary[0, 1, y1:y2, x1:x2].max(), torch.tensor(1.0))
+
+
+def test_where_boxes_of_one_class_overlap_the_larger_value_counts():
+    """Activations 1, 2, 4; the first box peaks at 2, the second at 4, in either order."""
+    features = torch.tensor([1.0, 2.0, 4.0]).reshape(1, 1, 1, 3)
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 1.0], [1.0, 0.0, 3.0, 1.0]])
+    image = torch.zeros(1, 3, 1, 3, dtype=torch.uint8)
+    for rows in (boxes, boxes.flip(0)):
+        y = pseudo_labels(
+            image,
+            features,
+            torch.ones(2, 1),
+            [rows],
+            [torch.tensor([1, 1])],
+            crf=None,
+            foreground="cam",
+            cam_normalization="box",
+        )
+        assert y.foreground_unary.tolist() == [[[[0.5, 1.0, 1.0]]]]
+
+
+@pytest.mark.parametrize("preset", [{}, PRESETS["paper"], PRESETS["released"]])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_scaling_features_or_weights_changes_nothing(scale, preset):
+    """Maps are divided by their maximum or their range, the rest are cosines."""
+    scene = fixed()
+    weight = weight_of(scene)
+    plain = labels_of(scene, weight, crf=blurring, **preset)
+    others = [
+        labels_of(scene.replace(features=scale * scene.features), weight, crf=blurring, **preset),
+        labels_of(scene, scale * weight, crf=blurring, **preset),
+    ]
+    if preset:  # Eq. 5 divides each class by its own maximum
+        each = weight * torch.tensor([[1.0], [scale], [2], [3]])
+        others.append(labels_of(scene, each, crf=blurring, **preset))
+    for other in others:
+        assert torch.equal(other.crf, plain.crf)
+        assert torch.equal(other.retrieval, plain.retrieval)
+        close(other.background_unary, plain.background_unary)
+        close(other.foreground_unary, plain.foreground_unary)
+
+
+def test_the_threshold_is_relative_to_the_maximum_of_the_raw_map():
+    """Before the 1s outside the boxes are set, over all pixels that show the image."""
+    scene = fixed()
+    raw = labels_of(scene, None, **{**EQUATIONS, "background_threshold": None})
+    inside = ~definite_background(scene.boxes, scene.image_size)[:, 0].bool()
+    wide = [torch.tensor([[-9.0, -9, 60, 60]], dtype=torch.float64)]
+    for threshold in (0.3, 0.6, 0.9):
+        for b in range(2):
+            one = scene.replace(
+                features=scene.features[b : b + 1],
+                boxes=scene.boxes[b : b + 1],
+                labels=scene.labels[b : b + 1],
+            )
+            features, boxes, _ = one.image(0)
+            m = reference.definite_background(boxes, (24, 24), (6, 6))
+            q, valid = reference.grid_prototypes(features, m, 1)
+            cells = [
+                [
+                    reference.background_similarity(reference.vector_at(features, i, j), q, valid)
+                    for j in range(6)
+                ]
+                for i in range(6)
+            ]
+            a = torch.tensor(reference.bilinear(cells, (24, 24)), dtype=torch.float64)
+            assert a.max() < 0.999
+            expected = torch.where(a >= threshold * a.max(), a, 0.0)
+            cut = labels_of(one, **{**EQUATIONS, "background_threshold": threshold})
+            close(cut.background_unary[0][inside[b]], expected[inside[b]])
+            close(raw.background_unary[b][inside[b]], a[inside[b]])
+            assert (cut.background_unary[0][~inside[b]] == 1).all()
+    covered = scene.replace(boxes=wide * 2, labels=[torch.tensor([1])] * 2)
+    none = labels_of(covered, **{**EQUATIONS, "background_threshold": 0.99})
+    assert (none.background_unary == 0).all()  # no background, no attention
+
+
+def test_a_threshold_does_not_see_padding():
+    """The mean of the background is (1, 1) / 2, as the padding; in the image 0.8 is the maximum."""
+    high, low = [0.99, 0.141], [1.0, 0.0]  # cosines with q of 0.8 and 0.707
+    columns = torch.tensor([[1.0, 0.0], [0.0, 1.0], high, low, [5.0, 5.0]])
+    features = columns.T.reshape(1, 2, 1, 5)
+    valid = torch.tensor([[[True, True, True, True, False]]])
+    args = (
+        torch.zeros(1, 3, 1, 5, dtype=torch.uint8),
+        features,
+        None,
+        [torch.tensor([[2.0, 0.0, 5.0, 1.0]])],
+        [torch.tensor([1])],
+    )
+    for threshold, expected in [(None, [0.8, 0.707]), (0.85, [0.8, 0.707]), (0.95, [0.8, 0.0])]:
+        options = {**EQUATIONS, "background_threshold": threshold}
+        y = pseudo_labels(*args, crf=None, valid=valid, **options)
+        close(y.background_unary[0, 0, 2:4], torch.tensor(expected), tolerance=1e-3)
+
+
+def test_minmax_fills_the_unit_interval_inside_the_boxes():
+    scene = fixed()
+    for background, kind in [("attention", "plain"), ("both", "plain"), ("both", None)]:
+        scaled = {"background": background, "background_otsu": False}
+        full = labels_of(scene, kind, **scaled).background_unary
+        outside = definite_background(scene.boxes, scene.image_size)[:, 0].bool()
+        for b in range(2):
+            inside = full[b][~outside[b]]
+            close(inside.min(), torch.tensor(0.0))
+            close(inside.max(), torch.tensor(1.0))
+        assert (full[outside] == 1).all()
+    raw = {"background": "attention", "background_otsu": False}
+    plain = labels_of(scene, **raw, background_minmax=False).background_unary
+    full = labels_of(scene, **raw).background_unary
+    for b in range(2):
+        before, after = plain[b][~outside[b]], full[b][~outside[b]]
+        close(after, (before - before.min()) / (before.max() - before.min()))
+
+
+def test_minmax_sees_the_scores_of_the_background_below_zero():
+    """No ReLU and no maximum of the image: scores of -3, -2 and -1 in the box are 0, 1/2 and 1."""
+    features = torch.tensor([5.0, -3.0, -2.0, -1.0]).reshape(1, 1, 1, 4)
+    y = pseudo_labels(
+        torch.zeros(1, 3, 1, 4, dtype=torch.uint8),
+        features,
+        torch.ones(2, 1),
+        [torch.tensor([[1.0, 0.0, 4.0, 1.0]])],
+        [torch.tensor([1])],
+        crf=None,
+        background="cam",
+    )
+    close(y.background_unary[0, 0], [1.0, 0.0, 0.5, 1.0], tolerance=1e-6)
+
+
+def test_backgrounds():
+    scene = fixed()
+    for minmax in (False, True):
+        attention, cam, both = (
+            labels_of(
+                scene, background=name, background_minmax=minmax, background_otsu=False
+            ).background_unary
+            for name in ("attention", "cam", "both")
+        )
+        outside = definite_background(scene.boxes, scene.image_size)[:, 0].bool()
+        for b in range(2):
+            mean = (attention[b] + cam[b])[~outside[b]] / 2
+            if minmax:
+                mean = (mean - mean.min()) / (mean.max() - mean.min())
+            close(both[b][~outside[b]], mean)
+        assert not torch.allclose(attention, cam)
+        # The background's own map is not thresholded.
+        without = {"background_minmax": minmax, "background_otsu": False}
+        cut = {**without, "background_threshold": 0.9}
+        close(labels_of(scene, background="cam", **cut).background_unary, cam)
+        for u_0 in (attention, cam, both):
+            assert (u_0[outside] == 1).all()
+        agnostic = labels_of(scene, None, background="both", **without).background_unary
+        close(agnostic, attention)
+
+
+@pytest.mark.parametrize("objects", [2, 5, 8])
+def test_the_threshold_of_otsu_parts_objects_from_background_whatever_their_share(objects):
+    """Scores near 1 and near 3 in a box of ten pixels: 1/2 lies between them, not at the middle."""
+    scores = torch.cat([torch.linspace(0.8, 1.2, objects), torch.linspace(2.2, 3, 10 - objects)])
+    args = (
+        torch.zeros(1, 3, 1, 12, dtype=torch.uint8),
+        torch.cat([torch.tensor([5.0, 5.0]), scores]).reshape(1, 1, 1, 12),
+        torch.ones(2, 1),
+        [torch.tensor([[2.0, 0.0, 12.0, 1.0]])],
+        [torch.tensor([1])],
+    )
+    y = pseudo_labels(*args, crf=None, background="cam")
+    assert y.crf[0, 0].tolist() == [0, 0] + [1] * objects + [0] * (10 - objects)
+    u_0 = y.background_unary[0, 0, 2:]
+    unshifted = pseudo_labels(*args, crf=None, background="cam", background_otsu=False)
+    shift = u_0 - unshifted.background_unary[0, 0, 2:]
+    inner = (u_0 > 0) & (u_0 < 1)
+    close(shift[inner], shift[inner][:1].expand(int(inner.sum())), tolerance=1e-6)
+
+
+def test_a_map_that_tells_nothing_is_not_shifted():
+    features = torch.ones(1, 3, 4, 4)
+    y = pseudo_labels(
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        features,
+        None,
+        [torch.tensor([[2.0, 2.0, 6.0, 6.0]])],
+        [torch.tensor([1])],
+        crf=None,
+    )
+    assert (y.background_unary[0, 2:6, 2:6] == 0).all()
+
+
+def test_class_agnostic_labels():
+    """One class in a box: 1 - u_0. Two classes on a pixel: half each."""
+    scene = fixed()
+    y = labels_of(scene, None)
+    inside = ~definite_background([scene.boxes[1]], scene.image_size)[0, 0].bool()
+    close(y.foreground_unary[1, 0], (1 - y.background_unary[1]) * inside)
+    masks = [
+        ~definite_background([scene.boxes[0][scene.labels[0] == c]], (24, 24))[0, 0].bool()
+        for c in (1, 3)
+    ]
+    both = masks[0] & masks[1]
+    assert both.any()
+    close(y.foreground_unary[0, 0][both], (1 - y.background_unary[0][both]) / 2)
+    close(y.foreground_unary[0, 1][both], (1 - y.background_unary[0][both]) / 2)
+    close(y.foreground_unary.sum(1)[1], (1 - y.background_unary[1]) * inside)
+    alone = masks[0] & ~masks[1]
+    close(y.foreground_unary[0, 0][alone], 1 - y.background_unary[0][alone])
+    for name in ("cam", "complement"):
+        close(labels_of(scene, None, foreground=name).foreground_unary, y.foreground_unary)
+
+
+def test_a_class_of_zeros_counts_as_unseen():
+    """Alone in a box it takes all that is not background, beside another class a half of it."""
+    scene = fixed()
+    unseen = weight_of(scene, "unseen")  # class 2, which the second image shows
+    y = labels_of(scene, unseen, foreground="cam")
+    inside = ~definite_background([scene.boxes[1]], scene.image_size)[0, 0].bool()
+    close(y.foreground_unary[1, 0], (1 - y.background_unary[1]) * inside)
+    joined = scene.replace(labels=[torch.tensor([3, 2, 3]), torch.tensor([2])])
+    y = labels_of(joined, unseen)
+    masks = [
+        ~definite_background([joined.boxes[0][joined.labels[0] == c]], (24, 24))[0, 0].bool()
+        for c in (2, 3)
+    ]
+    both = masks[0] & masks[1]
+    for slot in (0, 1):
+        close(y.foreground_unary[0, slot][both], (1 - y.background_unary[0][both]) / 2)
+    # A bias alone makes a class seen.
+    seen = unseen.clone()
+    seen[2, -1] = 1
+    assert not torch.allclose(labels_of(joined, seen).foreground_unary, y.foreground_unary)
+
+
+def test_a_bias_is_a_channel_of_ones():
+    scene = fixed()
+    weight = weight_of(scene, "bias")
+    ones = torch.ones_like(scene.features[:, :1])
+    y = labels_of(scene, weight, foreground="cam", background="cam")
+    wide = scene.replace(features=torch.cat([scene.features, ones], dim=1))
+    expected = labels_of(wide, weight, foreground="cam", background="cam")
+    close(y.background_unary, expected.background_unary)
+    close(y.foreground_unary, expected.foreground_unary)
+    other = labels_of(scene, weight[:, :-1], foreground="cam", background="cam")
+    assert not torch.allclose(other.foreground_unary, expected.foreground_unary)
+
+
+def test_boxes_without_background_fall_back_on_the_border():
+    """Class-agnostic only: objects lie in the middle of their boxes. Weights know better."""
+    features = torch.zeros(1, 2, 4, 4)
+    features[:, 0] = 1
+    features[:, :, 1:3, 1:3] = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1)
+    args = (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), features)
+    boxes, labels = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])], [torch.tensor([1])]
+    y = pseudo_labels(*args, None, boxes, labels, crf=None)
+    expected = torch.zeros(4, 4, dtype=torch.long)
+    expected[1:3, 1:3] = 1
+    assert torch.equal(y.crf[0], expected)
+    y = pseudo_labels(*args, torch.eye(2), boxes, labels, crf=None, background="attention")
+    assert (y.background_unary == 0).all()
+
+
+def test_the_border_is_that_of_the_image_not_of_its_padding():
+    scene = fixed(batch=1, map_size=(4, 4), image_size=(16, 16))
+    scene = scene.replace(boxes=[torch.tensor([[0.0, 0, 16, 16]])], labels=[torch.tensor([1])])
+    alone = labels_of(scene, None, grid_size=1)  # the grid is laid over padding, too
+    # Repeated, as upsampling does beyond the last centres of cells.
+    features = torch.nn.functional.pad(scene.features, (0, 3, 0, 2), mode="replicate")
+    valid = torch.zeros(1, 24, 28, dtype=torch.bool)
+    valid[:, :16, :16] = True
+    padded = scene.replace(
+        features=features,
+        image_size=(24, 28),
+        valid=valid,
+        boxes=[torch.tensor([[0.0, 0, 28, 24]])],
+    )
+    found = labels_of(padded, None, grid_size=1)
+    close(found.background_unary[:, :16, :16], alone.background_unary)
+    assert alone.background_unary.std() > 0.1
+
+
+def test_the_scale_of_the_softmax():
+    """Log odds are the difference of the unaries times the scale; with complements 2 u_0 - 1."""
+
+    def seen(**kwargs):
+        found = []
+        y = labels_of(fixed(), crf=lambda _, p: found.append(p) or p, **kwargs)
+        return found[0][0], y.background_unary[1], y.foreground_unary[1, 0]
+
+    for scale in (0.5, 1, 3.0):
+        for kwargs in ({"foreground": "cam"}, {"foreground": "complement"}):
+            p, u_0, u_1 = seen(unary_softmax=scale, **kwargs)
+            inside = p[1] > 0
+            assert inside.any()
+            odds = (p[0] / p[1]).log()
+            close(odds[inside], scale * (u_0 - u_1)[inside])
+            assert (p[0][~inside] == 1).all()
+
+
+def test_a_softmax_of_high_scale_is_the_argmax_of_the_unaries():
+    scene = fixed()
+    sharp = labels_of(scene, foreground="cam", unary_softmax=1e4)
+    plain = labels_of(scene, foreground="cam")
+    assert torch.equal(sharp.crf, plain.crf)
+    close(sharp.foreground_unary, plain.foreground_unary)
+
+
+def test_where_nothing_speaks_for_any_class_the_background_wins():
+    """All unaries 0: the probabilities are even, and the first of the equals is the background."""
+    features = torch.tensor([[0.0, 0.0, -1.0], [1.0, 1.0, 0.0]]).reshape(1, 2, 1, 3)
+    weight = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    seen = []
+
+    def crf(images, probabilities):
+        seen.append(probabilities)
+        return probabilities
+
+    y = pseudo_labels(
+        torch.zeros(1, 3, 1, 3, dtype=torch.uint8),
+        features,
+        weight,
+        [torch.tensor([[2.0, 0.0, 3.0, 1.0]])],
+        [torch.tensor([1])],
+        crf=crf,
+        **EQUATIONS,
+    )
+    assert y.background_unary.tolist() == [[[1.0, 1.0, 0.0]]]
+    assert y.foreground_unary.tolist() == [[[[0.0, 0.0, 0.0]]]]
+    assert seen[0][0, :, 0, 2].tolist() == [0.5, 0.5]
+    assert seen[0][0, :, 0, 0].tolist() == [1.0, 0.0]
+    assert y.crf.tolist() == [[[0, 0, 0]]]
+
+
+def test_a_padded_pixel_is_not_a_maximum():
+    """The largest activation lies in the padding: the class still peaks at 1 in the image."""
+    features = torch.tensor([[1.0, 2.0, 9.0]]).reshape(1, 1, 1, 3)
+    args = (
+        torch.zeros(1, 3, 1, 3, dtype=torch.uint8),
+        features,
+        torch.ones(2, 1),
+        [torch.tensor([[0.0, 0.0, 3.0, 1.0]])],
+        [torch.tensor([1])],
+    )
+    valid = torch.tensor([[[True, True, False]]])
+    for minmax, u_0 in [(False, [0.5, 1.0]), (True, [0.0, 1.0])]:
+        y = pseudo_labels(
+            *args,
+            crf=None,
+            valid=valid,
+            background="cam",
+            foreground="cam",
+            background_minmax=minmax,
+            background_otsu=False,
+        )
+        assert y.foreground_unary.tolist() == [[[[0.5, 1.0, 0.0]]]]
+        assert y.background_unary[0, 0, :2].tolist() == u_0
