@@ -3,9 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from bapnal import (
-    instance_labels,
-)
+from bapnal import instance_labels
 
 SIDE = 64
 RNG = torch.Generator

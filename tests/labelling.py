@@ -4,6 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 import reference
+import reference_labels
 from bapnal import pseudo_labels
 from strategies import Scene, seeded
 
@@ -86,14 +87,14 @@ def oracle_blurring(image, p):  # image: [3][H][W], p: [H][W] of {class: probabi
 def oracle_of(scene, b, weight, kwargs):
     """u_0, u_c and the probabilities of one image."""
     features, boxes, valid = scene.image(b)
-    return reference.unaries(
+    return reference_labels.unaries(
         features,
         None if weight is None else weight.tolist(),
         boxes,
         scene.labels[b].tolist(),
         scene.image_size,
         scene.classes,
-        {**reference.DEFAULTS, **kwargs},
+        {**reference_labels.DEFAULTS, **kwargs},
         valid,
     )
 

@@ -3,9 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
-from bapnal import (
-    background_aware_pooling,
-)
+from bapnal import background_aware_pooling
 from strategies import Scene, random_boxes, seeded
 
 options = st.fixed_dictionaries(

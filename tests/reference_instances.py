@@ -7,7 +7,7 @@ default fails.
 
 import math
 
-import reference
+import reference_labels
 
 
 def plane(size, value):  # -> [h][w]
@@ -282,8 +282,8 @@ def ellipse(zoomed, pixels):
 
 def image_log_odds(f, boxes, labels, image_size, weight=None):  # -> {class: [H][W]}
     classes = max(labels) if weight is None else len(weight) - 1
-    args = (f, weight, boxes, labels, image_size, classes, reference.DEFAULTS)
-    found = reference.unaries(*args)[2]
+    args = (f, weight, boxes, labels, image_size, classes, reference_labels.DEFAULTS)
+    found = reference_labels.unaries(*args)[2]
 
     def value(c, i, j):
         p = found[i][j]

@@ -2,11 +2,8 @@
 
 import torch
 
-import reference
-from bapnal import (
-    RidgeBoxClassifier,
-    box_targets,
-)
+import reference_labels
+from bapnal import RidgeBoxClassifier, box_targets
 from strategies import Scene, random_boxes, seeded
 
 CLASSES = 4  # with the background
@@ -32,7 +29,9 @@ def targets_of(scene, n=4, **kwargs):
 def oracle_targets(scene, b, n=4):
     features, boxes, valid = scene.image(b)
     labels = scene.labels[b].tolist()
-    return reference.box_targets(features, boxes, labels, scene.image_size, CLASSES, n, valid)
+    return reference_labels.box_targets(
+        features, boxes, labels, scene.image_size, CLASSES, n, valid
+    )
 
 
 # ---------------------------------------------------------------------------------------- weights

@@ -8,11 +8,7 @@ from hypothesis import strategies as st
 import reference
 from assertions import close, close_gradients, finite, finite_gradients
 from attention_inputs import drawn, grids, reductions, shares
-from bapnal import (
-    BackgroundAttention,
-    background_attention,
-    grid_prototypes,
-)
+from bapnal import BackgroundAttention, background_attention, grid_prototypes
 from strategies import seeded, seeds, sizes
 
 

@@ -8,12 +8,7 @@ from hypothesis import given
 
 from assertions import close, compiles, finite, finite_gradients
 from attention_inputs import drawn
-from bapnal import (
-    BackgroundAttention,
-    background_attention,
-    definite_background,
-    grid_prototypes,
-)
+from bapnal import BackgroundAttention, background_attention, definite_background, grid_prototypes
 from strategies import scenes
 
 

@@ -8,12 +8,7 @@ from torch.nn import functional as F
 
 import reference_instances as reference
 from assertions import close
-from bapnal import (
-    FeatureHead,
-    box_log_odds,
-    instance_labels,
-    pseudo_labels,
-)
+from bapnal import FeatureHead, box_log_odds, instance_labels, pseudo_labels
 from bapnal.boxes import box_cells
 from instance_scenes import RNG, SIDE, colours, label, scene
 

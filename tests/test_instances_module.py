@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from assertions import close
-from bapnal import (
-    InstanceLabelGenerator,
-    ZoomedBoxes,
-    box_log_odds,
-    instance_crf,
-    instance_labels,
-)
+from bapnal import InstanceLabelGenerator, ZoomedBoxes, box_log_odds, instance_crf, instance_labels
 from instance_scenes import SIDE, colours, label, scene
 
 # ------------------------------------------------------------------------------------------ corners

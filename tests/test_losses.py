@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference
+import reference_losses
 from assertions import close, close_gradients
 from bapnal import (
     bootstrapping_loss,
@@ -22,7 +22,9 @@ from loss_inputs import drawn, labelled, lower, small
 def found(logits, cosines, y_crf, y_ret, **kwargs):
     """The oracle's view of all labelled pixels."""
     cosines = cosines.tolist() if cosines is not None else None
-    return reference.pixels(logits.tolist(), cosines, y_crf.tolist(), y_ret.tolist(), **kwargs)
+    return reference_losses.pixels(
+        logits.tolist(), cosines, y_crf.tolist(), y_ret.tolist(), **kwargs
+    )
 
 
 # --------------------------------------------------------------------------- against the oracle
@@ -35,7 +37,9 @@ def test_confidence_agrees_with_the_oracle(kwargs, gamma):
     assert sigma.shape == labels.shape
     for b, i, j in torch.cartesian_prod(*(torch.arange(n) for n in labels.shape)).tolist():
         c = labels[b, i, j].item()
-        expected = reference.confidence(cosines[b, :, i, j].tolist(), c, gamma) if c < 255 else 0
+        expected = (
+            reference_losses.confidence(cosines[b, :, i, j].tolist(), c, gamma) if c < 255 else 0
+        )
         assert sigma[b, i, j].item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -49,7 +53,7 @@ def test_noise_aware_loss_agrees_with_the_oracle(kwargs, gamma, balance):
     loss = noise_aware_loss(logits, cosines, y_crf, y_ret, gamma=gamma, balance=balance)
     assert loss.shape == ()
     pixels = found(logits, cosines, y_crf, y_ret)
-    close(loss, reference.noise_aware_loss(pixels, gamma, balance))
+    close(loss, reference_losses.noise_aware_loss(pixels, gamma, balance))
 
 
 @given(kwargs=labelled, balance=st.sampled_from([0.0, 0.1, 2.0]))
@@ -57,7 +61,7 @@ def test_entropy_loss_agrees_with_the_oracle(kwargs, balance):
     logits, _, y_crf, y_ret, _ = drawn(**kwargs)
     loss = entropy_regularization_loss(logits, None, y_crf, y_ret, balance=balance)
     pixels = found(logits, None, y_crf, y_ret)
-    close(loss, reference.entropy_regularization_loss(pixels, balance))
+    close(loss, reference_losses.entropy_regularization_loss(pixels, balance))
 
 
 @given(
@@ -69,7 +73,7 @@ def test_bootstrapping_loss_agrees_with_the_oracle(kwargs, balance, beta):
     logits, _, y_crf, y_ret, _ = drawn(**kwargs)
     loss = bootstrapping_loss(logits, None, y_crf, y_ret, beta, balance=balance)
     pixels = found(logits, None, y_crf, y_ret)
-    close(loss, reference.bootstrapping_loss(pixels, beta, balance))
+    close(loss, reference_losses.bootstrapping_loss(pixels, beta, balance))
 
 
 @settings(max_examples=20)
@@ -82,14 +86,14 @@ def test_low_resolution_scores_are_upsampled_as_the_oracle_does(kwargs, low, oth
     cosines = lower(generator, batch, classes, other).tanh()
     pixels = found(logits, cosines, y_crf, y_ret, align_corners=align)
     args = (logits, cosines, y_crf, y_ret)
-    close(noise_aware_loss(*args, align_corners=align), reference.noise_aware_loss(pixels))
+    close(noise_aware_loss(*args, align_corners=align), reference_losses.noise_aware_loss(pixels))
     close(
         entropy_regularization_loss(*args, align_corners=align),
-        reference.entropy_regularization_loss(pixels),
+        reference_losses.entropy_regularization_loss(pixels),
     )
     close(
         bootstrapping_loss(*args, 0.4, align_corners=align),
-        reference.bootstrapping_loss(pixels, 0.4),
+        reference_losses.bootstrapping_loss(pixels, 0.4),
     )
 
 
@@ -101,7 +105,7 @@ def test_noise_aware_gradients_agree_with_differences(kwargs, low, gamma):
     logits = lower(generator, kwargs["batch"], kwargs["classes"], low)
 
     def oracle(z, s):
-        return reference.noise_aware_loss(found(z, s, y_crf, y_ret), gamma, 1.5)
+        return reference_losses.noise_aware_loss(found(z, s, y_crf, y_ret), gamma, 1.5)
 
     close_gradients(
         lambda z, s: noise_aware_loss(z, s, y_crf, y_ret, gamma=gamma, balance=1.5),
@@ -117,7 +121,7 @@ def test_entropy_gradients_agree_with_differences(kwargs):
     logits, _, y_crf, y_ret, generator = drawn(**kwargs)
     close_gradients(
         lambda z: entropy_regularization_loss(z, None, y_crf, y_ret, balance=1.5),
-        lambda z: reference.entropy_regularization_loss(found(z, None, y_crf, y_ret), 1.5),
+        lambda z: reference_losses.entropy_regularization_loss(found(z, None, y_crf, y_ret), 1.5),
         [logits],
         generator,
     )
@@ -135,7 +139,7 @@ def test_bootstrapping_gradients_agree_with_differences_of_the_m_step(kwargs, be
 
     def oracle(z):
         pixels = found(z, None, y_crf, y_ret)
-        return reference.bootstrapping_loss(pixels, beta, 1.5, targets)
+        return reference_losses.bootstrapping_loss(pixels, beta, 1.5, targets)
 
     close_gradients(
         lambda z: bootstrapping_loss(z, None, y_crf, y_ret, beta, balance=1.5),
@@ -164,7 +168,7 @@ def test_gradcheck():
 def test_poly_schedule(total, power):
     values = [poly_schedule(step, total, power) for step in range(total + 1)]
     for step, value in enumerate(values):
-        assert value == pytest.approx(reference.poly_schedule(step, total, power))
+        assert value == pytest.approx(reference_losses.poly_schedule(step, total, power))
     assert values[0] == 1
     assert values[-1] == 0
     assert all(a > b for a, b in pairwise(values))

@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from assertions import close, finite_gradients
-from bapnal import (
-    confidence_map,
-    noise_aware_loss,
-)
+from bapnal import confidence_map, noise_aware_loss
 from loss_inputs import ALL, drawn
 
 # -------------------------------------------------------------------------------------- corners

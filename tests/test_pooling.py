@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 import reference
 from assertions import close, close_gradients
-from bapnal import (
-    box_classification_loss,
-)
+from bapnal import box_classification_loss
 from pooling_inputs import fixed, options, pool
 from strategies import scenes
 

@@ -4,11 +4,7 @@ import pytest
 import torch
 
 from assertions import close, finite, finite_gradients
-from bapnal import (
-    PooledFeatures,
-    background_aware_pooling,
-    box_classification_loss,
-)
+from bapnal import PooledFeatures, background_aware_pooling, box_classification_loss
 from pooling_inputs import fixed, pool
 from strategies import seeded
 

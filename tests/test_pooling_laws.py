@@ -7,11 +7,7 @@ from hypothesis import strategies as st
 
 import reference
 from assertions import close
-from bapnal import (
-    BackgroundAwarePooling,
-    background_attention,
-    background_aware_pooling,
-)
+from bapnal import BackgroundAwarePooling, background_attention, background_aware_pooling
 from pooling_inputs import fixed, options, pool, rois
 from strategies import random_boxes, scenes, seeded, seeds
 

@@ -7,11 +7,7 @@ import pytest
 import torch
 
 from assertions import close, compiles
-from bapnal import (
-    BackgroundAwarePooling,
-    background_aware_pooling,
-    box_classification_loss,
-)
+from bapnal import BackgroundAwarePooling, background_aware_pooling, box_classification_loss
 from pooling_inputs import fixed, pool, rois
 
 # ----------------------------------------------------------------------- transforms of functions

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 
 import reference
+import reference_labels
 from assertions import close
 from bapnal import definite_background, pseudo_labels
 from labelling import (
@@ -58,7 +59,7 @@ def test_labels_agree_with_the_oracle(scene, kwargs, kind):
         candidates = reference.plane_of(scene.image_size, lambda i, j, p=p: list(p[i][j]))
         q = oracle_blurring(images_of(scene)[b].tolist(), p) if named else p
         same_labels(y.crf[b].tolist(), q, candidates, shown)
-        maps = reference.retrieval(
+        maps = reference_labels.retrieval(
             scene.features[b].tolist(),
             None if weight is None else weight.tolist(),
             y.crf[b].tolist(),

@@ -5,13 +5,7 @@ import torch
 
 from assertions import close
 from bapnal import pseudo_labels
-from labelling import (
-    blurring,
-    fixed,
-    images_of,
-    labels_of,
-    weight_of,
-)
+from labelling import blurring, fixed, images_of, labels_of, weight_of
 
 # --------------------------------------------------------------------------------------- corners
 

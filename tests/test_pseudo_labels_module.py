@@ -5,16 +5,10 @@ import pickle
 import pytest
 import torch
 
-import reference
+import reference_labels
 from assertions import close
 from bapnal import PseudoLabelGenerator, PseudoLabels, pseudo_labels
-from labelling import (
-    blurring,
-    fixed,
-    images_of,
-    labels_of,
-    weight_of,
-)
+from labelling import blurring, fixed, images_of, labels_of, weight_of
 
 
 @pytest.mark.parametrize(
@@ -48,7 +42,7 @@ def test_the_module_is_the_function(kwargs):
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
     assert not module.state_dict()
-    for name, value in {**reference.DEFAULTS, "ignore_index": 255, **kwargs}.items():
+    for name, value in {**reference_labels.DEFAULTS, "ignore_index": 255, **kwargs}.items():
         assert f"{name}={value!r}" in repr(module)
     if kwargs:
         default = labels_of(
@@ -69,7 +63,7 @@ def test_a_crf_module_is_part_of_the_generator():
     generate = PseudoLabelGenerator(Crf())
     assert [name for name, _ in generate.named_children()] == ["crf"]
     assert PseudoLabelGenerator().crf is None
-    for name, value in reference.DEFAULTS.items():
+    for name, value in reference_labels.DEFAULTS.items():
         assert getattr(PseudoLabelGenerator(), name) == value
 
 

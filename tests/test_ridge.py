@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 from torch import distributed
 
 import reference
+import reference_labels
 from assertions import Largest, close
-from bapnal import (
-    DenseCRF,
-    RidgeBoxClassifier,
-    pseudo_labels,
-    ridge_weights,
-)
+from bapnal import DenseCRF, RidgeBoxClassifier, pseudo_labels, ridge_weights
 from ridge_inputs import CLASSES, HALVES, collected, fixed, oracle_targets, targets_of, update
 from strategies import seeded, seeds
 
@@ -39,10 +35,10 @@ def test_sums_and_weights_agree_with_the_oracle(seed, padded):
     if padded:
         scene = scene.replace(valid=torch.rand(6, 12, 14, generator=seeded(seed)) < 0.8)
     ridge = collected(scene, penalty=0.3)
-    gram, moment = reference.ridge_sums(cells_of(scene))
+    gram, moment = reference_labels.ridge_sums(cells_of(scene))
     close(ridge.gram, gram)
     close(ridge.moment, moment)
-    expected = torch.tensor(reference.ridge_weights(gram, moment, 0.3), dtype=torch.float64)
+    expected = torch.tensor(reference_labels.ridge_weights(gram, moment, 0.3), dtype=torch.float64)
     close(ridge_weights(ridge.gram, ridge.moment, 0.3), expected)
     weight = ridge.solve()
     assert weight.dtype == torch.float32
@@ -55,10 +51,10 @@ def test_sums_and_weights_agree_with_the_oracle(seed, padded):
 def test_the_ridge_agrees_with_elimination(seed, penalty):
     x = torch.randn(20, 4, generator=seeded(seed), dtype=torch.float64) * 3 + 1
     y = torch.randn(20, 2, generator=seeded(seed + 1), dtype=torch.float64)
-    gram, moment = reference.ridge_sums(list(zip(x.tolist(), y.tolist(), strict=True)))
+    gram, moment = reference_labels.ridge_sums(list(zip(x.tolist(), y.tolist(), strict=True)))
     weight = ridge_weights(torch.tensor(gram).double(), torch.tensor(moment).double(), penalty)
     float64 = [torch.tensor(part, dtype=torch.float64) for part in (gram, moment)]
-    close(ridge_weights(*float64, penalty), reference.ridge_weights(gram, moment, penalty))
+    close(ridge_weights(*float64, penalty), reference_labels.ridge_weights(gram, moment, penalty))
     assert weight.shape == (2, 5)
 
 

@@ -8,11 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from assertions import close, finite
-from bapnal import (
-    RidgeBoxClassifier,
-    box_targets,
-    ridge_weights,
-)
+from bapnal import RidgeBoxClassifier, box_targets, ridge_weights
 from ridge_inputs import CLASSES, HALVES, NONE, collected, fixed, targets_of, update
 
 # --------------------------------------------------------------------------------------- corners

@@ -7,11 +7,7 @@ from hypothesis import strategies as st
 
 import reference
 from assertions import close, finite
-from bapnal import (
-    RidgeBoxClassifier,
-    box_coverage,
-    box_targets,
-)
+from bapnal import RidgeBoxClassifier, box_coverage, box_targets
 from ridge_inputs import CLASSES, oracle_targets, targets_of
 from strategies import random_boxes, scenes, seeded, seeds, sizes
 

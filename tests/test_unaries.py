@@ -7,18 +7,10 @@ import torch
 from hypothesis import given, settings
 
 import reference
+import reference_labels
 from assertions import close
 from bapnal import PRESETS, DenseCRF, PseudoLabelGenerator, pseudo_labels
-from labelling import (
-    blurring,
-    fixed,
-    images_of,
-    labels_of,
-    options,
-    oracle_of,
-    weight_of,
-    weights,
-)
+from labelling import blurring, fixed, images_of, labels_of, options, oracle_of, weight_of, weights
 from strategies import scenes, seeded
 
 # ---------------------------------------------------------------------------- against the oracle
@@ -187,7 +179,7 @@ def test_presets_are_the_settings_of_the_paper_and_of_the_released_code():
 @pytest.mark.parametrize("name", ["paper", "released"])
 def test_a_preset_names_every_option_and_the_generator_takes_it(name):
     generate = PseudoLabelGenerator(blurring, **PRESETS[name])
-    assert set(PRESETS[name]) == set(reference.DEFAULTS)
+    assert set(PRESETS[name]) == set(reference_labels.DEFAULTS)
     for option, value in PRESETS[name].items():
         assert getattr(generate, option) == value
         assert f"{option}={value!r}" in repr(generate)

@@ -7,15 +7,7 @@ from hypothesis import given
 import reference
 from assertions import close, finite
 from bapnal import PRESETS, definite_background, pseudo_labels
-from labelling import (
-    EQUATIONS,
-    blurring,
-    fixed,
-    labels_of,
-    options,
-    weight_of,
-    weights,
-)
+from labelling import EQUATIONS, blurring, fixed, labels_of, options, weight_of, weights
 from strategies import scenes
 
 

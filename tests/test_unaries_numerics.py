@@ -7,14 +7,8 @@ import torch
 
 from assertions import Largest, close, finite
 from bapnal import PRESETS, pseudo_labels
-from labelling import (
-    fixed,
-    images_of,
-    labels_of,
-    weight_of,
-)
+from labelling import fixed, images_of, labels_of, weight_of
 from strategies import seeded
-
 
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 CORNERS = (
