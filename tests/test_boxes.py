@@ -242,9 +242,8 @@ def test_smaller_boxes_are_painted_on_larger_ones(seed, image_size, masked):
             assert painted[y, x] == next(over, 7)
 
 
-def test_errors():
+def test_errors_of_boxes():
     box = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
-    size = (4, 4)
     error(
         TypeError,
         "boxes must be a list of Tensors or a Tensor, got float",
@@ -274,6 +273,9 @@ def test_errors():
             [torch.cat([box, torch.tensor([wrong])])],
             1,
         )
+
+
+def test_errors_of_batch_indices():
     error(
         ValueError,
         "boxes[:, 0] must be in 0..1, got 2",
@@ -288,6 +290,11 @@ def test_errors():
         torch.tensor([[float("nan"), 0.0, 0.0, 1.0, 1.0]]),
         2,
     )
+
+
+def test_errors_of_sizes():
+    box = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    size = (4, 4)
     error(
         ValueError,
         "corners must have shape (*, 4), got (2, 3)",
@@ -307,6 +314,11 @@ def test_errors():
     )
     error(ValueError, "image_size[0] must be >= 1, got 0", definite_background, [box], (0, 4))
     error(ValueError, "map_size[0] must be >= 1, got 0", definite_background, [box], size, (0, 4))
+
+
+def test_errors_of_definite_background():
+    box = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    size = (4, 4)
     error(
         ValueError,
         "batch_size must be given with boxes of shape (K, 5), got None",

@@ -134,7 +134,7 @@ def raises(kind, text, function, *args, **kwargs):
     assert str(caught.value) == text
 
 
-def test_errors_of_pooling():
+def test_errors_of_features_and_boxes():
     x, box, size = torch.zeros(2, 3, 4, 4), torch.tensor([[0.0, 0.0, 2.0, 2.0]]), (8, 8)
     boxes = [box, box]
     run = background_aware_pooling
@@ -168,6 +168,12 @@ def test_errors_of_pooling():
         [box, torch.tensor([[float("nan"), 0.0, 2.0, 2.0]])],
         size,
     )
+
+
+def test_errors_of_sizes_and_devices():
+    x, box, size = torch.zeros(2, 3, 4, 4), torch.tensor([[0.0, 0.0, 2.0, 2.0]]), (8, 8)
+    boxes = [box, box]
+    run = background_aware_pooling
     raises(ValueError, "image_size must be (height, width), got 8", run, x, boxes, 8)
     raises(ValueError, "image_size[1] must be >= 1, got 0", run, x, boxes, (8, 0))
     raises(
@@ -198,7 +204,11 @@ def test_errors_of_pooling():
     )
     with pytest.raises(ValueError, match=r"valid.* on .*meta"):
         run(x, boxes, size, valid=torch.ones(2, 8, 8, dtype=torch.bool, device="meta"))
-    for wrong, kind, text in [
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "text"),
+    [
         ({"grid_size": 0}, ValueError, "grid_size must be >= 1, got 0"),
         ({"grid_size": 1.5}, TypeError, "grid_size must be an int, got float"),
         ({"output_size": 0}, ValueError, "output_size must be >= 1, got 0"),
@@ -215,9 +225,12 @@ def test_errors_of_pooling():
             "sampling must be one of 'cells', 'roi_align', got 'roialign'",
         ),
         ({"roi_size": 0}, ValueError, "roi_size must be >= 1, got 0"),
-    ]:
-        raises(kind, text, run, x, boxes, size, **wrong)
-        raises(kind, text, BackgroundAwarePooling, **wrong)
+    ],
+)
+def test_errors_of_options(wrong, kind, text):
+    x, box = torch.zeros(2, 3, 4, 4), torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    raises(kind, text, background_aware_pooling, x, [box, box], (8, 8), **wrong)
+    raises(kind, text, BackgroundAwarePooling, **wrong)
 
 
 def test_the_error_without_torchvision_names_the_extra(monkeypatch):

@@ -92,22 +92,25 @@ def raises(kind, text, function, *args, **kwargs):
     assert str(caught.value) == text
 
 
-def test_errors():
+def good():
     scene = fixed()
-    good = {
+    return {
         "images": images_of(scene),
         "features": scene.features,
         "weight": weight_of(scene),
         "boxes": scene.boxes,
         "labels": scene.labels,
     }
-    generate = PseudoLabelGenerator()
 
-    def fails(kind, text, **changes):
-        raises(kind, text, pseudo_labels, **{**good, **changes}, crf=None)
-        raises(kind, text, generate, **{**good, **changes})
 
-    images, x, w = good["images"], good["features"], good["weight"]
+def fails(kind, text, **changes):
+    """Of the function and of the module."""
+    raises(kind, text, pseudo_labels, **{**good(), **changes}, crf=None)
+    raises(kind, text, PseudoLabelGenerator(), **{**good(), **changes})
+
+
+def test_errors_of_images_features_and_weights():
+    images, x, w = (good()[name] for name in ("images", "features", "weight"))
     fails(TypeError, "images must have dtype torch.uint8 (RGB), got torch.float32",
           images=images.float())  # fmt: skip
     fails(ValueError, "images must have shape (B, 3, H, W), got (2, 1, 24, 24)",
@@ -125,6 +128,10 @@ def test_errors():
         )
         fails(ValueError, text, weight=wrong)
     fails(TypeError, "weight must have a floating-point dtype, got torch.int64", weight=w.long())
+
+
+def test_errors_of_boxes_and_labels():
+    scene = fixed()
     fails(ValueError, "boxes must have one entry per image (2), got 1 entries",
           boxes=scene.boxes[:1])  # fmt: skip
     fails(
@@ -145,15 +152,19 @@ def test_errors():
           labels=[scene.labels[0].float(), scene.labels[1]])  # fmt: skip
     fails(ValueError, "labels must be in 1..3, got 4", labels=torch.tensor([1, 4, 1, 1]))
     fails(ValueError, "labels must be in 1..3, got 0", labels=torch.tensor([1, 0, 1, 1]))
+
+
+def test_errors_of_validity_and_devices():
     fails(ValueError, "valid must have shape (2, 24, 24), got (2, 6, 6)",
           valid=torch.ones(2, 6, 6, dtype=torch.bool))  # fmt: skip
     fails(TypeError, "valid must have dtype torch.bool, got torch.uint8",
           valid=torch.ones(2, 24, 24, dtype=torch.uint8))  # fmt: skip
+    given = good()
     for name in ("features", "weight", "labels", "valid"):
-        value = torch.ones(2, 24, 24, dtype=torch.bool) if name == "valid" else good[name]
+        value = torch.ones(2, 24, 24, dtype=torch.bool) if name == "valid" else given[name]
         value = torch.cat(value) if name == "labels" else value
         with pytest.raises(ValueError, match=rf"{name}.* on .*meta|{name} .*got meta"):
-            pseudo_labels(**{**good, name: value.to("meta")}, crf=None)
+            pseudo_labels(**{**given, name: value.to("meta")}, crf=None)
 
 
 def test_labels_must_fit_the_boxes_image_by_image():

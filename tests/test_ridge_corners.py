@@ -197,40 +197,35 @@ def test_errors_of_settings():
         assert str(caught.value) == text
 
 
-def test_errors_of_an_update_leave_the_sums_alone():
-    scene = fixed()
-    ridge = collected(scene)
-    before = ridge.gram.clone(), ridge.moment.clone()
-    good = {
-        "features": scene.features,
-        "boxes": scene.boxes,
-        "labels": scene.labels,
-        "image_size": (12, 14),
-    }
-    mixed = [scene.labels[0][:1], torch.cat([scene.labels[1], scene.labels[0][:1]])]
-    for wrong, kind, text in [
+SCENE = fixed()
+MIXED = [SCENE.labels[0][:1], torch.cat([SCENE.labels[1], SCENE.labels[0][:1]])]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "text"),
+    [
         (
-            {"features": scene.features[:, :2]},
+            {"features": SCENE.features[:, :2]},
             ValueError,
             "features must have shape (B, 3, h, w), got (6, 2, 5, 6)",
         ),
         (
-            {"features": scene.features.long()},
+            {"features": SCENE.features.long()},
             TypeError,
             "features must have a floating-point dtype, got torch.int64",
         ),
         (
-            {"features": scene.features.numpy()},
+            {"features": SCENE.features.numpy()},
             TypeError,
             "features must be a Tensor, got ndarray",
         ),
         (
-            {"boxes": scene.boxes[:1]},
+            {"boxes": SCENE.boxes[:1]},
             ValueError,
             "boxes must have one entry per image (6), got 1 entries",
         ),
         (
-            {"labels": [*mixed, *scene.labels[2:]]},
+            {"labels": [*MIXED, *SCENE.labels[2:]]},
             ValueError,
             "labels[0] must have shape (2,), got (1,)",
         ),
@@ -254,14 +249,24 @@ def test_errors_of_an_update_leave_the_sums_alone():
             "valid must have dtype torch.bool, got torch.float32",
         ),
         (
-            {"features": scene.features.to("meta")},
+            {"features": SCENE.features.to("meta")},
             ValueError,
             "features, gram must be on one device, got features on meta, gram on cpu",
         ),
-    ]:
-        with pytest.raises(kind) as caught:
-            ridge.update(**{**good, **wrong})
-        assert str(caught.value) == text
+    ],
+)
+def test_errors_of_an_update_leave_the_sums_alone(wrong, kind, text):
+    ridge = collected(SCENE)
+    before = ridge.gram.clone(), ridge.moment.clone()
+    good = {
+        "features": SCENE.features,
+        "boxes": SCENE.boxes,
+        "labels": SCENE.labels,
+        "image_size": (12, 14),
+    }
+    with pytest.raises(kind) as caught:
+        ridge.update(**{**good, **wrong})
+    assert str(caught.value) == text
     assert torch.equal(ridge.gram, before[0])
     assert torch.equal(ridge.moment, before[1])
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from label_data import change, place
 
 from bapnal.label.annotations import find_format, read_boxes, read_voc
 from bapnal.label.record import boxes_in_pixels
 from bapnal.label.sources import LabelledImage
+from label_data import change, place
 
 
 def refused(error, message, **arguments):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from label_data import QUICK, place
 from safetensors.torch import load_file
 
 from bapnal.label.dataset import label_dataset
 from bapnal.label.workers import SkipError
+from label_data import QUICK, place
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
 pytest.importorskip("ray.data", reason="the extra ray is not installed")

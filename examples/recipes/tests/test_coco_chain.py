@@ -26,20 +26,12 @@ from bapnal_recipes.models.detector import load_detector
 SILENT = Logging(tensorboard=False)
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """Run every module once, each on what the ones before have written."""
-    folder = tmp_path_factory.mktemp("runs")
-    root = coco_files.write_coco(folder / "coco", train=8, val=4)
-    coco_files.write_test_images(root)
-    where = {"root": root, "prepared": folder / "prepare"}
-    splits = ("train", "val", "test-dev")
-    found = {"prepare": prepare.main(prepare.Settings(root, splits, where["prepared"]))}
-    found["classifier"] = train_classifier.main(
+def trained(where, out):
+    return train_classifier.main(
         replace(
             train_classifier.PRESETS["paper"][1],
             **where,
-            out=folder / "bap",
+            out=out,
             backbone="small",
             crop=64,
             batch_size=4,
@@ -49,6 +41,11 @@ def chain(tmp_path_factory):
             logging=SILENT,
         )
     )
+
+
+def labelled_by_every_method(where, folder):
+    """The results of stage 2 and of the evaluation of its labels."""
+    found = {}
     small = {"backbone": "small", "weights": "random", "stride": 4}
     methods = {
         "bap": {"classifier": folder / "bap/classifier.pt"},
@@ -74,6 +71,12 @@ def chain(tmp_path_factory):
             machines=CPU,
         )
         found[f"measured {name}"] = evaluate.main(measured)
+    return found
+
+
+def detectors(where, folder):
+    """One trained on each kind of supervision, and what it finds on val."""
+    found = {}
     for name, labels in (("crf", "bap"), ("ret", "bap"), ("both", "bap"), ("masks", "truth")):
         out = folder / f"detector_{name}"
         found[f"detector {name}"] = train_detector.main(
@@ -94,6 +97,21 @@ def chain(tmp_path_factory):
         found[f"val {name}"] = evaluate.main(
             EvaluateDetector(out / "detector.pt", out / "val.json", **where, machines=CPU)
         )
+    return found
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Run every module once, each on what the ones before have written."""
+    folder = tmp_path_factory.mktemp("runs")
+    root = coco_files.write_coco(folder / "coco", train=8, val=4)
+    coco_files.write_test_images(root)
+    where = {"root": root, "prepared": folder / "prepare"}
+    splits = ("train", "val", "test-dev")
+    found = {"prepare": prepare.main(prepare.Settings(root, splits, where["prepared"]))}
+    found["classifier"] = trained(where, folder / "bap")
+    found |= labelled_by_every_method(where, folder)
+    found |= detectors(where, folder)
     found["test-dev"] = evaluate.main(
         EvaluateDetector(
             folder / "detector_both/detector.pt",

@@ -21,19 +21,11 @@ CPU = Machines(accelerator="cpu", workers=0)
 SILENT = Logging(tensorboard=False)
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory):
-    """Run every script once, each on what the ones before have written."""
-    folder = tmp_path_factory.mktemp("voc2012")
-    root = shapes.write_shapes(folder / "devkit", 12, 4, 64, seed=0)
-    lists = root / "ImageSets/Segmentation"
-    (lists / "train_aug.txt").write_text((lists / "train.txt").read_text())
-    common = {"root": root, "classes": shapes.CLASSES}
-    found = {"prepare": prepare.main(prepare.Settings(**common, out=folder / "prepare"))}
-    stage1 = replace(
+def classifier(common, out):
+    settings = replace(
         train_classifier.PRESETS["paper"][1],
         **common,
-        out=folder / "bap",
+        out=out,
         split="train",
         backbone="small",
         stride=4,
@@ -43,13 +35,15 @@ def chain(tmp_path_factory):
         machines=CPU,
         logging=SILENT,
     )
-    found["classifier"] = train_classifier.main(stage1)
-    weights = folder / "bap/classifier.pt"
-    found["search"] = search.main(
+    return train_classifier.main(settings)
+
+
+def searched(root, weights, out):
+    return search.main(
         replace(
             search.PRESETS["standard"][1],
             root=root,
-            out=folder / "search",
+            out=out,
             split="train",
             count=4,
             classifier=weights,
@@ -60,18 +54,10 @@ def chain(tmp_path_factory):
             machines=CPU,
         )
     )
-    for split in ("train", "val"):
-        found[f"labels {split}"] = generate_labels.main(
-            generate_labels.Settings(
-                **common,
-                out=folder / f"labels_{split}",
-                split=split,
-                classifier=weights,
-                search=folder / "search/result.json",
-                machines=CPU,
-            )
-        )
-    found["segmentation"] = train_segmentation.main(
+
+
+def segmentation(common, folder):
+    return train_segmentation.main(
         replace(
             train_segmentation.PRESETS["paper"][1],
             **common,
@@ -88,6 +74,10 @@ def chain(tmp_path_factory):
             logging=SILENT,
         )
     )
+
+
+def evaluated(root, weights, folder):
+    """The result of every evaluation, by its name."""
     measured = {
         "labels": evaluate.EvaluateLabels(
             folder / "labels_val", folder / "results/labels.json", root, "val", shapes.CLASSES
@@ -100,8 +90,34 @@ def chain(tmp_path_factory):
         ),
         "boxes": evaluate.EvaluateBoxes(weights, folder / "results/boxes.json", root, machines=CPU),
     }
-    for name, settings in measured.items():
-        found[f"evaluate {name}"] = evaluate.main(settings)
+    return {f"evaluate {name}": evaluate.main(settings) for name, settings in measured.items()}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """Run every script once, each on what the ones before have written."""
+    folder = tmp_path_factory.mktemp("voc2012")
+    root = shapes.write_shapes(folder / "devkit", 12, 4, 64, seed=0)
+    lists = root / "ImageSets/Segmentation"
+    (lists / "train_aug.txt").write_text((lists / "train.txt").read_text())
+    common = {"root": root, "classes": shapes.CLASSES}
+    found = {"prepare": prepare.main(prepare.Settings(**common, out=folder / "prepare"))}
+    found["classifier"] = classifier(common, folder / "bap")
+    weights = folder / "bap/classifier.pt"
+    found["search"] = searched(root, weights, folder / "search")
+    for split in ("train", "val"):
+        found[f"labels {split}"] = generate_labels.main(
+            generate_labels.Settings(
+                **common,
+                out=folder / f"labels_{split}",
+                split=split,
+                classifier=weights,
+                search=folder / "search/result.json",
+                machines=CPU,
+            )
+        )
+    found["segmentation"] = segmentation(common, folder)
+    found |= evaluated(root, weights, folder)
     found["page"] = tables.main(tables.Settings((folder,), folder / "page"))
     return folder, found
 
