@@ -107,7 +107,7 @@ def test_vmap_and_func_grad():
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @compiles
 def test_compiles_without_a_graph_break(backend):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     features, background, _ = drawn(8, (4, 5))
     module = BackgroundAttention(grid_size=3)
     compiled = torch.compile(module, fullgraph=True, backend=backend)

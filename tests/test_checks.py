@@ -169,6 +169,6 @@ def test_values_are_read_only_where_that_is_free():
         seen.append(_checks.readable(x))
         return x + 1
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(2))
     assert not any(seen)

@@ -211,7 +211,7 @@ def test_vmap_and_functional_call():
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @compiles
 def test_compiles_without_a_graph_break(backend):
-    torch._dynamo.reset()
+    torch.compiler.reset()
     features, _, _ = drawn(11)
     classifier = CosineClassifier(3, 4).double()
     compiled = torch.compile(classifier, fullgraph=True, backend=backend)

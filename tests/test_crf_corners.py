@@ -9,6 +9,7 @@ from torch import nn
 
 from assertions import close, finite
 from bapnal.crf import DenseCRF, PairwiseTerm, dense_crf, mean_field, points
+from bapnal.crf.lattice import build_lattices
 from crf_images import DEFAULTS, draw_images, naive
 from strategies import seeded
 
@@ -154,16 +155,45 @@ def test_inputs_are_left_alone():
     assert torch.equal(p, before[1])
 
 
-def test_a_module_remembers_only_lattices():
+@pytest.fixture
+def built(monkeypatch):
+    """A function that counts the lattices that a module makes for an image of some width."""
+    counts = []
+
+    def counted(features, *args):
+        counts.append(len(features))
+        return build_lattices(features, *args)
+
+    monkeypatch.setattr(points, "build_lattices", counted)
+
+    def run(crf, width):
+        counts.clear()
+        images, p = draw_images(23, 1, 3, (4, width))
+        crf(images, p)
+        return sum(counts)
+
+    return run
+
+
+def test_a_module_remembers_a_few_lattices_of_positions(built):
+    crf = DenseCRF(iterations=2)
+    assert [built(crf, width) for width in range(1, 10)] == [2] * 9
+    kept = range(10 - points.CACHED_SIZES, 10)
+    assert [built(crf, width) for width in kept] == [1] * points.CACHED_SIZES
+    assert built(crf, kept[0] - 1) == 2
+    for twin in (copy.deepcopy(crf), pickle.loads(pickle.dumps(crf))):
+        assert built(crf, 9) == 1
+        assert built(twin, 9) == 2
+
+
+def test_what_a_module_remembers_changes_no_result():
     crf = DenseCRF(iterations=2)
     for width in range(1, 10):
         images, p = draw_images(23, 1, 3, (4, width))
         for _ in range(2):
             assert torch.equal(crf(images, p), dense_crf(images, p, iterations=2))
-    assert len(crf._cache) == points.CACHED_SIZES
     assert not crf.state_dict()
     for twin in (copy.deepcopy(crf), pickle.loads(pickle.dumps(crf))):
-        assert not twin._cache
         assert torch.equal(twin(images, p), crf(images, p))
     crf.gaussian_xy = 5.0  # settings can be changed; what is remembered does not stand in the way
     assert torch.equal(crf(images, p), dense_crf(images, p, iterations=2, gaussian_xy=5.0))

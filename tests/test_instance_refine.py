@@ -6,9 +6,14 @@ from torch.nn import functional as F
 
 import reference_instances as reference
 from assertions import close, finite
-from bapnal import InstanceLabelGenerator, MaskHead, box_mask_loss, fit_mask_head, instance_labels
-from bapnal._crops import plan
-from bapnal._zoom import zoom_boxes
+from bapnal import (
+    InstanceLabelGenerator,
+    MaskHead,
+    box_log_odds,
+    box_mask_loss,
+    fit_mask_head,
+    instance_labels,
+)
 from bapnal.instance_refine import box_points
 
 SIDE = 64
@@ -91,8 +96,15 @@ def test_cells_may_be_projected_before_they_are_sampled():
     head = MaskHead(6).double()
     head.mean.copy_(torch.randn(6, generator=generator, dtype=torch.float64))
     head.projection.copy_(torch.randn(6, 64, generator=generator, dtype=torch.float64))
-    crop = plan(0, box[0].tolist(), (80, 96), SIDE)
-    ((_, zoomed),) = zoom_boxes(image[None], [crop], [1], backbone, SIDE, 4)
+    seen = []
+
+    def look(zoomed):
+        seen.append(zoomed)
+        return box_log_odds(zoomed)
+
+    labels = [torch.tensor([1])]
+    instance_labels(image[None], [box], labels, backbone, head=look, side=SIDE)
+    (zoomed,) = seen
     sampled = box_points(zoomed)
     assert sampled.features.shape == (1, 6, 28, 28)
     projected = torch.einsum(

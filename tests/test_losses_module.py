@@ -41,7 +41,7 @@ def test_vmap_and_func_grad(function, kwargs):
 def test_compiles_without_a_graph_break(function, kwargs, backend):
     if backend == "inductor" and function is entropy_regularization_loss:
         pytest.skip("bootstrapping holds its operations too")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     logits, cosines, y_crf, y_ret, _ = drawn(26)
     low, low_s = logits[..., ::2, ::2].contiguous(), cosines[..., ::2, ::2].contiguous()
     compiled = torch.compile(MODULES[function](), fullgraph=True, backend=backend)

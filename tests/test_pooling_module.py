@@ -41,7 +41,7 @@ def test_vmap_and_func_grad():
 def test_compiles_without_a_graph_break(backend, form, bins):
     if backend == "inductor" and bins == 1:
         pytest.skip("one with bins is enough")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     scene = fixed()
     boxes = scene.boxes if form == "list" else rois(scene.boxes)
     labels = scene.labels if form == "list" else torch.cat(scene.labels)

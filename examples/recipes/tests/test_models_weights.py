@@ -204,11 +204,11 @@ def test_state_dicts_bring_normalisation_and_strides_along(files, undrawn):
 def test_none_asks_torchvision(monkeypatch):
     asked = []
 
-    def fetch(url, **_):
-        asked.append(url)
-        return torchvision_vgg() if "vgg16" in url else resnet()
+    def fetch(entry, **_):
+        asked.append(entry.url)
+        return torchvision_vgg() if "vgg16" in entry.url else resnet()
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    monkeypatch.setattr("torchvision.models.WeightsEnum.get_state_dict", fetch)
     found = weights.read_vgg16(None).state
     assert torch.equal(found["conv1_1.weight"], torchvision_vgg()["features.0.weight"])
     found = weights.read_resnet101(None).state
