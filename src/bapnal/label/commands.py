@@ -50,11 +50,11 @@ def label(
     costs is CPU time of one core for 1,000 photographs of 640 x 480 with 7 boxes each, about.
 
     (no mode)        --plain below 2,000 boxes, --refine from there on
-    --plain          each box by what surrounds it, nothing is fitted: 11 minutes
-    --refine         after training a small head on the boxes: 17 minutes
-    --fit            by classes that are fitted in closed form, too: 13 minutes
-    --fit --refine   by a head that learns from the labels of these: 18 minutes
-    --classifier F   by a classifier that is there: 12 minutes
+    --plain          each box by what surrounds it, nothing is fitted: 7 minutes
+    --refine         after training a small head on the boxes: 12 minutes
+    --fit            by classes that are fitted in closed form, too: 8 minutes
+    --fit --refine   by a head that learns from the labels of these: 10 minutes
+    --classifier F   by a classifier that is there: 7 minutes
 
     Args:
         images: Folder of images.
