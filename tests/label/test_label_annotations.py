@@ -231,3 +231,10 @@ def test_a_box_at_the_border_begins_at_zero_whatever_the_rounding():
         "a", "a.jpg", Path("a.jpg"), 1, [(-1e-9, 0.25, 0.5, 0.75)], [1], [1], True
     )
     assert str(boxes_in_pixels(place, (64, 64)).tolist()) == "[[0.0, 16.0, 32.0, 48.0]]"
+
+
+def test_a_missing_image_is_named_in_one_line(copy):
+    change(copy, lambda content: content["images"][0].update(file_name="a\nb.jpg"))
+    with pytest.raises(FileNotFoundError, match=r"a b\.jpg, named in .*coco\.json") as error:
+        read_boxes(**place(copy, "coco"))
+    assert "\n" not in str(error.value)

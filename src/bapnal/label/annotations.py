@@ -386,7 +386,9 @@ def _coco_image(
     if below.is_absolute() or ".." in below.parts or not below.name or "\0" in file:
         raise ValueError(f"{annotations}: file_name must be below images, got {file!r}")
     if not (images / below).is_file():
-        raise FileNotFoundError(f"{images / below}, named in {annotations}, does not exist")
+        raise FileNotFoundError(
+            f"{one_line(images / below)}, named in {annotations}, does not exist"
+        )
     return LabelledImage(
         below.with_suffix("").as_posix(),
         file,
