@@ -340,7 +340,7 @@ def costs(options: Options, root: Path) -> None:
         samples.append((pixels, boxes, torch.tensor(image.labels)))
     count = sum(len(boxes) for _, boxes, _ in samples)
     label(plain, "warm")
-    heads = {"refine": Labeler(head=MaskHead(plain.channels, networks=2).eval())}
+    heads = {"refine": Labeler(head=MaskHead(plain.channels, networks=3).eval())}
     heads["fit"] = Labeler(classifier=weight)
     heads["fit refine"] = Labeler(classifier=FeatureHead(plain.channels, kinds).eval())
     for name, labeler in {"plain": plain, **heads}.items():

@@ -39,7 +39,7 @@ def test_a_head_is_trained_and_kept(many, quick, tmp_path, monkeypatch):
     assert first["labelled"] == 24
     written = (out / "head.safetensors").read_bytes()
     head = read_head(out / "head.safetensors")
-    assert len(head.networks) == 2
+    assert len(head.networks) == 3
     # Whatever the format and the number of workers; by itself, where there are many boxes.
     monkeypatch.setattr(dataset, "MANY_BOXES", 48)
     other = label_dataset(
