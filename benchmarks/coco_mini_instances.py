@@ -11,8 +11,6 @@ its kind in the series ``benchmarks/results/coco_mini_instances.jsonl``, with it
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -34,7 +32,7 @@ from torch.nn import functional as F
 from bapnal import InstanceLabelGenerator, MaskHead, ZoomedBoxes, fit_mask_head
 from bapnal.boxes import box_cells
 from bapnal.label.backbone import TimmFeatures
-from bapnal_recipes.data.average_precision import Precision, draws, interval, match
+from bapnal_recipes.data.average_precision import Precision, draws, interval, match, read_truth
 from bapnal_recipes.data.voc import Devkit
 from bapnal_recipes.engine import series
 
@@ -174,8 +172,7 @@ def fitted(options: Options) -> MaskHead:
 
 def annotations(root: Path, split: str) -> COCO:
     """The annotations of one split."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return COCO(str(root / "annotations" / f"instances_{split}2017.json"))
+    return read_truth(root / "annotations" / f"instances_{split}2017.json")
 
 
 def chosen(coco: COCO, count: int) -> list[int]:

@@ -101,6 +101,9 @@ def test_folded_network_gives_the_same_features(name):
     with torch.inference_mode():
         torch.testing.assert_close(folded(images), network(images), atol=1e-4, rtol=1e-3)
     assert not any(p.requires_grad for p in folded.parameters())
+    seen = torch.rand(1, 3, 64, 64, requires_grad=True)
+    folded(seen).sum().backward()
+    assert seen.grad is not None
     assert len(norms(folded)) == 0 or len(norms(folded)) < len(norms(network))
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 

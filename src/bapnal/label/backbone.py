@@ -108,14 +108,16 @@ class TimmFeatures(nn.Module):
             >>> torch.allclose(features(image), features.folded()(image), atol=1e-4)
             True
         """
-        faster = copy.deepcopy(self).eval().requires_grad_(False)
-        faster = faster.to(memory_format=torch.channels_last)
+        faster = self._for_inference()
         try:
             _fold_batch_norm(faster.network, self.mean.device)
         except _NotFoldedError:
-            faster = copy.deepcopy(self).eval().requires_grad_(False)
-            return faster.to(memory_format=torch.channels_last)
+            return self._for_inference()
         return faster
+
+    def _for_inference(self) -> TimmFeatures:
+        faster = copy.deepcopy(self).eval().requires_grad_(False)
+        return faster.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the stages at ``stride``, joined along the channels."""
@@ -240,7 +242,7 @@ class _NotFoldedError(Exception):
     """A network does something with its convolutions that folding would change."""
 
 
-@torch.inference_mode()
+@torch.no_grad()  # weights made in inference mode could not let gradients of images pass
 def _fold_batch_norm(network: nn.Module, device: torch.device) -> None:
     """Fold each batch normalisation into the convolution whose result it is called with."""
     generator = torch.Generator().manual_seed(0)
