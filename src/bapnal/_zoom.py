@@ -231,11 +231,20 @@ def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
     near = F.max_pool2d(covered[:, None], 3, stride=1, padding=1)[:, 0] > 0
     rank = covered.flatten(1).argsort(dim=1, stable=True).argsort(dim=1).reshape(covered.shape)
     background = (covered < BACKGROUND_SHARE) | (rank < LEAST_BACKGROUND)
+    chosen = torch.stack([near, background]).flatten(2)  # on the host, so nobody waits for sizes
+    cells = chosen.nonzero()[:, 2].to(features.device)  # one copy for all crops
+    parts = cells.split(chosen.sum(2).flatten().tolist())
     found = features.new_ones(covered.shape)
-    for a, f, rows, columns in zip(found, unit(features, dim=1), near, background, strict=True):
-        rows, columns = (x.to(f.device).nonzero(as_tuple=True) for x in (rows, columns))
-        cosines = f[:, rows[0], rows[1]].T @ f[:, columns[0], columns[1]]
-        a[rows] = cosines.topk(min(NEAREST, cosines.shape[1]), dim=1).values.mean(1)
+    of_crops = zip(
+        found.flatten(1),
+        unit(features, dim=1).flatten(2),
+        parts[: len(covered)],
+        parts[len(covered) :],
+        strict=True,
+    )
+    for a, f, places, others in of_crops:
+        cosines = f[:, places].T @ f[:, others]
+        a[places] = cosines.topk(min(NEAREST, cosines.shape[1]), dim=1).values.mean(1)
     return found
 
 
