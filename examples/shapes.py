@@ -5,7 +5,7 @@ inside a box also occurs outside it. On it lie objects of six classes with holes
 concave outlines, which overlap. A box is a bad mask of any of them. Each class has a surface of its
 own, but neither colour nor texture alone tells it from the background.
 
-    python examples/shapes.py --root shapes --images 400 --seed 0
+    python examples/shapes.py --root shapes --images 300 --seed 0
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class SyntheticImage(NamedTuple):
     labels: Array
 
 
-def draw_image(seed: int, index: int, size: int = 112) -> SyntheticImage:
+def draw_image(seed: int, index: int, size: int = 144) -> SyntheticImage:
     """Draw image ``index`` of the data set ``seed``; the same every time."""
     for attempt in range(100):
         rng = np.random.default_rng([seed, index, attempt])
         image = _background(rng, size)
         owner = np.zeros((size, size), dtype=np.int64)  # the object seen at each pixel, from 1
         labels, areas = [], []
-        for _ in range(rng.integers(2, 5)):
+        for _ in range(rng.integers(1, 4)):
             label = int(rng.integers(1, len(CLASSES) + 1))
             alpha = _silhouette(rng, label, size)
             image += alpha[..., None] * (_surface(rng, label, size) - image)
@@ -196,7 +196,7 @@ def _bar(x1: float, y1: float, x2: float, y2: float) -> Array:
 
 
 def _arrow(rng: Rng) -> Outline:
-    half, neck = rng.uniform(0.07, 0.12), rng.uniform(0.05, 0.3)
+    half, neck = rng.uniform(0.14, 0.2), rng.uniform(0.05, 0.3)
     head = np.array([(1, 0), (neck - 0.2, 0.7), (neck, 0), (neck - 0.2, -0.7)])
     feathers = [
         (True, np.array([(-1, s * 0.4), (-0.75, s * 0.4), (-0.45, 0), (-0.7, 0)])) for s in (-1, 1)
@@ -207,36 +207,36 @@ def _arrow(rng: Rng) -> Outline:
 def _crescent(rng: Rng) -> Outline:
     return [
         (True, _circle(0, 0, 1)),
-        (False, _circle(rng.uniform(0.35, 0.5), 0, rng.uniform(0.75, 0.88))),
+        (False, _circle(rng.uniform(0.5, 0.65), 0, rng.uniform(0.65, 0.78))),
     ]
 
 
 def _key(rng: Rng) -> Outline:
-    bow, half = rng.uniform(0.36, 0.46), rng.uniform(0.07, 0.1)
+    bow, half = rng.uniform(0.4, 0.5), rng.uniform(0.13, 0.17)
     teeth = [(True, _bar(x, 0, x + 0.12, rng.uniform(0.25, 0.42))) for x in (0.6, 0.84)]
     return [
         (True, _bar(-0.3, -half, 0.98, half)),
         *teeth,
         (True, _circle(bow - 1, 0, bow)),
-        (False, _circle(bow - 1, 0, rng.uniform(0.5, 0.62) * bow)),
+        (False, _circle(bow - 1, 0, rng.uniform(0.35, 0.45) * bow)),
     ]
 
 
 def _ladder(rng: Rng) -> Outline:
-    half, rails = rng.uniform(0.06, 0.09), rng.uniform(0.38, 0.5)
-    places = np.linspace(-0.8, 0.8, int(rng.integers(4, 6)))
+    half, rails = rng.uniform(0.1, 0.14), rng.uniform(0.45, 0.58)
+    places = np.linspace(-0.7, 0.7, int(rng.integers(3, 5)))
     rungs = [(True, _bar(x - half, -rails, x + half, rails)) for x in places.tolist()]
     return [(True, _bar(-1, s * rails - half, 1, s * rails + half)) for s in (-1, 1)] + rungs
 
 
 def _ring(rng: Rng) -> Outline:
-    return [(True, _circle(0, 0, 1)), (False, _circle(0, 0, rng.uniform(0.55, 0.72)))]
+    return [(True, _circle(0, 0, 1)), (False, _circle(0, 0, rng.uniform(0.4, 0.55)))]
 
 
 def _star(rng: Rng) -> Outline:
     points = int(rng.integers(4, 7))
     turn = math.pi * np.arange(2 * points) / points
-    radius = np.where(np.arange(2 * points) % 2, rng.uniform(0.3, 0.42), 1)
+    radius = np.where(np.arange(2 * points) % 2, rng.uniform(0.4, 0.55), 1)
     return [(True, np.stack([radius * np.cos(turn), radius * np.sin(turn)], axis=1))]
 
 
@@ -246,7 +246,7 @@ OUTLINES: tuple[Callable[[Rng], Outline], ...] = (_arrow, _crescent, _key, _ladd
 def _silhouette(rng: Rng, label: int, size: int) -> Array:
     """Cover of each pixel by a random object of a class; ``(S, S)`` in [0, 1]."""
     angle, stretch = rng.uniform(0, 2 * math.pi), rng.uniform(0.75, 1.0)
-    radius = rng.uniform(0.19, 0.34) * size * FINE
+    radius = rng.uniform(0.28, 0.42) * size * FINE
     shrink = radius * np.diag([1, stretch])
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     centre = rng.uniform(0.15, 0.85, 2) * size * FINE
@@ -264,7 +264,7 @@ def _surface(rng: Rng, label: int, size: int) -> Array:
     Hues of neighbouring classes meet, and every texture also serves as a background.
     """
     hue = (label - 1) / len(CLASSES) + rng.normal(0, 0.03)
-    one, other = (_colour(rng, hue + shift, (0.45, 0.95)) for shift in (0, 0.12))
+    one, other = (_colour(rng, hue + shift, (0.55, 1.0)) for shift in (0, 0.12))
     pattern = TEXTURES[label - 1](rng, size, rng.uniform(5, 9))
     light, _ = _grid(size, rng.uniform(0, 2 * math.pi))
     return _paint(pattern, one, 0.4 * one + 0.6 * other) * (1 + 0.2 * light / size)[..., None]
@@ -275,9 +275,9 @@ def _surface(rng: Rng, label: int, size: int) -> Array:
 
 def write_shapes(
     root: Path,
-    images: int = 400,
-    validation: int = 100,
-    size: int = 112,
+    images: int = 300,
+    validation: int = 60,
+    size: int = 144,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
@@ -360,9 +360,9 @@ def _xml(name: str, scene: SyntheticImage) -> str:
 
 def main(
     root: Path = Path("shapes"),
-    images: int = 400,
-    validation: int = 100,
-    size: int = 112,
+    images: int = 300,
+    validation: int = 60,
+    size: int = 144,
     seed: int = 0,
 ) -> None:
     """Draw the data set into a folder.
