@@ -1,5 +1,7 @@
 """The driver of the experiments on a subset of MS-COCO: its rows, and what it keeps of them."""
 
+from dataclasses import replace
+
 import pytest
 from result_rows import labels_result
 
@@ -21,7 +23,7 @@ def options(tmp_path, monkeypatch):
 
 def test_a_row_takes_the_place_of_an_earlier_one(options):
     for ap in (10.0, 20.0):
-        coco_mini.main(options, lambda _, row, ap=ap: labels_result(row, ap))
+        coco_mini.main(options, lambda _, row, ap=ap: [labels_result(row, ap)])
     rows = series.read(options.out)
     assert [(row["labels"], row["mask"], row["scores"]["ap"]) for row in rows] == [
         ("closed form", "crf", 20.0),
@@ -32,10 +34,25 @@ def test_a_row_takes_the_place_of_an_earlier_one(options):
 
 
 def test_rows_that_there_are_not(options):
-    from dataclasses import replace
-
     with pytest.raises(ValueError, match=r"rows must be of box, grabcut, .*, got all"):
         coco_mini.main(replace(options, rows=("all",)))
+
+
+def test_a_detector_of_each_seed_is_trained_on_labels_of_the_training_images(options, monkeypatch):
+    done = []
+    for module in (coco_mini.generate_labels, coco_mini.train_detector, coco_mini.evaluate):
+        monkeypatch.setattr(module, "main", done.append)
+    options = replace(options, seeds=2, iterations=10)
+    for row, labels in {"rcnn_both": "train_instances", "rcnn_masks": "train_truth"}.items():
+        done.clear()
+        list(coco_mini.measured(options, row))
+        made, trained, evaluated = done[:3]
+        assert [s.seed for s in done[1::3]] == [0, 1]
+        assert (made.split, made.out) == ("train", options.work / labels)
+        assert trained.labels == made.out
+        assert (trained.supervision, trained.drops) == (row[5:], (8,))
+        assert evaluated.detector == trained.out / "detector.pt"
+        assert evaluated.split == "val"
 
 
 def test_a_classifier_is_made_for_the_rows_that_take_one(options, monkeypatch):
