@@ -69,7 +69,7 @@ class Options:
     images: int = 0
     rows: tuple[str, ...] = ROWS
     epochs: int = 3
-    iterations: int = 240
+    iterations: int = 150
     seeds: int = 3
     work: Path = Path("runs/coco")
     out: Path = Path(__file__).parent / "results" / "coco_mini.jsonl"

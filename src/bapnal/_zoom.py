@@ -233,7 +233,7 @@ def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
     background = (covered < BACKGROUND_SHARE) | (rank < LEAST_BACKGROUND)
     chosen = torch.stack([near, background]).flatten(2)  # on the host, so nobody waits for sizes
     cells = chosen.nonzero()[:, 2].to(features.device)  # one copy for all crops
-    parts = cells.split(chosen.sum(2).flatten().tolist())
+    parts = torch.split(cells, chosen.sum(2).flatten().tolist())
     found = features.new_ones(covered.shape)
     of_crops = zip(
         found.flatten(1),

@@ -88,6 +88,8 @@ def test_resnet_50_has_the_pyramid_and_anchors_of_torchvision():
 def test_backbones_that_do_not_fit():
     with pytest.raises(ValueError, match="channels must be 256 for resnet50, got 64"):
         build_detector(DetectorSettings(weights="random", channels=64), 3)
+    with pytest.raises(ValueError, match="norm must be none for resnet50, got 'group'"):
+        build_detector(DetectorSettings(weights="random", norm="group"), 3)
     with pytest.raises(ValueError, match=r"frozen_stages must be 0\.\.5"):
         build_detector(DetectorSettings(weights="random", frozen_stages=6), 3)
     with pytest.raises(ValueError, match="timm must have the network by name, got 'nothing'"):
@@ -287,6 +289,11 @@ def test_two_processes_train_one_network(settings, tmp_path, two_processes):
             r"detector.min_size must be sizes of 1..64, got \(100,\)",
         ),
         ({"detector": replace(TINY, samples=0)}, ValueError, "detector.samples must be at least 1"),
+        (
+            {"detector": replace(TINY, norm="group", channels=12)},
+            ValueError,
+            "detector.norm must be none or group, with a multiple of 8 channels, got 'group' with",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings, change, error, message):

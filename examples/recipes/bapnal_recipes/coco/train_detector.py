@@ -34,7 +34,12 @@ from bapnal_recipes.engine.machines import Machines, MachinesOption
 from bapnal_recipes.engine.optimizers import parameter_groups
 from bapnal_recipes.engine.runs import digest, read_result
 from bapnal_recipes.engine.stage import Stage, state_on_cpu
-from bapnal_recipes.models.detector import DetectorSettings, build_detector, detector_origin
+from bapnal_recipes.models.detector import (
+    GROUPS,
+    DetectorSettings,
+    build_detector,
+    detector_origin,
+)
 
 WARMUP = 1e-3  # factor of the learning rate at the first step
 
@@ -101,9 +106,10 @@ MINI = Settings(
         min_size=(256,),
         max_size=384,
         samples=64,
+        norm="group",
     ),
     batch_size=4,
-    lr=0.01,
+    lr=0.02,
     iterations=500,
     drops=(400,),
     warmup=50,
@@ -138,6 +144,11 @@ def check(settings: Settings) -> None:
     for name in ("channels", "head_channels", "anchor", "max_size", "samples"):
         at_least(f"detector.{name}", getattr(d, name), 1)
     at_least("detector.frozen_stages", d.frozen_stages, 0)
+    if d.norm not in ("none", "group") or (d.norm == "group" and d.channels % GROUPS):
+        raise ValueError(
+            f"detector.norm must be none or group, with a multiple of {GROUPS} channels, got "
+            f"{d.norm!r} with {d.channels}"
+        )
     above("lr", s.lr, 0)
     if not d.min_size or min(d.min_size) < 1 or max(d.min_size) > d.max_size:
         raise ValueError(
