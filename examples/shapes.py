@@ -5,7 +5,7 @@ inside a box also occurs outside it. On it lie objects of six classes with holes
 concave outlines, which overlap. A box is a bad mask of any of them. Each class has a surface of its
 own, but neither colour nor texture alone tells it from the background.
 
-    python examples/shapes.py --root shapes --images 300 --seed 0
+    python examples/shapes.py --root shapes --images 260 --seed 0
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SyntheticImage(NamedTuple):
     labels: Array
 
 
-def draw_image(seed: int, index: int, size: int = 144) -> SyntheticImage:
+def draw_image(seed: int, index: int, size: int = 128) -> SyntheticImage:
     """Draw image ``index`` of the data set ``seed``; the same every time."""
     for attempt in range(100):
         rng = np.random.default_rng([seed, index, attempt])
@@ -275,9 +275,9 @@ def _surface(rng: Rng, label: int, size: int) -> Array:
 
 def write_shapes(
     root: Path,
-    images: int = 300,
+    images: int = 260,
     validation: int = 60,
-    size: int = 144,
+    size: int = 128,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
@@ -360,9 +360,9 @@ def _xml(name: str, scene: SyntheticImage) -> str:
 
 def main(
     root: Path = Path("shapes"),
-    images: int = 300,
+    images: int = 260,
     validation: int = 60,
-    size: int = 144,
+    size: int = 128,
     seed: int = 0,
 ) -> None:
     """Draw the data set into a folder.
