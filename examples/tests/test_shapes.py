@@ -89,7 +89,7 @@ def test_all_classes_occur_several_an_image_and_a_box_is_a_bad_mask():
         score.update(filled, torch.from_numpy(scene.mask))
     result = score.compute()
     assert {int(label) for scene in scenes for label in scene.labels} == set(range(1, 7))
-    assert np.mean([len(scene.labels) for scene in scenes]) > 2
+    assert np.mean([len(scene.labels) for scene in scenes]) > 1.5
     assert 0.2 < result.miou < 0.5
     # Every image keeps some definite background.
     assert all((scene.mask == 0).mean() > 0.25 for scene in scenes)
@@ -97,7 +97,7 @@ def test_all_classes_occur_several_an_image_and_a_box_is_a_bad_mask():
 
 @pytest.mark.parametrize(
     ("outline", "holes"),
-    [(shapes._ring, 1), (shapes._key, 1), (shapes._ladder, 3), (shapes._star, 0)],
+    [(shapes._ring, 1), (shapes._key, 1), (shapes._ladder, 2), (shapes._star, 0)],
 )
 def test_outlines_have_holes(outline, holes, monkeypatch):
     from scipy import ndimage
