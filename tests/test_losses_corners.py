@@ -45,6 +45,21 @@ def test_no_images(function, kwargs):
         loss.backward()
 
 
+@pytest.mark.parametrize(("dtype", "sigma"), [(torch.float64, 1e-310), (torch.float32, 1e-40)])
+def test_confidences_that_are_all_close_to_the_smallest_number(dtype, sigma):
+    gamma, sure = 1e3, 0.5
+    ratio = sigma ** (1 / gamma)
+    s = torch.tensor([sure, (1 + sure) * ratio - 1], dtype=dtype).reshape(1, 2, 1, 1)
+    y = torch.ones(1, 1, 1, dtype=torch.long)
+    logits = torch.tensor([3.0, -2.0], dtype=dtype).reshape(1, 2, 1, 1)
+    assert (1 + s[:, 1]).div(1 + s[:, 0]).pow(gamma) > 0
+    assert confidence_map(s, y, gamma) == 0
+    gradients = finite_gradients(
+        lambda z, c: noise_aware_loss(z, c, y, 1 - y, gamma=gamma), logits, s
+    )
+    assert all((g == 0).all() for g in gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gamma", [1.0, 1.5, 7.0, 1e4])
 def test_corners_of_the_confidence_are_finite(dtype, gamma):

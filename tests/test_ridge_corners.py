@@ -42,6 +42,19 @@ def test_solving_needs_a_box_beside_background():
     assert ridge.solve()[:2].any(1).all()
 
 
+def test_features_whose_products_are_close_to_the_smallest_number():
+    cells = torch.tensor([[1.541, -0.293], [-2.179, 0.568], [-1.084, -1.399]], dtype=torch.float64)
+    box, label = torch.tensor([[0.25, 0.5, 0.75, 0.75]]), torch.tensor([3])
+    weights = []
+    for scale in (1.0, 1e-153):
+        ridge = RidgeBoxClassifier(3, CLASSES, penalty=1e-3, grid_size=1)
+        ridge.update(scale * cells[None, :, None], [box], [label], (3, 3))
+        weights.append(ridge_weights(ridge.gram, ridge.moment, 1e-3))
+        finite(weights[-1], ridge.solve())
+    close(weights[1][:, -1], weights[0][:, -1])
+    close(weights[1][:, :-1] * 1e-153, weights[0][:, :-1])
+
+
 @pytest.mark.parametrize(
     ("dtype", "values"),
     [

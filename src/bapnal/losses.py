@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bapnal import _checks
 from bapnal._math import divide, full_precision, widen
@@ -19,6 +20,8 @@ from bapnal._noisy_labels import (
     upsample,
 )
 
+# Confidences up to this count as zero: where all are that small, the gradient of their mean is not.
+LEAST_CONFIDENCE = 2.0**-64
 MOST_GAMMA = 1e12  # gamma over the smallest 1 + s is to be finite
 
 
@@ -38,8 +41,8 @@ def confidence_map(
         ignore_index: Label of pixels without one.
 
     Returns:
-        Sigma in [0, 1], at least in float32; ``(B, H, W)``. 0 where ignored, and where all D_c are
-        0.
+        Sigma in [0, 1], at least in float32; ``(B, H, W)``. 0 where ignored, where all D_c are 0,
+        and, without a gradient, where it is 2^-64 or less.
 
     Raises:
         TypeError: If a dtype does not fit.
@@ -75,7 +78,8 @@ def _confidence(similarity: Tensor, target: Tensor, gamma: float) -> Tensor:
     best = similarity.detach().max(1).indices  # argmax takes three times as long on a CPU
     pair = similarity.gather(1, torch.stack([target, best], dim=1))
     distance = (1 + widen(pair)).clamp(min=0)  # a cosine may pass -1 by rounding
-    return divide(distance[:, 0], distance[:, 1]).pow(gamma)
+    sigma = divide(distance[:, 0], distance[:, 1]).pow(gamma)
+    return F.threshold(sigma, LEAST_CONFIDENCE, 0.0)
 
 
 def noise_aware_loss(

@@ -173,13 +173,19 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     variance = covariance.diagonal().clamp_min(0).mean()
     rounding = 2**14 * torch.finfo(g.dtype).eps * g.diagonal()[:-1].mean()
     ridge = penalty * torch.maximum(variance, rounding)
-    ridge = torch.where(ridge > 0, ridge, 1.0)  # of all zeros; any positive number does
+    # Scaled by a power of two, which changes no digit: pivots of tiny features have no inverse.
+    _, exponent = torch.frexp(g.diagonal()[:-1].mean())
+    half = -(exponent // 2)
+    equations = torch.ldexp(torch.ldexp(covariance + torch.diag(ridge.expand_as(f)), half), half)
+    # Of all zeros, any positive number does.
+    equations = equations + torch.diag((ridge <= 0).to(kind).expand_as(f))
     try:
-        slope: Tensor = torch.linalg.solve(covariance + torch.diag(ridge.expand_as(f)), cross)
+        scaled: Tensor = torch.linalg.solve(equations, torch.ldexp(cross, half))
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError(
             "gram must be a sum of x x^T of finite vectors, got a matrix that is none"
         ) from error
+    slope = torch.ldexp(scaled, half)
     return torch.cat([slope, (y - f @ slope)[None]]).mT
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from bapnal import FeatureHead
 from bapnal.instance_refine import MaskHead
 from bapnal.label.backbone import TimmFeatures, read_state
-from bapnal.label.files import expecting
+from bapnal.label.files import expecting, one_line
 from bapnal.label.labeler import Labeler
 from bapnal.label.record import Options
 
@@ -80,7 +80,7 @@ def read_fitted(path: Path) -> Fitted:
         head = FeatureHead(channels, len(state["seen"]), width)
         head.load_state_dict(state)
     except (KeyError, ValueError, TypeError, RuntimeError):
-        held = ", ".join(state) or "none"
+        held = one_line(", ".join(state)) or "none"
         raise ValueError(f"{path} must hold a tensor weight or a head, holds {held}") from None
     return Fitted(head.eval())
 
@@ -128,7 +128,8 @@ def _for_classes(path: Path | None, fitted: Fitted, classes: Sequence[str]) -> T
     shared = [name for name in classes if name in known]
     if not shared:
         raise ValueError(
-            f"{path} must know a class of {', '.join(classes)}, knows {', '.join(known)}"
+            f"{path} must know a class of {one_line(', '.join(classes))}, knows "
+            f"{one_line(', '.join(known))}"
         )
     for name in shared:
         found[list(classes).index(name) + 1] = weight[known.index(name) + 1]
