@@ -10,8 +10,13 @@ output folder: after an interruption the same command goes on from there.
 
 from __future__ import annotations
 
-import io
 import os
+
+# Threads wait for each other by spinning. Where other work keeps the cores busy that takes ten
+# times as long, so they are to sleep soon; read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -5,6 +5,7 @@ What a user can do wrong ends as one line and exit code 1, never as a traceback.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from bapnal.label.files import one_line
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
+    # Threads of a fit wait for each other by spinning, which takes ten times as long where other
+    # work keeps the cores busy; read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         import tyro
 
