@@ -77,6 +77,11 @@ def rois_of(boxes):
     return torch.cat(rows)
 
 
+def last_digits(dtype):
+    """What MKL may change: the order of its sums depends on where a tensor lies in memory."""
+    return 64 * torch.finfo(dtype).eps
+
+
 @given(data=st.data())
 def test_attention(data, drawn):
     drawn()
@@ -98,7 +103,7 @@ def test_attention(data, drawn):
     finite_gradients(lambda f: bapnal.background_attention(f, m, **options).map, x)
     b = draw(st.integers(0, batch - 1))
     alone = bapnal.background_attention(x[b : b + 1], m[b : b + 1], **options)
-    assert torch.equal(alone.map[0], found.map[b])
+    close(alone.map[0], found.map[b], tolerance=last_digits(dtype))
 
 
 @given(data=st.data())
@@ -151,7 +156,7 @@ def test_pooling(data, drawn):
     )
     start = sum(len(y) for y in boxes[:b])
     mine = out.foreground[start : start + len(boxes[b])]
-    assert torch.equal(alone.attention[0], out.attention[b])
+    close(alone.attention[0], out.attention[b], tolerance=last_digits(dtype))
     close(alone.foreground / scale_of(mine), mine / scale_of(mine), tolerance=1e-2)
 
 
