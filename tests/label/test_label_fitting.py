@@ -145,7 +145,7 @@ def test_files_are_not_taken_for_each_other(many, quick, tmp_path):
     with pytest.raises(ValueError, match=r"head\.safetensors must hold a tensor weight or a head"):
         read_fitted(head)
     save_file({"a\nb": torch.zeros(1)}, tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match="must hold a tensor weight or a head, holds a b$"):
+    with pytest.raises(ValueError, match=r"must hold a tensor weight or a head, holds a b$"):
         read_fitted(tmp_path / "odd.safetensors")
     save_file({"weight": torch.zeros(4, 8)}, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="must hold a head for masks"):
