@@ -171,10 +171,11 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     # Centred, which is the same but for rounding: the bias has no part in the equations.
     covariance, cross = g[:-1, :-1] - f[:, None] * f, r[:-1] - f[:, None] * y
     variance = covariance.diagonal().clamp_min(0).mean()
-    rounding = 2**14 * torch.finfo(g.dtype).eps * g.diagonal()[:-1].mean()
+    square = g.diagonal()[:-1].mean()
+    rounding = 2**14 * torch.finfo(g.dtype).eps * square
     ridge = penalty * torch.maximum(variance, rounding)
     # Scaled by a power of two, which changes no digit: pivots of tiny features have no inverse.
-    _, exponent = torch.frexp(g.diagonal()[:-1].mean())
+    _, exponent = torch.frexp(square)
     half = -(exponent // 2)
     equations = torch.ldexp(torch.ldexp(covariance + torch.diag(ridge.expand_as(f)), half), half)
     # Of all zeros, any positive number does.
