@@ -69,7 +69,7 @@ class Options:
     images: int = 0
     rows: tuple[str, ...] = ROWS
     epochs: int = 3
-    iterations: int = 150
+    iterations: int = 500
     seeds: int = 3
     work: Path = Path("runs/coco")
     out: Path = Path(__file__).parent / "results" / "coco_mini.jsonl"
@@ -102,7 +102,6 @@ def label(options: Options, row: str, split: str, images: int = 0) -> Path:
     """Label the images of a split; the folder of the labels."""
     classifier = classifier_of(options, row)
     preset = generate_labels.PRESETS.get(row, ("", generate_labels.Settings()))[1]
-    methods = {"box": "box", "grabcut": "grabcut", "truth": "truth"}
     folder = options.work / f"{split}{images or ''}_{row}"
     where = {"root": options.coco, "prepared": options.work / "prepare"}
     settings = replace(
@@ -111,7 +110,7 @@ def label(options: Options, row: str, split: str, images: int = 0) -> Path:
         out=folder,
         split=split,
         images=images,
-        method=methods.get(row, preset.method),
+        method=row if row in ("box", "grabcut", "truth") else preset.method,
         classifier=classifier,
         leave_out=UNSEEN if row.startswith("voc") else (),
         machines=CPU,

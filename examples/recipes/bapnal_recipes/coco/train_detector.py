@@ -99,7 +99,7 @@ class Settings:
 MINI = Settings(
     detector=DetectorSettings(
         network="tf_efficientnet_lite0",
-        frozen_stages=1,
+        frozen_stages=3,
         channels=64,
         head_channels=256,
         anchor=16,
