@@ -8,6 +8,7 @@ import torch
 from assertions import close, compiles
 from bapnal import (
     BootstrappingLoss,
+    CosineClassifier,
     bootstrapping_loss,
     confidence_map,
     entropy_regularization_loss,
@@ -36,11 +37,9 @@ def test_vmap_and_func_grad(function, kwargs):
 
 
 @pytest.mark.parametrize(("function", "kwargs"), ALL)
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @compiles
 def test_compiles_without_a_graph_break(function, kwargs, backend):
-    if backend == "inductor" and function is entropy_regularization_loss:
-        pytest.skip("bootstrapping holds its operations too")
     torch.compiler.reset()
     logits, cosines, y_crf, y_ret, _ = drawn(26)
     low, low_s = logits[..., ::2, ::2].contiguous(), cosines[..., ::2, ::2].contiguous()
@@ -52,6 +51,27 @@ def test_compiles_without_a_graph_break(function, kwargs, backend):
     loss.backward()
     expected.backward()
     close(leaf.grad, twin.grad)
+
+
+@compiles
+def test_a_classifier_and_its_losses_compile_to_code():
+    torch.compiler.reset()
+    features, _, y_crf, y_ret, _ = drawn(26)
+    classifier = CosineClassifier(features.shape[1], 4).double()
+
+    def step(x):
+        cosines = classifier.similarity(x)
+        args = (20 * cosines, cosines, y_crf, y_ret)
+        return torch.stack([p.values[0](*args, **p.values[1]) for p in ALL])
+
+    leaf, twin = (features[..., ::2, ::2].clone().requires_grad_() for _ in range(2))
+    losses, expected = torch.compile(step, fullgraph=True)(leaf), step(twin)
+    close(losses, expected)
+    gradients = torch.autograd.grad(losses.sum(), (leaf, classifier.weight))
+    for a, b in zip(
+        gradients, torch.autograd.grad(expected.sum(), (twin, classifier.weight)), strict=True
+    ):
+        close(a, b)
 
 
 @pytest.mark.parametrize(("function", "kwargs"), ALL)

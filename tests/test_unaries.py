@@ -119,9 +119,10 @@ def moved(before, after):
 def test_the_crf_can_move_a_boxed_pixel_either_way_whatever_the_options(weight):
     """A box is half background; colours are right, features wrong in a patch on each side."""
     image, features, boxes, labels = split_image()
-    real, known = DenseCRF(), {}
+    real, known, before = DenseCRF(), {}, []
 
     def crf(images, probabilities):
+        before[:] = probabilities.argmax(1)
         key = probabilities.numpy().tobytes()  # many options make no difference here
         if key not in known:
             known[key] = real(images, probabilities)
@@ -132,11 +133,14 @@ def test_the_crf_can_move_a_boxed_pixel_either_way_whatever_the_options(weight):
         kwargs = dict(zip(LAW, values, strict=True))
         if weight is None and kwargs["background"] == "cam":
             continue
+        if kwargs["grid_size"] == 1 and kwargs["attention_reduction"] == "max":
+            continue  # of one prototype
+        if kwargs["background"] == "cam" and kwargs["background_minmax"]:
+            continue  # nothing is asked of the attention
         args = (image, features, weight, boxes, labels)
-        before = pseudo_labels(*args, crf=None, **kwargs)
         after = pseudo_labels(*args, crf=crf, **kwargs)
-        if min(moved(before.crf[0], after.crf[0])) < 16:
-            stuck.append((kwargs, moved(before.crf[0], after.crf[0])))
+        if min(moved(before[0], after.crf[0])) < 16:
+            stuck.append((kwargs, moved(before[0], after.crf[0])))
     assert not stuck, f"{len(stuck)} combinations, the first: {stuck[0]}"
     assert len(known) > 8
 

@@ -1,6 +1,7 @@
 """What is fitted to the boxes first: heads, and classifiers of other makers."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -27,11 +28,19 @@ def quick(tmp_path_factory):
     return QUICK._replace(weights=str(path))
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """Heads see the boxes once."""
+    once = partial(fitting.fit_mask_head, epochs=1)
+    monkeypatch.setattr(fitting, "fit_mask_head", once)
+
+
 def masks(out):
     content = json.loads((out / "instances.json").read_text())
     return sorted(a["segmentation"]["counts"] for a in content["annotations"])
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_head_is_trained_and_kept(many, quick, tmp_path, monkeypatch):
     out = tmp_path / "coco"
     first = label(many, "coco", out, quick, refine=True)
@@ -139,6 +148,7 @@ def test_what_cannot_label_is_told(quick, tmp_path, names, backbone, message):
         make_labeler(quick._replace(classifier=tmp_path / "c.pt"), CLASSES)
 
 
+@pytest.mark.usefixtures("hasty")
 def test_files_are_not_taken_for_each_other(many, quick, tmp_path):
     label(many, "coco", tmp_path, quick, refine=True)
     head = tmp_path / "head.safetensors"
