@@ -38,7 +38,7 @@ def pytest_xdist_auto_num_workers(config):
     if not any(Path(str(arg).split("::")[0]).is_dir() for arg in config.args):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores, MOST_PROCESSES)
+    return min(cores + 1, MOST_PROCESSES)  # one often waits for processes that it started
 
 
 def pytest_collection_modifyitems(items):

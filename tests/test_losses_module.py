@@ -11,7 +11,6 @@ from bapnal import (
     CosineClassifier,
     bootstrapping_loss,
     confidence_map,
-    entropy_regularization_loss,
     noise_aware_loss,
     poly_schedule,
 )
