@@ -1,4 +1,4 @@
-"""Weights of the networks of the VOC experiments: every layout of files, frozen layers, rates."""
+"""Networks with weights from files: the image that they see, wrong files, frozen layers, groups."""
 
 import functools
 
