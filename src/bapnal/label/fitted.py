@@ -1,4 +1,4 @@
-"""Files of what was fitted to boxes, and the labeler that takes them.
+"""Files of what was fitted to boxes, and the labeler that uses them.
 
 ``--fit`` and ``--refine`` write safetensors; stage 1 of the recipes writes ``classifier.pt``, which
 holds its network as well and knows its classes by name.
