@@ -324,7 +324,7 @@ def read_coco(images: Path, annotations: Path) -> DataSet:
     """
     require_folder("images", images)
     if not annotations.is_file():
-        raise FileNotFoundError(f"annotations {annotations} must be a COCO JSON file, is not there")
+        raise FileNotFoundError(f"annotations {annotations} must be a COCO JSON file, is missing")
     content = load_json(annotations)
     try:
         categories = sorted((int(e["id"]), str(e["name"]).strip()) for e in content["categories"])

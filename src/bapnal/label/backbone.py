@@ -354,7 +354,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} must be a file of safetensors: {error}") from error
-    with expecting(path, "a state dict kept by torch.save"):
+    with expecting(path, "a state dict saved by torch.save"):
         given = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(given, dict):
         given = given.get("state_dict", given)

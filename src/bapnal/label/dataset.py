@@ -224,4 +224,4 @@ def _reason(image: LabelledImage, error: Exception) -> str:
         return one_line(error)
     if not out_of_memory(error):
         raise error
-    return f"{one_line(image.path)} needs more memory than there is: see max_pixels"
+    return f"{one_line(image.path)} does not fit into memory: see max_pixels"

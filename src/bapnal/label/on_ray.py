@@ -181,7 +181,7 @@ def _join(address: str, workers: int | None) -> None:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConnectionError(f"there must be a Ray at {address}, is none ({error})") from error
+            raise ConnectionError(f"no Ray is running at {address} ({error})") from error
 
 
 def require_listening(address: str) -> None:
@@ -193,7 +193,7 @@ def require_listening(address: str) -> None:
     Example:
         >>> require_listening("127.0.0.1:1")
         Traceback (most recent call last):
-        ConnectionError: there must be a Ray at 127.0.0.1:1, is none (... refused)
+        ConnectionError: no Ray is running at 127.0.0.1:1 (... refused)
     """
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
@@ -201,4 +201,4 @@ def require_listening(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT).close()
     except (OSError, OverflowError) as error:
-        raise ConnectionError(f"there must be a Ray at {address}, is none ({error})") from error
+        raise ConnectionError(f"no Ray is running at {address} ({error})") from error

@@ -78,7 +78,7 @@ def each_image(
 def reason(name: str, error: Exception) -> str:
     """Return why an image is skipped; errors that are not the image's are raised."""
     if out_of_memory(error):
-        return f"{name} needs more memory than there is"
+        return f"{name} does not fit into memory"
     if isinstance(error, RuntimeError):
         raise error
     return str(error)

@@ -164,7 +164,7 @@ def _load(body: nn.Module, weights: str) -> None:
     given = read_state(Path(weights))
     lacking = [name for name in wanted if name not in given]
     if lacking:
-        raise ValueError(f"{weights} must hold {lacking[0]}, is without it")
+        raise ValueError(f"{weights} must hold {lacking[0]}, lacks it")
     wrong = [name for name, want in wanted.items() if given[name].shape != want.shape]
     if wrong:
         name = wrong[0]

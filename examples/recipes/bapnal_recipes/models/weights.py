@@ -308,7 +308,7 @@ def take(
         ValueError: If it is not there or has another shape.
     """
     if name not in given:
-        raise ValueError(f"{source} must hold {name}, is without it")
+        raise ValueError(f"{source} must hold {name}, lacks it")
     if shape is not None and given[name].shape != shape:
         raise ValueError(
             f"{source}: {name} must have shape {tuple(shape)}, got {tuple(given[name].shape)}"
