@@ -4,16 +4,16 @@
     python examples/quickstart.py --compare   # also GAP, another loss, the fully supervised network
     python examples/quickstart.py --root VOCdevkit/VOC2012 --train-split train_aug   # real images
 
-Prints one table and writes ``report.html`` and ``results.json``. What is finished stays in the
-output folder: after an interruption the same command goes on from there.
+Prints one table and writes ``report.html`` and ``results.json``. Finished work stays in the output
+folder: an interrupted run resumes when the same command is run again.
 """
 
 from __future__ import annotations
 
 import os
 
-# Threads wait for each other by spinning. Where other work keeps the cores busy that takes ten
-# times as long, so they are to sleep soon; read when torch is imported.
+# Threads wait for each other by spinning. When other work keeps the cores busy that takes ten times
+# as long, so they should sleep soon. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import io

@@ -96,7 +96,7 @@ def mean_and_range(values: Sequence[float]) -> str:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     meanings = "".join(
         f"<div><dt>{_text(title)}</dt><dd>{_text(text)}</dd></div>"
         for title, text in report.meanings

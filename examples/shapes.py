@@ -283,8 +283,8 @@ def write_shapes(
 ) -> Path:
     """Write a data set in devkit layout, or complete one.
 
-    Every file is written whole and then renamed. What is there already stays, so that a call after
-    an interruption goes on from there.
+    Files are written atomically, and existing ones are kept, so that a call after an interruption
+    resumes.
 
     Args:
         root: Folder to write to.

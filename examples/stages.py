@@ -115,7 +115,7 @@ def write_labels(
 ) -> None:
     """Stage 2: write Y_crf and Y_ret of every image to ``folder/crf`` and ``folder/ret``.
 
-    Files are written whole; images that have both are passed over.
+    Files are written atomically; images that have both are skipped.
 
     Args:
         network: Of stage 1.

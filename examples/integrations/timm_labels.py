@@ -1,4 +1,4 @@
-"""Label maps from boxes on any backbone of timm's, without any training."""
+"""Label maps from boxes on any timm backbone, without any training."""
 
 from collections.abc import Sequence
 

@@ -19,7 +19,7 @@ def build(
     backbone_weights: str | None = None,
     **options: object,
 ) -> nn.Module:
-    """Return a Mask R-CNN of torchvision's, or use your own and change its ``roi_heads``."""
+    """Return a torchvision Mask R-CNN, or use your own and change its ``roi_heads``."""
     model = detection.__dict__[name](
         weights=None, weights_backbone=backbone_weights, num_classes=num_classes, **options
     )

@@ -14,7 +14,7 @@ from bapnal import CosineClassifier, NoiseAwareLoss
 def build(
     name: str = "deeplabv3_resnet50", num_classes: int = 21, backbone_weights: str | None = None
 ) -> nn.Module:
-    """Return a network of torchvision's that ends in a cosine classifier.
+    """Return a torchvision network that ends in a cosine classifier.
 
     Args:
         name: Such as ``"deeplabv3_resnet50"`` or ``"fcn_resnet50"``.

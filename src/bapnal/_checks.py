@@ -60,7 +60,7 @@ def shape(name: str, value: object, expected: Sequence[int | str]) -> Tensor:
 
 
 def floating(name: str, value: Tensor) -> Tensor:
-    """Check that a tensor has a real floating dtype in which torch computes."""
+    """Check that a tensor has a real floating dtype that torch computes in."""
     if value.dtype not in FLOATING:
         kind = "a floating-point dtype" + (" of 16 to 64 bits" if value.is_floating_point() else "")
         raise TypeError(f"{name} must have {kind}, got {value.dtype}")
@@ -131,7 +131,7 @@ def number(
 ) -> float:
     """Check a plain real number and its bounds (``above`` is a strict one).
 
-    It has to fit float32, in which most of the arithmetic runs: infinity does not.
+    It must be finite in float32, in which most of the arithmetic runs.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -188,7 +188,7 @@ def flag(name: str, value: object) -> bool:
 
 
 def choice(name: str, value: object, options: Sequence[str]) -> str:
-    """Check a string against the few it may be."""
+    """Check a string against the allowed ones."""
     if not isinstance(value, str) or value not in options:
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, options))}, got {brief(value)}"
@@ -207,7 +207,7 @@ def size(name: str, value: object) -> tuple[int, int]:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether values can be looked at without a synchronisation, a graph break or a vmap error.
+    """Whether values can be read without a synchronisation, a graph break or a vmap error.
 
     Where operations are traced, and in ``FakeTensorMode``, there may be no values.
     """
@@ -236,7 +236,7 @@ def labels_within(name: str, value: Tensor, low: int, high: int, ignore: int | N
 
 
 def not_mapped(name: str, value: Tensor) -> Tensor:
-    """Check that a tensor on whose values the course of the computation depends is not vmapped."""
+    """Check that a tensor whose values decide about control flow is not vmapped."""
     inner = value
     while torch._C._functorch.is_functorch_wrapped_tensor(inner):
         if torch._C._functorch.is_batchedtensor(inner):

@@ -1,7 +1,7 @@
-"""Boxes, zoomed: the window around a box, its size as a crop, and the way there and back.
+"""Zoomed boxes: the window around a box, its size as a crop, and the way there and back.
 
 Windows and sizes are numbers on the host, because shapes depend on them. A box is first clipped to
-its image and then at least one pixel wide, so that no quotient by its sides is 0.
+its image and widened to at least one pixel, so that nothing is divided by 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEAST = 64.0  # pixels of the image that a window shows along each side, where t
 
 
 class Crop(NamedTuple):
-    """A window of an image, and how large it is shown.
+    """A window of an image, and the size it is resized to.
 
     Attributes:
         image: Index of the image.
@@ -87,7 +87,7 @@ def _widen(low: float, high: float, margin: float, pixels: int) -> tuple[int, in
 
 
 def zoomed_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """The size of the same shape with an area of about ``side ** 2``, in multiples of 32."""
+    """A size of the same aspect ratio with an area of about ``side ** 2``, in multiples of 32."""
     factor = side / math.sqrt(size[0] * size[1]) / MULTIPLE
     height, width = (MULTIPLE * max(round(pixels * factor), 1) for pixels in size)
     return height, width

@@ -11,12 +11,12 @@ from torch.amp.autocast_mode import autocast, is_autocast_available
 from bapnal import _checks
 
 # Length up to which a vector counts as zero. Gradients grow as its inverse, so that in float16,
-# where 65,504 is the end, it is the smallest normal number.
+# where 65,504 is the largest number, it is the smallest normal one.
 SHORTEST = 1e-12
 SHORTEST_FLOAT16 = 2.0**-14
-# What brings a vector whose square overflows into the range in which it does not.
+# Scales a vector whose square overflows down to where it does not.
 SHRINK = {torch.float32: 2.0**-80, torch.float64: 2.0**-540}
-# Sums of a million numbers of any size stay finite when each is made smaller by this first.
+# Sums of a million numbers of any size stay finite when each is scaled by this first.
 SUM_SCALE = 2.0**-20
 
 
@@ -28,7 +28,7 @@ def widen(x: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> autocast:
     """A context in which autocast does not lower the precision of operations on ``x``'s device."""
     kind = x.device.type
-    # PyTorch 2.4 cannot compile the question, so it is asked only where the answer is in doubt.
+    # PyTorch 2.4 cannot compile the query, so it is made only where the answer is not known.
     known = kind in ("cpu", "cuda") or is_autocast_available(kind)
     return autocast(kind if known else "cpu", enabled=False)
 
@@ -40,7 +40,7 @@ def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def divide_sums(numerators: Tensor, denominators: Tensor, across_ranks: bool) -> Tensor:
-    """Quotients of sums over pixels or vectors, which lie on all ranks together if so asked."""
+    """Quotients of sums over pixels or vectors, summed over all ranks if asked."""
     sums = torch.stack([numerators, denominators])
     if across_ranks and distributed.is_available() and distributed.is_initialized():
         sums = _SumOverRanks.apply(sums)
@@ -50,9 +50,9 @@ def divide_sums(numerators: Tensor, denominators: Tensor, across_ranks: bool) ->
 class _SumOverRanks(torch.autograd.Function):
     """The sum over all ranks, with the gradient that DistributedDataParallel needs.
 
-    Each rank goes on to compute one and the same loss from the sums, so their gradient is the same
-    everywhere, and what a rank's images contribute to the gradient of the parameters is to be
-    summed. DistributedDataParallel averages instead: hence the factor.
+    Every rank computes the same loss from the sums, so their gradient is the same everywhere, and
+    the gradients that the ranks' images give to the parameters must be summed.
+    DistributedDataParallel averages instead: hence the factor.
     """
 
     @staticmethod
@@ -83,7 +83,7 @@ def shortest(dtype: torch.dtype) -> float:
 
 
 def inverse_norm(x: Tensor, dim: int, zero: float = SHORTEST) -> tuple[Tensor, Tensor]:
-    """``x`` and ``1 / |x|`` along ``dim`` (kept), whose product are vectors of length 1.
+    """``x`` and ``1 / |x|`` along ``dim`` (kept), whose products are vectors of length 1.
 
     A vector of length ``zero`` or less has an inverse and a gradient of 0. Vectors whose square
     overflows come back scaled down by a power of two, with the inverse of that; all others as they
@@ -99,8 +99,8 @@ def inverse_norm(x: Tensor, dim: int, zero: float = SHORTEST) -> tuple[Tensor, T
 def project(rows: Tensor, x: Tensor, zero: float = SHORTEST) -> tuple[Tensor, Tensor]:
     """``rows @ x`` and ``1 / |x|`` of vectors ``x (*, D, n)``; see :func:`inverse_norm`.
 
-    Of a length of their own both are meaningless, but not their product. The product of matrices
-    comes first, so that its gradient is computed last: that is faster.
+    Only the product of the two is meaningful, as vectors that overflow are scaled down. The matrix
+    product comes first, so that its gradient is computed last: that is faster.
     """
     if _checks.readable(x):
         scores = rows @ x
@@ -113,7 +113,7 @@ def project(rows: Tensor, x: Tensor, zero: float = SHORTEST) -> tuple[Tensor, Te
 
 
 def _within_range(x: Tensor, squared: Tensor) -> bool:
-    """Whether no square is known to have overflowed; False where that cannot be looked at."""
+    """Whether no square is known to have overflowed; False where values cannot be read."""
     return _checks.readable(x) and not bool((squared.detach() == torch.inf).any())
 
 

@@ -13,7 +13,7 @@ from bapnal._math import divide_sums, widen
 
 
 class Pixels(NamedTuple):
-    """Predictions at label resolution, and what Eq. 10 makes of them."""
+    """Predictions at label resolution, and the terms of Eq. 10."""
 
     log_h: Tensor  # (B, C, H, W), log H, at least float32
     target: Tensor  # (B, H, W) long, 0 where ignored
@@ -86,7 +86,7 @@ def upsample(scores: Tensor, size: torch.Size, align_corners: bool) -> Tensor:
     """Scores at label resolution, bilinearly; as they are where they have it already."""
     if scores.shape[2:] == size:
         return scores
-    if scores.shape[0] == 0:  # interpolating no image is an error in torch
+    if scores.shape[0] == 0:  # torch cannot interpolate an empty batch
         return widen(scores).sum((2, 3), keepdim=True).expand(-1, -1, *size)
     # The softmax over dimension 1 would copy large maps in channels_last; these are small still.
     scores = widen(scores).contiguous()

@@ -6,9 +6,9 @@ and scores with what these were made with, plus the features times one number pe
 .. math:: \frac{\partial L}{\partial f(p)} = \sum_j g_{q_j} \frac{M_j(p)}{\sum M_j}
     + \sum_i g_{r_i} \frac{w_i(p)}{\sum w_i} + \sum_j g_{s_j}(p) \hat q_j + c(p) f(p)
 
-It is written once, where autograd writes each of the four terms and adds them up. The definition
-is in ``pooling.py``; it serves where a gradient is itself differentiated or transformed, where
-operations are traced, and on devices whose values cannot be looked at.
+It is written to memory once, where autograd writes each of the four terms and adds them up. The
+definition is in ``pooling.py``; it is used where a gradient is itself differentiated or
+transformed, where operations are traced, and on devices whose values cannot be read.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch.autograd import forward_ad
 from bapnal import _checks
 from bapnal._math import divide, inverse_norm, project, unit, weighted_mean
 
-CHUNK = 2**20  # numbers in the features of the images that go through all steps in one go
+CHUNK = 2**20  # numbers in the features of the images that are processed at a time
 
 
 class Layout(NamedTuple):
-    """What lies where in each image; nothing here has a gradient.
+    """The cells of background, grid and boxes in each image; nothing here has a gradient.
 
     Attributes:
         background: M; ``(B, 1, h*w)`` bool.
@@ -57,7 +57,7 @@ class Pooled(NamedTuple):
 
 
 class Cosines(NamedTuple):
-    """What the gradient needs besides, of unit prototypes and features.
+    """What the gradient also needs: cosines of unit prototypes and features.
 
     Attributes:
         queries: Unit prototypes; ``(B, N*N, D)``.
@@ -76,11 +76,11 @@ Definition = Callable[[Tensor], Pooled]
 
 
 def pool_cells(x: Tensor, layout: Layout, zero: float, definition: Definition) -> Pooled:
-    """Pool features by their definition, with the faster backward where that serves.
+    """Pool features by their definition, with the faster backward where it applies.
 
     Args:
         x: f, in full precision; ``(B, D, h, w)``.
-        layout: What lies where.
+        layout: The cells of background, grid and boxes.
         zero: Length up to which a vector counts as zero.
         definition: Pools features as autograd differentiates it.
     """
@@ -132,7 +132,7 @@ class _OneProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, layout: Layout, zero: float, definition: Definition
     ) -> tuple[Tensor, ...]:
-        """Pool, and keep what is small beside the features."""
+        """Pool, and keep what is small compared with the features."""
         parts = [_forward(f, Layout(*own), zero) for f, *own in _in_chunks(x.flatten(2), *layout)]
         pooled = Pooled(*map(torch.cat, zip(*(one for one, _ in parts), strict=True)))
         cosines = Cosines(*map(torch.cat, zip(*(other for _, other in parts), strict=True)))

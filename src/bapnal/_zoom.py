@@ -1,4 +1,4 @@
-"""Boxes as the generator of instances sees them: crops, features, attention to the background."""
+"""Boxes as the instance generator sees them: crops, features, attention to the background."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def influence(extent: Tensor) -> Tensor:
 
 
 def trust(zoomed: ZoomedBoxes) -> Tensor:
-    r"""How far the whole image speaks for a box, :math:`\tau \rho`; ``(n,)``."""
+    r"""Weight of the whole image's map, :math:`\tau \rho`; ``(n,)``."""
     return influence(zoomed.extent) * zoomed.agreement
 
 
@@ -94,7 +94,7 @@ def zoom_boxes(
     batch_size: int,
     classifier: Tensor | FeatureHead | None = None,
 ) -> Iterator[tuple[list[int], ZoomedBoxes]]:
-    """Steps 1-3 for all crops, those of one size together: their numbers, and what is seen."""
+    """Steps 1-3 for all crops, those of one size together: their indices, and the zoomed boxes."""
     maps = image_log_odds(images, crops, labels, backbone, 7 * side // 4, classifier)
     of_size: dict[tuple[int, int], list[int]] = {}
     for k, crop in enumerate(crops):
@@ -131,7 +131,7 @@ def zoom(
 
 
 def _features(backbone: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Features of a backbone after a look at their shape; float32 for half ones."""
+    """Features of a backbone, with their shape checked; float32 for half precision."""
     features = backbone(images)
     _checks.shape("features of the backbone", features, (images.shape[0], "D", "h", "w"))
     _checks.floating("features of the backbone", features)
@@ -213,7 +213,7 @@ def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
 
     over the three background cells :math:`b_j` most similar to p. Background are the cells of which
     the box covers less than 1 %, and always the 4 least covered ones. Only cells of the box and
-    their neighbours are looked at; A is 1 elsewhere (Eq. 3).
+    their neighbours are computed; A is 1 elsewhere (Eq. 3).
 
     Args:
         features: f; ``(n, D, h, w)``.
@@ -231,7 +231,7 @@ def background_likeness(features: Tensor, covered: Tensor) -> Tensor:
     near = F.max_pool2d(covered[:, None], 3, stride=1, padding=1)[:, 0] > 0
     rank = covered.flatten(1).argsort(dim=1, stable=True).argsort(dim=1).reshape(covered.shape)
     background = (covered < BACKGROUND_SHARE) | (rank < LEAST_BACKGROUND)
-    chosen = torch.stack([near, background]).flatten(2)  # on the host, so nobody waits for sizes
+    chosen = torch.stack([near, background]).flatten(2)  # on the host, so nothing waits for sizes
     cells = chosen.nonzero()[:, 2].to(features.device)  # one copy for all crops
     parts = torch.split(cells, chosen.sum(2).flatten().tolist())
     found = features.new_ones(covered.shape)

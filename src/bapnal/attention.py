@@ -113,7 +113,7 @@ def background_attention(
         \frac{f(p) \cdot q_j}{\lVert f(p) \rVert \, \lVert q_j \rVert}\right)
 
     where M is 0, over the J valid grid cells; A = 1 where M is 1. Without a valid cell A is 0 where
-    M is 0, which makes the pooling after it global average pooling.
+    M is 0, which turns the pooling into global average pooling.
 
     Args:
         features: f; ``(B, D, h, w)``. A vector of length 1e-12 or less (6.1e-5 in float16) counts

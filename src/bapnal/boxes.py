@@ -42,7 +42,7 @@ class PaddedBoxes(NamedTuple):
 
 
 def pad_boxes(boxes: Boxes, batch_size: int, *, device: torch.device | None = None) -> PaddedBoxes:
-    """Bring either form of boxes into one tensor with a row for each image.
+    """Convert either form of boxes into one tensor with a row per image.
 
     Args:
         boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor, batch index
@@ -56,7 +56,7 @@ def pad_boxes(boxes: Boxes, batch_size: int, *, device: torch.device | None = No
         The boxes as :class:`PaddedBoxes`.
 
     Raises:
-        TypeError: If ``boxes`` is neither a list of tensors nor a tensor, or not of numbers.
+        TypeError: If ``boxes`` is neither a list of tensors nor a tensor, or does not hold numbers.
         ValueError: If a shape does not fit, the list does not have B entries, a box is NaN or
             infinite, has ``x2 < x1`` or ``y2 < y1``, or names an image outside the batch (values
             are checked on the CPU only).
@@ -95,7 +95,7 @@ def _from_list(
     _checks.same_device(**{f"boxes[{i}]": entry for i, entry in enumerate(boxes)})
     counts = [entry.shape[0] for entry in boxes]
     corners = torch.cat([at_least_float32(entry) for entry in boxes])
-    # Filled on the device: a list of numbers would have to be copied there, and waited for.
+    # Filled on the device: copying a list of numbers there would synchronise.
     places = [torch.arange(count, device=corners.device) for count in counts]
     images = [torch.full_like(place, i) for i, place in enumerate(places)]
     return corners, torch.cat(images), torch.cat(places), max(counts)

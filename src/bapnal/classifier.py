@@ -15,7 +15,7 @@ def cosine_similarity(features: Tensor, weight: Tensor) -> Tensor:
     .. math:: s_c(p) = \frac{f(p) \cdot w_c}{\lVert f(p) \rVert \, \lVert w_c \rVert}
 
     With the weight of a bias-free 1x1 convolution, ``conv.weight.flatten(1)``, this is the
-    similarity that the noise-aware loss needs beside the logits of that convolution.
+    similarity that the noise-aware loss needs in addition to the logits of that convolution.
 
     Args:
         features: Vectors along dimension 1; ``(B, D, *)``.

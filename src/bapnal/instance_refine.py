@@ -3,8 +3,8 @@ r"""A mask head that learns from boxes alone, to refine the log-odds of every bo
 Each box is seen as 28 x 28 points over 1.3 times its size. Small networks map features, colours,
 position and the log-odds of :func:`bapnal.box_log_odds` to new log-odds, and learn from three
 losses that need no mask: the mask touches all sides of its box, nothing lies outside it, and
-neighbours of one colour share their label. What they say on average is averaged with the log-odds
-they started from; CRF, stretch and everything else stay as they are.
+neighbours of similar colour share their label. The mean of their outputs is averaged with the
+log-odds they started from; CRF, stretch and everything else stay as they are.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ XYZ_OF_SRGB = (
     (0.2126, 0.7152, 0.0722),
     (0.0193, 0.1192, 0.9505),
 )
-RAISED = 0.25  # what the result is raised by: averaging blurs outlines
+RAISED = 0.25  # added to the result: averaging blurs outlines
 
 
 class BoxPoints(NamedTuple):
@@ -106,7 +106,7 @@ def to_lab(colours: Tensor) -> Tensor:
     x = colours / 255
     linear = torch.where(x > 0.04045, ((x + 0.055) / 1.055).pow(2.4), x / 12.92)
     red, green, blue = linear.unbind(1)
-    # Numbers of the host, none of which has to be copied to a device.
+    # Numbers on the host: nothing is copied to a device.
     xyz = torch.stack(
         [(r * red + g * green + b * blue) / (r + g + b) for r, g, b in XYZ_OF_SRGB], dim=1
     )
@@ -117,7 +117,7 @@ def to_lab(colours: Tensor) -> Tensor:
 
 
 def box_mask_loss(logits: Tensor, lab: Tensor, valid: Tensor, pairs: float = 1.0) -> Tensor:
-    r"""What a box says of a mask, without the mask: the sum of three losses.
+    r"""Loss of a mask given its box alone: the sum of three terms.
 
     With :math:`p = \sigma(l)`, the box b on the points, and maxima over columns and rows,
 
@@ -186,7 +186,7 @@ class MaskHead(nn.Module):
     """Small networks from points of a box to log-odds; the ``head`` of the generator.
 
     A 1x1 convolution, three 3x3 of 64 channels with group normalisation, and a 1x1 convolution.
-    Their answer is averaged over networks and the mirrored input, and then with the log-odds of
+    Their output is averaged over networks and the mirrored input, and then with the log-odds of
     step 4.
 
     Args:
@@ -235,8 +235,8 @@ class MaskHead(nn.Module):
     def points(self, zoomed: ZoomedBoxes) -> BoxPoints:
         """Boxes on the points with projected features.
 
-        Bilinear weights sum to 1, so that it does not matter whether cells are projected and then
-        sampled or the other way round; this way 64 channels are sampled in place of D.
+        Bilinear weights sum to 1, so projecting before or after sampling gives the same; this way
+        64 channels are sampled instead of D.
         """
         return box_points(zoomed._replace(features=self.project(zoomed.features)))
 
@@ -288,14 +288,14 @@ def fit_mask_head(
 ) -> MaskHead:
     """Train a head on images and their boxes, without a mask.
 
-    Four minutes on one core beyond the features, for three networks and 1,500 boxes.
+    Takes four minutes on one core for three networks and 1,500 boxes, features not included.
 
     Args:
         samples: Pairs of an image ``(3, H, W)`` uint8 and its boxes ``(K, 4)``; read once, until
             there are enough boxes. In an order that mixes classes.
         backbone: As in :func:`bapnal.instance_labels`.
         networks: How many networks of different seeds are averaged.
-        most_boxes: How many boxes are enough.
+        most_boxes: How many boxes to read at most.
         epochs: Passes over the boxes.
         lr: Learning rate of AdamW, which falls to 0 along a cosine.
         seed: Of weights, order and mirroring; that of a further network is one larger.

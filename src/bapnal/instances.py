@@ -1,4 +1,4 @@
-r"""A mask for every box: each box zoomed, its own background, its own CRF; never empty.
+r"""A mask for every box: each box zoomed, with its own background and CRF; never empty.
 
 In the order of the computation, with the constants chosen on training images:
 
@@ -12,12 +12,12 @@ In the order of the computation, with the constants chosen on training images:
    large boxes on which crop and image agree, M, and for the others a prior in the box's own
    coordinates.
 5. **CRF** on the crop at half its size, its widths relative to the box.
-6. **Stretch.** Boxes are tight: a small gap between mask and box is stretched away, unless the
-   whole image speaks for it.
+6. **Stretch.** Boxes are tight: the mask is stretched over a small gap to its box, unless the whole
+   image supports the gap.
 7. **Never empty.** Where nothing passes 1/2, the ellipse of the prior.
 
-Then overlapping boxes are told apart, features are retrieved inside each box (Eq. 8-9), and what
-the two ways disagree on is unreliable.
+Then overlaps between boxes are resolved, features are retrieved inside each box (Eq. 8-9), and
+pixels on which the two disagree are unreliable.
 """
 
 from __future__ import annotations
@@ -142,9 +142,10 @@ def instance_labels(
     and -6 outside. M is raised first where it would leave less than three fifths of a box. The
     marginals of a CRF on the sigmoid of L, stretched by gaps of up to
     :math:`0.15 (1 - \tau \rho)` of the box's side, are above 1/2 on the mask. The mean features of
-    mask and rest retrieve similar ones (Eq. 8-9), which gives Y_ret.
+    the mask and of the rest retrieve similar ones (Eq. 8-9), which gives Y_ret.
 
-    The boxes are read once to the host, which a GPU waits for: the sizes of crops depend on them.
+    The boxes are copied to the host once, which synchronises with a GPU: the sizes of crops depend
+    on them.
 
     Args:
         images: RGB, uint8; ``(B, 3, H, W)``. Images of different sizes are labelled one by one.
@@ -154,15 +155,15 @@ def instance_labels(
         backbone: Called with uint8 crops ``(n, 3, h, w)``, sides multiples of 32; returns features
             ``(n, D, fh, fw)``. A stride of 8 or less serves best.
         classifier: Weights of the classes, ``(L + 1, D)`` or ``(L + 1, D + 1)`` with a bias last,
-            or a head trained on them; they make M as in :func:`bapnal.pseudo_labels`. None tells
-            object from background alone.
+            or a head trained on them; they make M as in :func:`bapnal.pseudo_labels`. None only
+            separates objects from background.
         crf: Called as ``crf(guidance, probabilities)`` with guidance ``(n, 5, h, w)`` and the
             probabilities of background and object ``(n, 2, h, w)``; by default
             :func:`instance_crf`. ``lambda guidance, p: p`` is none.
-        head: Gives log-odds ``(n, h, w)`` in place of :func:`box_log_odds`; what it says outside
-            the box is not used.
-        stretch: Largest gap that is stretched away, as a share of the side of a box; less as far
-            as the whole image speaks for it.
+        head: Gives log-odds ``(n, h, w)`` in place of :func:`box_log_odds`; those outside the box
+            are not used.
+        stretch: Largest gap that the mask is stretched over, as a share of the side of a box; less
+            where the whole image supports the gap.
         side: Square root of the area of a crop, in pixels.
         batch_size: Number of crops at a time.
 
@@ -321,7 +322,7 @@ def _decide(
     labels: Tensor,
     batch: int,
 ) -> InstanceLabels:
-    """Who is in front, what is reliable, and what to look at first."""
+    """Which box is in front, what is reliable, and which boxes are doubtful."""
     size = (masks.shape[1], masks.shape[2])
     semantic = torch.zeros(batch, *size, dtype=torch.long, device=masks.device)
     settled = torch.ones(batch, *size, dtype=torch.bool, device=masks.device)
@@ -342,7 +343,7 @@ def _decide(
         masks[own, rows, columns] = held & ~given
         retrieval[own, rows, columns] &= ~given
         seen = (held & ~given).any(0)
-        # Where boxes of two classes hold a pixel, neither is sure.
+        # Where boxes of two classes hold a pixel, it is unreliable.
         settled[image, rows, columns] &= ~(seen & (kept > 0))
         nearer = seen & (most > before[image, rows, columns])
         semantic[image, rows, columns] = torch.where(nearer, label, kept)
@@ -376,8 +377,8 @@ class InstanceLabelGenerator(nn.Module):
         backbone: Gives features ``(n, D, fh, fw)`` of uint8 crops ``(n, 3, h, w)``.
         crf: In place of :func:`instance_crf`.
         head: Gives log-odds in place of :func:`box_log_odds`.
-        stretch: Largest gap that is stretched away, as a share of the side of a box; less as far
-            as the whole image speaks for it.
+        stretch: Largest gap that the mask is stretched over, as a share of the side of a box; less
+            where the whole image supports the gap.
         side: Square root of the area of a crop, in pixels.
         batch_size: Number of crops at a time.
 
@@ -423,7 +424,7 @@ class InstanceLabelGenerator(nn.Module):
         labels: Sequence[Tensor] | Tensor,
         classifier: Tensor | FeatureHead | None = None,
     ) -> InstanceLabels:
-        """Return masks and maps of ``images``, perhaps by weights of the classes."""
+        """Return masks and maps of ``images``, with class weights where given."""
         return instance_labels(
             images,
             boxes,

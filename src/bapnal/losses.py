@@ -20,9 +20,9 @@ from bapnal._noisy_labels import (
     upsample,
 )
 
-# Confidences up to this count as zero: where all are that small, the gradient of their mean is not.
+# Confidences up to this count as zero: if all were that small, gradients would not be finite.
 LEAST_CONFIDENCE = 2.0**-64
-MOST_GAMMA = 1e12  # gamma over the smallest 1 + s is to be finite
+MOST_GAMMA = 1e12  # gamma over the smallest 1 + s must be finite
 
 
 def confidence_map(

@@ -92,13 +92,13 @@ def background_aware_pooling(
             released code does; then ``min_background`` depends on the size of the batch.
         grid_padding: Lay the grid over the padding too: a partition of the whole map. False lays it
             over the smallest rectangle around the cells that show the image, and then an image
-            gives the same alone and padded, as far as its features do.
+            gives the same result alone and padded if its features do.
         valid: ``(B, H, W)`` bool, which pixels show the image; padding is neither box nor
             background.
 
     Returns:
-        The pooled features; see :class:`PooledFeatures`. A vector without weight, as that of a bin
-        that is definite background, is 0.
+        The pooled features; see :class:`PooledFeatures`. A vector without weight, such as that of
+        a bin of definite background, is 0.
 
     Raises:
         ImportError: If ``sampling="roi_align"`` finds no torchvision.
@@ -346,8 +346,8 @@ def box_classification_loss(
 ) -> Tensor:
     """Cross-entropy of a softmax classifier over foreground and background vectors (Sec. 3.1).
 
-    Every r_i is to be its box's class, every valid q_j background (class 0). All terms count the
-    same: the loss is one mean over both kinds, and 0 if there are none.
+    Every r_i should be classified as its box's class, every valid q_j as background (class 0). All
+    terms count equally: the loss is one mean over both kinds, and 0 if there are none.
 
     Args:
         out: From :func:`background_aware_pooling`.

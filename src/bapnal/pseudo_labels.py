@@ -20,7 +20,7 @@ from bapnal.unaries import Regions, UnaryOptions, class_regions, make_unaries, u
 class PseudoLabels(NamedTuple):
     """What :func:`pseudo_labels` returns. P is the largest number of classes in one image.
 
-    On a GPU, where that would have to be waited for, P is the largest number of boxes.
+    On a GPU, where that would need a synchronisation, P is the largest number of boxes.
 
     Attributes:
         crf: ``(B, H, W)`` long, Y_crf; ``ignore_index`` on padding.
@@ -93,15 +93,15 @@ def pseudo_labels(
         C_c(p) = \frac{f(p)}{\lVert f(p) \rVert} \cdot \frac{q_c}{\lVert q_c \rVert}, \qquad
         Y_{ret}(p) = \arg\max_c C_c(p).
 
-    A class that Y_crf does not hold is retrieved by its weight w_c, or not at all without weights.
+    A class missing from Y_crf is retrieved by its weight w_c, or not at all without weights.
 
     Args:
         images: RGB, uint8; ``(B, 3, H, W)``.
         features: f; ``(B, D, h, w)``.
         weight: Classifier weight w, background first; ``(L + 1, D)``, or ``(L + 1, D + 1)`` with a
             bias in the last column. None is class-agnostic: the foreground is 1 - u_0, shared
-            equally by the classes whose boxes cover a pixel. A class with nothing but zeros counts
-            as unseen in training: it takes that equal share, or all of 1 - u_0 where
+            equally by the classes whose boxes cover a pixel. A class whose weights are all zero
+            counts as unseen in training: it takes that equal share, or all of 1 - u_0 where
             ``foreground`` is ``"cam"``.
         boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
             index first; xyxy in pixels of the image, half open.
@@ -118,8 +118,8 @@ def pseudo_labels(
             background, "w/o u_0" in the paper's Table 1), or ``"both"``, their mean; without
             weights ``"both"`` is the attention alone. 1 outside all boxes in every case.
         background_threshold: Where A, before the 1s outside the boxes are set, is below this share
-            of its maximum over the image it becomes 0; None keeps it. Found for VGG-16 in the
-            paper; other backbones want another.
+            of its maximum over the image it becomes 0; None keeps it. The paper's was found
+            for VGG-16; other backbones need another.
         background_minmax: Scale each part of u_0, and their mean, to [0, 1] in the boxes of an
             image, in place of the ReLU and the division by the maximum.
         background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to

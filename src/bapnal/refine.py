@@ -1,8 +1,8 @@
 r"""A small network on frozen features that learns from the labels of the closed form.
 
-Stage 3 in small: the labels of many images know more than the classifier that made them, once the
-CRF has seen the colours. One hidden layer learns what the CRF makes of the closed form; features
-with its activations beside them, and its last layer, take the place of features and weights in
+A small stage 3: once the CRF has used the colours, the labels of many images know more than the
+classifier that made them. One hidden layer learns what the CRF makes of the closed form; features
+with its activations appended, and its last layer, take the place of features and weights in
 :func:`bapnal.pseudo_labels`. It is not in the paper.
 """
 
@@ -21,13 +21,13 @@ from bapnal.pseudo_labels import pseudo_labels
 
 BATCH = 2048  # cells per step
 DROPOUT = 0.2
-SHARE = 0.1  # squared length of the activations beside features of length 1
+SHARE = 0.1  # squared length of the activations, for features of length 1
 
 FittedImage = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class FeatureHead(nn.Module):
-    r"""Features with a hidden layer beside them, and a classifier; from :func:`fit_feature_head`.
+    r"""Features with a hidden layer appended, and a classifier; from :func:`fit_feature_head`.
 
     .. math::
         h = \mathrm{ReLU}\big(V (f - \mu) / \sigma + b\big), \qquad
@@ -35,7 +35,7 @@ class FeatureHead(nn.Module):
 
     with :math:`\mu` the mean feature, :math:`\sigma` one standard deviation for all channels, and
     :math:`\kappa` such that h has a tenth of the squared length of f. Scores come from h alone;
-    what compares features, attention and retrieval, goes on seeing f.
+    attention and retrieval, which compare features, keep seeing f.
 
     Args:
         in_channels: D.
@@ -135,28 +135,28 @@ def fit_feature_head(
     lr: float = 1e-3,
     seed: int = 0,
 ) -> FeatureHead:
-    r"""Train a :class:`FeatureHead` on images that weights label.
+    r"""Train a :class:`FeatureHead` on images labelled by given weights.
 
-    Every image is labelled by :func:`bapnal.pseudo_labels` with its defaults; the marginals
-    :math:`Q_c(p)` that the CRF arrives at, averaged over each cell, are what the head learns:
+    Every image is labelled by :func:`bapnal.pseudo_labels` with its defaults; the head learns
+    the marginals :math:`Q_c(p)` of the CRF, averaged over each cell:
 
     .. math:: L = \mathrm{mean}_p \sum_{c \in \{0\} \cup \mathcal{C}} \big(s_c(p) - Q_c(p)\big)^2
 
     over cells p of all images, where :math:`\mathcal{C}` are the classes of the image that p lies
-    in: boxes say of the others only that they are elsewhere, which no network has to learn.
+    in: of the others the boxes only say that they are absent, which no network has to learn.
     AdamW with a decay of 0.01, 2,048 cells per step, poly schedule, dropout of 0.2 on h.
 
     Args:
         samples: Per image: RGB uint8 ``(3, H, W)``, features ``(1, D, h, w)``, boxes ``(K, 4)``
             and labels ``(K,)``. Read once, until there are enough cells; in an order that mixes
-            classes. Images without boxes are passed over.
+            classes. Images without boxes are skipped.
         weight: Of the classifier that makes the labels, from
             :meth:`bapnal.RidgeBoxClassifier.solve` or stage 1; ``(L + 1, D)`` or
             ``(L + 1, D + 1)``.
         crf: As in :func:`bapnal.pseudo_labels`; by default ``DenseCRF(half_resolution=True)``.
         width: Channels of the hidden layer.
         cells_per_image: How many cells of each image are drawn.
-        most_cells: How many cells are enough. They are kept in memory, ``D + L + 1`` float16
+        most_cells: How many cells to draw at most. They are kept in memory, ``D + L + 1`` float16
             numbers each.
         epochs: Passes over the cells.
         lr: Learning rate, which falls to 0.

@@ -29,7 +29,7 @@ from bapnal.pooling import labels_of_boxes
 from bapnal.unaries import minmax, otsu_threshold
 
 SHARPNESS = 8.0  # of the step from background to foreground in the targets
-MARGIN = 0.1  # below the threshold of Otsu: what is taken for foreground is so
+MARGIN = 0.1  # below the threshold of Otsu: what is taken as foreground is so
 
 
 @torch.no_grad()
@@ -65,9 +65,9 @@ def box_targets(
         grid_size: N of the attention's grid.
 
     Returns:
-        The targets, ``(B, L + 1, h, w)``, summing to 1, and ``(B, h, w)`` bool: the cells that
-        tell something. Those are all cells of the image, without the boxed ones where no cell of
-        the image is definite background.
+        The targets, ``(B, L + 1, h, w)``, summing to 1, and ``(B, h, w)`` bool, which cells they
+        are known for: all cells of the image, except the boxed ones where no cell of the image is
+        definite background.
 
     Raises:
         TypeError: If a dtype or a type does not fit.
@@ -168,7 +168,7 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     gram, moment = gram.to(kind), moment.to(kind)
     g, r = divide(gram, gram[-1, -1]), divide(moment, gram[-1, -1])
     f, y = g[-1, :-1], r[-1]
-    # Centred, which is the same but for rounding: the bias has no part in the equations.
+    # Centred, which is the same up to rounding: the bias drops out of the equations.
     covariance, cross = g[:-1, :-1] - f[:, None] * f, r[:-1] - f[:, None] * y
     variance = covariance.diagonal().clamp_min(0).mean()
     square = g.diagonal()[:-1].mean()
@@ -178,7 +178,7 @@ def ridge_weights(gram: Tensor, moment: Tensor, penalty: float) -> Tensor:
     _, exponent = torch.frexp(square)
     half = -(exponent // 2)
     equations = torch.ldexp(torch.ldexp(covariance + torch.diag(ridge.expand_as(f)), half), half)
-    # Of all zeros, any positive number does.
+    # If all are zero, any positive number does.
     equations = equations + torch.diag((ridge <= 0).to(kind).expand_as(f))
     try:
         scaled: Tensor = torch.linalg.solve(equations, torch.ldexp(cross, half))
@@ -303,7 +303,7 @@ class RidgeBoxClassifier(nn.Module):
         """
         seen = self.moment[-1] > 0
         finite = torch.isfinite(self.gram).all() & torch.isfinite(self.moment).all()
-        # One look at both.
+        # One synchronisation for both.
         boxed, known = torch.stack([seen[1:].any(), finite]).tolist()
         if not known:
             raise ValueError("update must have seen finite features, got NaN or infinity")
@@ -314,7 +314,7 @@ class RidgeBoxClassifier(nn.Module):
         return (weight * seen[:, None]).clamp(-most, most).float()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RidgeBoxClassifier:
-        """Move the sums as asked, but let no ``half()`` of a network around them cost digits."""
+        """Move the sums as asked, but keep float64 when a network around them is converted."""
         sums = {"gram": self.gram, "moment": self.moment}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in sums.items():

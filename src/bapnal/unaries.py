@@ -85,7 +85,7 @@ class UnaryOptions(NamedTuple):
 class Regions(NamedTuple):
     """Where the boxes of each class lie; P is the largest number of classes in one image.
 
-    On a GPU, where that would have to be waited for, P is the largest number of boxes.
+    On a GPU, where that would need a synchronisation, P is the largest number of boxes.
 
     Attributes:
         classes: ``(B, P)`` long, ascending, 0 where an image has fewer classes.
@@ -180,8 +180,8 @@ def class_regions(
 def _classes_of(padded: PaddedBoxes, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The classes of each image, ascending, ``(B, P)``, and the rank of each box's, ``(B, S)``.
 
-    By sorting the labels of each image, in memory that follows the number of boxes. How many
-    classes there are at most is read where that is free; elsewhere P is the number of places.
+    By sorting the labels of each image, in memory proportional to the number of boxes. The largest
+    number of classes is read where that is free; elsewhere P is the number of places.
     """
     batch, places = padded.present.shape
     absent = torch.iinfo(torch.long).max
@@ -209,7 +209,7 @@ def _box_mask(padded: PaddedBoxes, place: int, size: tuple[int, int]) -> Tensor:
 
 def upsample(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Bilinear interpolation of ``(B, n, h, w)`` maps, of which there may be none."""
-    if 0 in maps.shape[:2]:  # interpolating nothing at all is an error in torch
+    if 0 in maps.shape[:2]:  # torch cannot interpolate an empty batch
         return maps.new_zeros(*maps.shape[:2], *size)
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
 
@@ -348,8 +348,8 @@ def _attention(
     cells = (x.shape[2], x.shape[3])
     outside = outside_of(box_masks(padded, regions.size, cells), valid)
     if agnostic:
-        # Boxes that leave no background leave nothing else to go by than where things are: objects
-        # are in the middle of their boxes.
+        # Where boxes leave no background, position is the only cue: objects are in the middle of
+        # their boxes.
         border = _border(torch.ones_like(outside) if valid is None else valid_cells(valid, cells))
         outside = torch.where(outside.any((2, 3), keepdim=True), outside, border)
     prototypes, known = grid_prototypes(x, outside, options.grid_size)
@@ -376,14 +376,14 @@ def minmax(maps: Tensor, inside: Tensor) -> Tensor:
     high = maps.masked_fill(~inside, -infinite).amax((1, 2), keepdim=True)
     low = maps.masked_fill(~inside, infinite).amin((1, 2), keepdim=True)
     span = high / 2 - low / 2  # which cannot overflow
-    # What upsampling makes of a constant differs by rounding, which must not be scaled up.
+    # Upsampling a constant gives rounding errors, which must not be scaled up.
     rounding = 8 * torch.finfo(maps.dtype).eps * torch.maximum(high.abs(), low.abs())
     span = span.masked_fill(2 * span <= rounding, 0)
     return divide(maps / 2 - low / 2, span).clamp(0, 1)
 
 
 def otsu_threshold(maps: Tensor, inside: Tensor) -> Tensor:
-    """Threshold that parts the values inside into two classes of least variance (Otsu 1979).
+    """Threshold that splits the values inside into two classes of least variance (Otsu 1979).
 
     Args:
         maps: In [0, 1]; ``(B, H, W)``.

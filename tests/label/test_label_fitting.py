@@ -138,8 +138,8 @@ def test_a_classifier_of_a_recipe_brings_network_and_names(drawn, quick, tmp_pat
     ("names", "backbone", "message"),
     [
         (("dog",), "test_efficientnet", "must know a class of bar, disc, ring, knows dog"),
-        (("bar",), "vgg16", "must be of one of timm's networks to label with, is of 'vgg16'"),
-        (("bar",), "small", "must be of one of timm's networks to label with, is of 'small'"),
+        (("bar",), "vgg16", "must be of a timm network to label with, is of 'vgg16'"),
+        (("bar",), "small", "must be of a timm network to label with, is of 'small'"),
     ],
 )
 def test_what_cannot_label_is_told(quick, tmp_path, names, backbone, message):

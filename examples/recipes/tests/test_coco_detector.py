@@ -106,7 +106,7 @@ def test_weights_from_a_file(tmp_path):
     found = build_detector(chosen, 3).backbone.body.state_dict()
     assert torch.equal(found["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
     torch.save({key: value for key, value in state.items() if key != "conv1.weight"}, path)
-    with pytest.raises(ValueError, match=r"must hold conv1\.weight, is without it"):
+    with pytest.raises(ValueError, match=r"must hold conv1\.weight, lacks it"):
         build_detector(chosen, 3)
     torch.save({**state, "conv1.weight": torch.zeros(2, 2)}, path)
     with pytest.raises(ValueError, match=r"conv1.weight must have shape \(64, 3, 7, 7\), got \(2"):

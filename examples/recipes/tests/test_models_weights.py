@@ -1,4 +1,4 @@
-"""Weights of the networks of the VOC experiments: every layout of files, frozen layers, rates."""
+"""Networks with weights from files: the image that they see, wrong files, frozen layers, groups."""
 
 import functools
 
@@ -229,7 +229,7 @@ def broken(given, **changes):
         (
             Vgg16Features,
             lambda: broken(torchvision_vgg(), **{"classifier.3.bias": None}),
-            "must hold classifier.3.bias, is without it$",
+            "must hold classifier.3.bias, lacks it$",
         ),
         (
             Vgg16Features,
@@ -243,7 +243,7 @@ def broken(given, **changes):
             ),
             "must hold all of VGG-16, got NaN for fc6.bias$",
         ),
-        (Resnet101Features, caffe_vgg, "must hold conv1.weight, is without it$"),
+        (Resnet101Features, caffe_vgg, "must hold conv1.weight, lacks it$"),
         (
             functools.partial(TimmFeatures, "test_efficientnet"),
             {"a": torch.zeros(1)},
@@ -263,7 +263,7 @@ def test_a_wrong_file_is_named_in_one_line(build, content, message, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no weights at all", b"PK\x03\x04 but not really"])
 def test_a_file_of_another_kind(content, tmp_path):
     (tmp_path / "weights.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights\.pth must be a state dict kept by"):
+    with pytest.raises(ValueError, match=r"weights\.pth must be a state dict saved by"):
         Vgg16Features(tmp_path / "weights.pth")
 
 

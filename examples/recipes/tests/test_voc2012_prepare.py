@@ -203,7 +203,7 @@ def test_everything_wrong_is_listed_and_counted(top, root, capsys):
     assert printed.err == "prepare.py: 12 things are wrong, see above\n"
     for name, (_, message) in zip(NAMES, BREAK.values(), strict=False):
         assert printed.out.count(message.format(name)) == 1
-    assert "odd.txt must hold one image name a line, got 'a/b'" in printed.out
+    assert "odd.txt must hold one image name per line, got 'a/b'" in printed.out
     assert f"two.txt must hold each name once, got {NAMES[4]!r} 2 times" in printed.out
     assert len(json.loads((top / "out/result.json").read_text())["scores"]["wrong"]) == 12
 

@@ -1,4 +1,4 @@
-"""What the CRF asks of its images and probabilities."""
+"""Checks of the CRF's images and probabilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splat, blur and slice: how the lattice is applied to values, in two forms, and its derivatives.
+"""Splat, blur and slice: applying the lattice to values, in two forms, and its derivatives.
 
 On a CPU each step is a sum over bags of rows (``F.embedding_bag``), on a GPU indexed reads and
 writes.
@@ -15,16 +15,16 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from bapnal.crf.lattice import PermutohedralLattice
 
-# Numbers that a sum over bags writes at once: 4 MB of float32, a block that malloc uses again,
-# where it asks the system for one of more than 32 MB each time.
+# Numbers that a sum over bags writes at once: 4 MB of float32, a block that malloc reuses; blocks
+# of more than 32 MB it requests from the system each time.
 AT_ONCE = 2**20
 
 
 class Workspace:
-    """Room for tables and results on the CPU, written again and again.
+    """Reused memory for tables and results on the CPU.
 
-    Large tensors that are new cost more time there than the sums that fill them: the system has
-    to find and clear every page.
+    Allocating a large tensor costs more time there than the sums that fill it: the system has to
+    find and clear every page.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Workspace:
 
 
 class Bags(NamedTuple):
-    """What sums over bags need to know beside the vertices and weights of each point.
+    """What sums over bags need besides the vertices and weights of each point.
 
     Attributes:
         splat_points: ``((d + 1) n,)``; the points of each vertex, vertex by vertex.
@@ -124,7 +124,7 @@ class BagOps:
 
 
 def _at_once(table: Tensor) -> int:
-    """How many rows to sum at once: few enough that what they take is in the caches and not new."""
+    """How many rows to sum at once: few enough to stay in the caches and in reused memory."""
     return max(AT_ONCE // table.shape[1], 1)
 
 
@@ -153,7 +153,7 @@ def _bag_sums(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> 
 class IndexOps:
     """The same as indexed reads and writes, for a GPU.
 
-    There a sum over bags waits for the largest: most vertices have a few points, some thousands.
+    There a sum over bags waits for the largest: most vertices have few points, some thousands.
     """
 
     @staticmethod
@@ -177,8 +177,7 @@ class IndexOps:
 class LatticeFilter(torch.autograd.Function):
     """The filter is linear; its transpose blurs along the axes in the opposite order.
 
-    Being linear it is its own derivative, and channels never mix, so that ``vmap`` is a matter of
-    more channels.
+    Being linear it is its own derivative, and channels never mix, so ``vmap`` just adds channels.
     """
 
     @staticmethod
@@ -219,7 +218,7 @@ class LatticeFilter(torch.autograd.Function):
         transposed: bool,
         out: Workspace | None,
     ) -> tuple[Tensor, int]:
-        """Take what is mapped as more channels."""
+        """Treat the mapped dimension as more channels."""
         rows = values.movedim(cast(int, in_dims[0]), -1)
         filtered = LatticeFilter.apply(rows.flatten(1), lattice, transposed, None)
         return filtered.unflatten(1, rows.shape[1:]), 2

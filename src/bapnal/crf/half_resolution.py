@@ -1,7 +1,7 @@
 """Mean field on every second row and column, and its result for all pixels.
 
-What is carried over are the messages, that is how far mean field moved the scores, not the
-marginals: each pixel keeps its own unaries.
+Interpolated are the messages, that is how far mean field moved the scores, not the marginals: each
+pixel keeps its own unaries.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Vertices of the lattice as whole numbers: their keys, their numbering, their neighbours.
 
 A vertex of the permutohedral lattice over d dimensions has d + 1 integer coordinates, which sum to
-0 and all leave the same remainder modulo d + 1, its class. What sorting and looking up needs is
-one number per vertex, equal exactly where the vertices are: its key.
+0 and all leave the same remainder modulo d + 1, its class. Sorting and looking up
+needs one number per vertex, equal exactly where the vertices are: its key.
 
 A worked example with d = 2. Vertex (4, -2, -2) leaves 1, 1, 1 modulo 3: class k = 1. Within the
 class, coordinate i is ``3 a_i + k``, so a = (1, -1, -1). The last follows from the others (they sum
@@ -94,7 +94,7 @@ class Numbering(NamedTuple):
 
 
 def number_vertices(keys: Tensor, span: int) -> Numbering:
-    """Number the distinct keys ``(d + 1, n)`` by sorting each class; no host waits for it."""
+    """Number the distinct keys ``(d + 1, n)`` by sorting each class, without a synchronisation."""
     if keys.device.type == "cpu":  # row by row in a quarter of the time
         rows = [row.sort(stable=True) for row in keys]
         ordered = torch.stack([values for values, _ in rows])
@@ -114,8 +114,8 @@ def number_vertices(keys: Tensor, span: int) -> Numbering:
 def hashed_neighbours(keys: Tensor, digits: VertexKeys) -> list[Tensor]:
     """For each of the d + 1 axes, the number of the vertex that follows each vertex, or m.
 
-    One probe of a hash table finds most; vertices whose place in it another one took are few, and
-    their predecessors are searched for instead. The fastest form on a CPU.
+    One probe of a hash table finds most; the few vertices that collide are found by searching for
+    their predecessors. The fastest form on a CPU.
 
     Args:
         keys: The m distinct keys, ascending, those of class k raised by k spans; int64.
@@ -146,7 +146,7 @@ def hashed_neighbours(keys: Tensor, digits: VertexKeys) -> list[Tensor]:
 
 
 def searched_neighbours(keys: Tensor, digits: VertexKeys) -> list[Tensor]:
-    """The same by searching the sorted keys: the form for a GPU, which no host waits for."""
+    """The same by searching the sorted keys: the form for a GPU, without a synchronisation."""
     m, span, last = keys.shape[0], digits.span, len(digits.radices)
     following = keys + span
     following += torch.where(keys >= last * span, _around(digits), 0)

@@ -8,8 +8,8 @@ their point (splat), blurred along each of the d + 1 axes, and read off again (s
 
 Arrays have one row per coordinate, so that everything elementwise runs over contiguous memory, and
 vertices are numbered by their remainder class first: vertex k of a point is never vertex k' of
-another, d + 1 sorts of n keys do for one of n (d + 1), and the keys fit 32 bits on photographs; see
-:mod:`bapnal.crf.keys`. The tests hold a naive form, which reads like the paper.
+another, so d + 1 sorts of n keys replace one of n (d + 1), and the keys of photographs fit 32 bits;
+see :mod:`bapnal.crf.keys`. The tests hold a naive form, which reads like the paper.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def too_far(name: str, dtype: torch.dtype) -> ValueError:
 
 
 class _Draft:
-    """A lattice half built, with what the host has to read before it goes on."""
+    """A half-built lattice, with what the host has to read before finishing it."""
 
     def __init__(self, features: Tensor, groups: Tensor | None, name: str) -> None:
         self.groups, self.name = groups, name
@@ -272,7 +272,7 @@ class PermutohedralLattice:
     def apply(self, values: Tensor, out: Workspace | None = None) -> Tensor:
         """:meth:`filter` without checks and without its constant factor.
 
-        With ``out`` the result lies in that workspace, and what it held before is lost.
+        With ``out`` the result is written to that workspace, over what it held before.
         """
         return cast(Tensor, LatticeFilter.apply(values, self, False, out))
 

@@ -128,7 +128,7 @@ def common_terms(
     gaussian_weight: float | Tensor,
     gaussian_xy: float,
 ) -> list[PairwiseTerm]:
-    """The two terms that everybody uses; :func:`names_of` knows their five settings."""
+    """The two usual terms; :func:`names_of` knows their five settings."""
     return [
         PairwiseTerm(gaussian_weight, gaussian_xy),
         PairwiseTerm(bilateral_weight, bilateral_xy, bilateral_rgb),
@@ -172,7 +172,7 @@ def _dense_crf(
     settings: Settings,
     cache: Cache,
 ) -> Tensor:
-    """:func:`dense_crf` after its settings are checked, with lattices remembered in ``cache``."""
+    """:func:`dense_crf` after its settings are checked, with lattices cached in ``cache``."""
     check_inputs(images, probabilities, valid)
     batch, channels = probabilities.shape[:2]
     for names, term in zip(settings.names, settings.terms, strict=True):
@@ -215,7 +215,7 @@ def side_by_side(
     *,
     drop: bool = False,
 ) -> Tensor:
-    """Marginals of a whole batch in one lattice, as a GPU wants it; a CPU takes each image alone.
+    """Marginals of a whole batch in one lattice, for a GPU; a CPU takes each image alone.
 
     Args:
         images: ``(b, G, H, W)``.
@@ -281,7 +281,7 @@ def _iterate(
 ) -> Tensor:
     """The mean-field steps; logits -U and result ``(n, C)``.
 
-    Without gradients each step writes over what the last one left: see :class:`Workspace`.
+    Without gradients each step reuses the memory of the last one: see :class:`Workspace`.
     """
     graph = _differentiated(logits, *(w for w, _ in kernels if isinstance(w, Tensor)))
     spaces = [None if graph else Workspace() for _ in kernels]
@@ -301,7 +301,7 @@ def _iterate(
 
 
 def _differentiated(*tensors: Tensor) -> bool:
-    """Whether anything may follow these tensors: a graph, a tangent, a transform of functions."""
+    """Whether anything may differentiate or map these tensors: autograd, a tangent, a transform."""
     return any(
         (x.requires_grad and torch.is_grad_enabled())
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -329,9 +329,9 @@ class DenseCRF(nn.Module):
     """Fully connected CRF as a module; see :func:`dense_crf`.
 
     It has no parameters, unless weights are given as ``nn.Parameter``, also in ``terms``; weights
-    that are other tensors move with the module. It remembers the lattices over positions alone for
-    the last few image sizes, which no result depends on. On a GPU sums
-    are taken in no fixed order, unless ``torch.use_deterministic_algorithms(True)`` asks for one.
+    that are other tensors move with the module. It caches the lattices over positions alone for the
+    last few image sizes, which changes no result. On a GPU sums are taken in no fixed order, unless
+    ``torch.use_deterministic_algorithms(True)`` is set.
 
     Args:
         bilateral_weight: Strength of the kernel of position and colour.
@@ -432,7 +432,7 @@ class DenseCRF(nn.Module):
         return _dense_crf(images, probabilities, valid, num_classes, settings, self._cache)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the remembered lattices out of pickles and copies."""
+        """Leave the cached lattices out of pickles and copies."""
         return {**self.__dict__, "_cache": {}}
 
     def extra_repr(self) -> str:

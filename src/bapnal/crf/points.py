@@ -69,7 +69,7 @@ class Points:
     ) -> tuple[list[PermutohedralLattice], int | None]:
         """The normalised lattices of some terms, from the cache where only positions matter.
 
-        ``most`` is a number on the device that comes back to the host by the same way.
+        ``most`` is a number on the device that is copied to the host along with them.
         """
         keys = [self._key(term, dtype) for term in terms]
         found = [None if key is None else cache.get(key) for key in keys]
@@ -77,8 +77,8 @@ class Points:
         kernels = {i: lattice for i, lattice in enumerate(found) if lattice is not None}
         also = [] if most is None else [most]
         number = None
-        # On a GPU all at once, so that the host waits as rarely as it can; on a CPU one after the
-        # other, which takes less memory.
+        # On a GPU all at once, so that the host waits as rarely as possible; on a CPU one after
+        # another, which takes less memory.
         on_cpu = self.positions.device.type == "cpu"
         for part in [[i] for i in new] if on_cpu else [new] if new else []:
             built, numbers = build_lattices(

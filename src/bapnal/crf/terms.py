@@ -18,9 +18,9 @@ class PairwiseTerm(NamedTuple):
     """One Gaussian kernel of :func:`bapnal.crf.dense_crf`, and what it does to the labels.
 
     Attributes:
-        weight: A number or a tensor of one: pixels that are alike attract each other's label this
+        weight: A number or a tensor of one: similar pixels attract each other's label this
             strongly (Potts). ``(C,)``: the same with a strength for each class. ``(C, C)``: the
-            penalty mu(l, l') of two labels on pixels that are alike, of which the symmetric part
+            penalty mu(l, l') of two labels on similar pixels, of which the symmetric part
             counts; Potts of strength w is ``-w * torch.eye(C)``, or ``w * (1 - torch.eye(C))``.
             Tensors may require gradients.
         xy: Width of the kernel over positions, in pixels; None leaves positions out.
@@ -47,7 +47,7 @@ class TermNames(NamedTuple):
 
 
 def names_of(position: int, common: bool) -> TermNames:
-    """The names of a term's settings: of the two that everybody uses, or of one in ``terms``."""
+    """The names of a term's settings: of the two usual ones, or of one in ``terms``."""
     if common:
         kind = ("gaussian", "bilateral")[position]
         return TermNames(kind, f"{kind}_weight", f"{kind}_xy", f"{kind}_rgb")

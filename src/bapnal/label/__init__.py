@@ -1,4 +1,4 @@
-"""Labelling of images: what the extra ``label`` is for; ``import bapnal`` needs none of it."""
+"""Labelling of images: the extra ``label``; ``import bapnal`` needs none of it."""
 
 from __future__ import annotations
 

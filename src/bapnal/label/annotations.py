@@ -1,7 +1,7 @@
-"""Boxes from VOC XML, COCO JSON or YOLO text, found out by themselves; no image is opened.
+"""Boxes from VOC XML, COCO JSON or YOLO text, the format detected; no image is opened.
 
-What can be wrong with files of strangers is one ValueError that names the file: entity and alias
-bombs, endless nesting, numbers beyond any image, classes without a name.
+Files are not trusted. Entity and alias bombs, endless nesting, numbers beyond any image or classes
+without a name raise one ValueError that names the file.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read_boxes(
     Args:
         images: Folder of images.
         annotations: Folder of XML files (VOC) or text files (YOLO), or a JSON file (COCO).
-        format: ``"voc"``, ``"coco"`` or ``"yolo"``; None to find out.
+        format: ``"voc"``, ``"coco"`` or ``"yolo"``; None to detect it.
         data_yaml: Names of the classes (YOLO); by default the nearest ``data.yaml`` in
             ``annotations`` or up to three folders above it.
         classes: Names of the classes 1, 2, ... (VOC); by default VOC's twenty where no other is
@@ -75,11 +75,11 @@ def read_boxes(
 
 
 def find_format(annotations: Path) -> str:
-    """Tell the format by what lies there: a JSON file, or a folder of XML or text files.
+    """Detect the format by what is there: a JSON file, or a folder of XML or text files.
 
     Raises:
         FileNotFoundError: If there is nothing.
-        ValueError: If it cannot be told.
+        ValueError: If it cannot be detected.
     """
     if annotations.is_file():
         return "coco"
@@ -203,8 +203,8 @@ def read_yolo(images: Path, annotations: Path, data_yaml: Path | None = None) ->
     """Read YOLO annotations: ``annotations/NAME.txt`` for ``images/NAME.jpg``.
 
     A line is ``class x y width height``, the centre and the sides as shares of the image, or
-    ``class x1 y1 x2 y2 x3 y3 ...``, a polygon, of which the box is taken. An image without a file
-    has no object, as that format has it. Class 0 there is label 1 here.
+    ``class x1 y1 x2 y2 x3 y3 ...``, a polygon, of which the box is taken. In this format an image
+    without a file has no object. Class 0 there is label 1 here.
 
     Args:
         images: Folder of images.
@@ -277,8 +277,8 @@ def read_names(path: Path) -> tuple[str, ...]:
     """Return the names of the classes in a YOLO ``data.yaml``, 0 first.
 
     Raises:
-        ValueError: If it is no such file. Aliases, of which a few lines can make gigabytes, are
-            not accepted.
+        ValueError: If it is something else, or has aliases, a few lines of which can make
+            gigabytes.
     """
     import yaml
 
@@ -320,11 +320,11 @@ def read_coco(images: Path, annotations: Path) -> DataSet:
 
     Raises:
         FileNotFoundError: If there is no such file, or an image of it is missing.
-        ValueError: If it is no such file, or an annotation does not fit the rest of it.
+        ValueError: If it is something else, or an annotation does not fit the rest of it.
     """
     require_folder("images", images)
     if not annotations.is_file():
-        raise FileNotFoundError(f"annotations {annotations} must be a COCO JSON file, is not there")
+        raise FileNotFoundError(f"annotations {annotations} must be a COCO JSON file, is missing")
     content = load_json(annotations)
     try:
         categories = sorted((int(e["id"]), str(e["name"]).strip()) for e in content["categories"])

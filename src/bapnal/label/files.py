@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and keep a folder to one run."""
+"""Write files atomically, and keep a folder to one run."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Content = TypeVar("Content", dict[str, Any], list[Any])
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Lend a path to write to; it becomes ``path`` when all went well, and else is removed.
+    """Yield a path to write to; it is renamed to ``path`` on success, and removed otherwise.
 
-    The path lent is new and its name is random, so two processes never share one, and nothing
-    that lies there beforehand, such as a symbolic link, is written through.
+    The path is new and has a random name, so two processes never share one, and nothing that was
+    there before, such as a symbolic link, is written through.
 
     Args:
         path: The file to write; its folder is made.
 
     Raises:
-        OSError: If the file cannot be written; it then is as it was before.
+        OSError: If the file cannot be written; it is then unchanged.
     """
     unfinished = None
     try:
@@ -42,7 +42,7 @@ def whole(path: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise OSError(f"{path} could not be written: {reason}") from error
     finally:
-        # Where the path is impossible so is the removal, and the reason above says more.
+        # If the path is invalid, so is its removal; the error above says more.
         if unfinished is not None:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
@@ -60,7 +60,7 @@ def finite(content: Any) -> Any:
 
 
 def write_json(path: Path, content: object, indent: int | None = 1) -> None:
-    """Write a file whole, or not at all; numbers that are not finite become null."""
+    """Write a file atomically; numbers that are not finite become null."""
     text = json.dumps(finite(content), indent=indent, allow_nan=False)
     with whole(path) as unfinished:
         unfinished.write_text(text + "\n", encoding="utf-8")
@@ -75,7 +75,7 @@ def read_json(path: Path, form: type[Content], *entries: str) -> Content:
         *entries: Keys that it must have.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If it is something else.
     """
     content = load_json(path)
     if not isinstance(content, form):
@@ -90,7 +90,7 @@ def load_json(path: Path) -> Any:
     """Return what a JSON file holds, whatever that is.
 
     Raises:
-        ValueError: If it is no such file, or nested so deeply that no such file is.
+        ValueError: If it is something else, or nested too deeply.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -102,7 +102,7 @@ def load_json(path: Path) -> Any:
 
 @contextmanager
 def expecting(path: Path, what: str) -> Iterator[None]:
-    """Name the file, whatever a damaged or a foreign one leads to.
+    """Name the file in whatever error a damaged or foreign one leads to.
 
     Args:
         path: The file that is read and used inside.
@@ -140,7 +140,7 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 
 def is_unchanged(path: Path, known: dict[str, Any]) -> bool:
-    """Whether a file holds what it held; one of another time but the same content does.
+    """Whether a file's content is unchanged, whatever its time of modification.
 
     Raises:
         OSError: If it cannot be read.
@@ -152,7 +152,7 @@ def is_unchanged(path: Path, known: dict[str, Any]) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short, as Python, torch and CUDA say so in different ways."""
+    """Whether an error of Python, torch or CUDA says that memory ran out."""
     import torch
 
     kinds = (MemoryError, torch.cuda.OutOfMemoryError)
@@ -196,7 +196,7 @@ def only_one(folder: Path) -> Iterator[None]:
 def require_same_run(
     path: Path, there: dict[str, object], now: dict[str, object], option: str = "out"
 ) -> None:
-    """Raise ValueError if a file notes other settings than these, or none of them.
+    """Raise ValueError if a file records other settings than these, or none of them.
 
     Args:
         path: The file.
@@ -215,7 +215,7 @@ def require_same_run(
 def claim(
     path: Path, settings: dict[str, object], option: str = "out", *, write: bool = True
 ) -> None:
-    """Note settings in a file of the folder that is written to, or check those noted there.
+    """Record settings in a file of the output folder, or check those recorded there.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Files of what was fitted to boxes, and the labeler that takes them.
+"""Files of what was fitted to boxes, and the labeler that uses them.
 
 ``--fit`` and ``--refine`` write safetensors; stage 1 of the recipes writes ``classifier.pt``, which
 holds its network as well and knows its classes by name.
@@ -105,7 +105,7 @@ def _recipe(path: Path) -> Fitted | None:
         network.load_state_dict(features)
     except (AttributeError, KeyError, ValueError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{path} must be of one of timm's networks to label with, is of {name!r}: label with "
+            f"{path} must be of a timm network to label with, is of {name!r}: label with "
             f"generate_labels of the recipes"
         ) from error
     network.source, network.pretrained = str(path), True

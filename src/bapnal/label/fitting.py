@@ -30,8 +30,8 @@ from bapnal.label.workers import Team, set_threads
 
 CHUNK = 8  # images per sum
 TOGETHER = 4  # images of equal shape whose features are computed at once
-IMAGES = 300  # that fitting looks at, more where classes are rare
-PER_CLASS = 40  # images of each class that it looks at, where there are so many
+IMAGES = 300  # used for fitting, more where classes are rare
+PER_CLASS = 40  # images of each class used for fitting, where there are so many
 FEWEST = 16  # boxes that a head can be trained on
 CHANGED = 0.1  # of the images fitted to: a fit is kept while no more of them have changed
 Note = dict[str, Any]
@@ -39,12 +39,12 @@ Progress = Callable[[str, Iterable[Any], int], Iterable[Any]]
 
 
 def chosen_images(source: DataSet) -> list[LabelledImage]:
-    """Choose the images to fit to: some without order, and enough of each class.
+    """Choose the images to fit to: a random sample, with enough of each class.
 
     A few images more or less in the data set change a few of those chosen.
 
     Returns:
-        The images in an order that has no order, the same every time: by a digest of the name.
+        The images in a pseudo-random order, the same every time: by a digest of the name.
     """
     boxed = [image for image in source.images if image.labels]
     boxed.sort(key=lambda x: hashlib.sha256(x.name.encode(errors="replace")).digest())
@@ -157,7 +157,7 @@ def _is_current(path: Path, now: Note) -> bool:
 
 
 def _keep(path: Path, note: Note, content: bytes) -> None:
-    path.with_suffix(".json").unlink(missing_ok=True)  # never the note of another file
+    path.with_suffix(".json").unlink(missing_ok=True)  # never the record of another file
     with whole(path) as unfinished:
         unfinished.write_bytes(content)
     write_json(path.with_suffix(".json"), note)
@@ -175,7 +175,7 @@ def _start_sums(
 
 
 def _sums(labeler: Labeler, classes: int, max_pixels: int, job: Any) -> Any:
-    """Sums over the cells of some images; broken ones are told when it comes to labelling."""
+    """Sums over the cells of some images; broken ones are reported when they are labelled."""
     ridge = RidgeBoxClassifier(labeler.channels, classes)
     of_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for image in job[1]:

@@ -1,4 +1,4 @@
-"""Open image files as RGB, name the one that is broken, and write images whole."""
+"""Open image files as RGB with errors that name the file, and write images atomically."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Opened(NamedTuple):
 
     Attributes:
         pixels: RGB, ``(3, H, W)`` uint8.
-        turned: Whether it was set upright, as its file says how the camera was held.
+        turned: Whether it was rotated by its EXIF orientation.
     """
 
     pixels: Tensor
@@ -35,10 +35,10 @@ class Opened(NamedTuple):
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Raise what Pillow says of a broken file as one ValueError that names it."""
+    """Raise Pillow's errors about a broken file as one ValueError that names it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd files, which are read, or refused below
+            warnings.simplefilter("ignore")  # for odd files, which are read, or refused below
             yield
     except MemoryError as error:
         raise ValueError(f"{path} does not fit into memory") from error
@@ -50,14 +50,14 @@ def image_head(path: Path) -> tuple[tuple[int, int], str]:
     """Return width and height of an image, and its mode, without decoding it.
 
     Raises:
-        ValueError: If it is no image.
+        ValueError: If it is not an image.
     """
     with _named(path), Image.open(path) as image:
         return image.size, image.mode
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open and decode an image, or say which file is broken."""
+    """Open and decode an image, or raise an error that names the file."""
     with _named(path):
         image = Image.open(path)
         with image:
@@ -70,9 +70,9 @@ def read_rgb(
 ) -> Opened:
     """Read an image as RGB, the right way up.
 
-    Cameras note how they were held. The image is turned accordingly, unless ``size`` is that of the
-    unturned one. What has more than 8 bits per channel is scaled from its own range to 0..255;
-    what is transparent lies on white.
+    It is rotated by its EXIF orientation, unless ``size`` is that of the unrotated image. Images
+    with more than 8 bits per channel are scaled from their own range to 0..255; transparent ones
+    are put on white.
 
     Args:
         path: The file.
@@ -132,14 +132,14 @@ def stretch(values: NDArray[np.generic]) -> NDArray[np.uint8]:
         raise ValueError("no pixel is finite")
     low, high = x[known].min(), x[known].max()
     x = np.where(known, x, low).clip(low, high)
-    # Halves first: the range of float32 exceeds nothing, that of float64 can exceed itself.
+    # Halves first: the difference of two float64 numbers can overflow.
     share = (x / 2 - low / 2) / max(high / 2 - low / 2, np.finfo(np.float64).tiny)
     scaled: NDArray[np.uint8] = np.round(255 * share).astype(np.uint8)
     return scaled
 
 
 def write_image(path: Path, image: Image.Image, format: str, **options: object) -> None:
-    """Write an image whole or not at all.
+    """Write an image atomically.
 
     It is encoded in memory first: a codec that writes to a full disk itself may leave half a file
     without an error.

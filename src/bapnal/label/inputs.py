@@ -1,4 +1,4 @@
-"""What a labeler is given: any image as a tensor, and boxes that are checked, cut and reduced."""
+"""Inputs of a labeler: any image as a tensor, and boxes checked, clipped and scaled."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def read_label_map(path: Path) -> Tensor:
 
 
 def write_label_map(path: Path, labels: Tensor) -> None:
-    """Write a PNG of class indices with the VOC palette, whole or not at all."""
+    """Write a PNG of class indices with the VOC palette atomically."""
     image = Image.fromarray(labels.to("cpu", torch.uint8).numpy())
     image.putpalette(voc_palette().flatten().tolist())
     write_image(path, image, "PNG")

@@ -5,8 +5,8 @@
     >>> y = labeler(image, boxes=[[50, 5, 450, 299]], classes=[1])  # doctest: +SKIP
 
 An ImageNet network gives the features. Each box is zoomed, and what looks like its surroundings is
-background (:class:`bapnal.InstanceLabelGenerator`); weights of the classes, where there are some,
-tell them apart.
+background (:class:`bapnal.InstanceLabelGenerator`); weights of the classes, where given, separate
+them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CRFS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
     "exact": lambda: instance_crf(half_resolution=False),
     "none": lambda: lambda guidance, probabilities: probabilities,
 }
-MADE_BY = "instances 2"  # how instance masks are made; records of another way are made again
+MADE_BY = "instances 2"  # version of the masks; records of another one are redone
 LARGE = 1_000_000  # pixels; larger images are labelled at this size
 DOUBTFUL = 0.5  # share of unreliable pixels in a box
 
@@ -49,7 +49,7 @@ class Labels(NamedTuple):
         semantic: ``(H, W)`` long, the class of every pixel, 0 background.
         masks: ``(K, H, W)`` bool, the mask of each box, in the order given; inside its box, never
             empty.
-        unreliable: ``(H, W)`` bool, where two ways to label the pixel disagree.
+        unreliable: ``(H, W)`` bool, where two ways of labelling the pixel disagree.
         doubtful: ``(K,)`` bool, the boxes to look at first.
     """
 
@@ -178,7 +178,7 @@ class Labeler:
             samples: Image ``(3, H, W)`` uint8, boxes ``(K, 4)`` and labels ``(K,)``.
 
         Raises:
-            ValueError: If the classifier is none of weights, or there is no box.
+            ValueError: If the classifier is not weights, or there is no box.
         """
         if not isinstance(self.classifier, Tensor):
             raise ValueError("classifier must be weights of the classes to learn from")
@@ -210,7 +210,7 @@ class Labeler:
             Semantic map, masks, unreliable map and doubtful boxes; see :class:`Labels`.
 
         Raises:
-            TypeError: If the image is none.
+            TypeError: If ``image`` is not an image.
             ValueError: If a shape does not fit, or a box is not in the image.
         """
         cut = self.cut(image, boxes, classes)
@@ -253,7 +253,7 @@ class Labeler:
         )
 
     def _label(self, image: Tensor, boxes: Tensor, labels: Tensor) -> Cut:
-        """Where masks are made: from an image, different boxes inside it, and their classes."""
+        """Make masks from an image, different boxes inside it, and their classes."""
         size = (image.shape[1], image.shape[2])
         shown, scaled = reduce(image, boxes, LARGE)
         with torch.inference_mode():

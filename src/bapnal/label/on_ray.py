@@ -1,8 +1,8 @@
 """The jobs of :mod:`bapnal.label.workers` on one machine or many, by Ray (extra ``ray``).
 
-Jobs stream through the actors of ``ray.data``. Ray starts an actor again where its process or its
-machine is lost, and gives its jobs to others; results are told once. What a job writes must lie on
-a path that all machines see.
+Jobs stream through the actors of ``ray.data``. Ray restarts an actor whose process or machine is
+lost, and gives its jobs to others; each result is reported once. What a job writes must lie on a
+path that all machines see.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bapnal.label.workers import Done, as_error, cores, in_turn, told
 TRIES = 2  # of a job, as with processes of this machine
 MOST_TOGETHER = 8  # jobs that an actor gets at a time
 WAIT = 10.0  # seconds for the machine at an address to answer
-MEMORY = 200_000_000  # bytes that a local Ray keeps what is handed about in
+MEMORY = 200_000_000  # bytes of a local Ray's object store
 
 
 class RayTeam:
@@ -70,7 +70,7 @@ class RayTeam:
 
 
 class Tries:
-    """Counts how often each job was begun and not ended; an actor, which outlives the workers."""
+    """Counts how often each job was begun but not ended; an actor that outlives the workers."""
 
     def __init__(self) -> None:
         self.begun: dict[int, int] = {}
@@ -82,7 +82,7 @@ class Tries:
         return before
 
     def end(self, number: int) -> None:
-        """Note that a job killed nobody."""
+        """Record that a job ended without killing its worker."""
         self.begun.pop(number, None)
 
 
@@ -122,10 +122,10 @@ class RayWorker:
 
 @contextmanager
 def ray_team(address: str, workers: int | None = None) -> Iterator[RayTeam]:
-    """Join a Ray, or start one on this machine, and leave it in the end.
+    """Join a Ray cluster, or start Ray on this machine, and leave it in the end.
 
-    Where the process has joined one already, that is used and not left. Ray is told to report
-    nothing about its use.
+    Where the process has joined one already, that is used and not left. Ray's usage reports are
+    turned off.
 
     Args:
         address: ``"local"`` starts one; otherwise as ``ray.init`` takes it: ``"auto"``,
@@ -181,7 +181,7 @@ def _join(address: str, workers: int | None) -> None:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConnectionError(f"there must be a Ray at {address}, is none ({error})") from error
+            raise ConnectionError(f"no Ray is running at {address} ({error})") from error
 
 
 def require_listening(address: str) -> None:
@@ -193,7 +193,7 @@ def require_listening(address: str) -> None:
     Example:
         >>> require_listening("127.0.0.1:1")
         Traceback (most recent call last):
-        ConnectionError: there must be a Ray at 127.0.0.1:1, is none (... refused)
+        ConnectionError: no Ray is running at 127.0.0.1:1 (... refused)
     """
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
@@ -201,4 +201,4 @@ def require_listening(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=WAIT).close()
     except (OSError, OverflowError) as error:
-        raise ConnectionError(f"there must be a Ray at {address}, is none ({error})") from error
+        raise ConnectionError(f"no Ray is running at {address} ({error})") from error

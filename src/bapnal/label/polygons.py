@@ -113,9 +113,9 @@ def _distances(points: Points, start: Points, end: Points) -> Points:
 
 
 def joined(polygons: list[Points]) -> Points:
-    """Join polygons to one, by lines without width to and fro between nearest points.
+    """Join polygons into one, by lines without width to and fro between nearest points.
 
-    Filled by either rule (even-odd or winding), it shows what the polygons of :func:`outlines` do:
+    Filled by either rule (even-odd or winding), it covers what the polygons of :func:`outlines` do:
     all parts, without the holes.
 
     Args:

@@ -1,4 +1,4 @@
-"""One image: label it, write what comes out, and tell later whether that still holds."""
+"""One image: label it, write the results, and check later whether they still hold."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def current_record(
 ) -> Record | None:
     """Return the record of an image, unless something that it depends on has changed.
 
-    An image of another time but the same content counts as unchanged.
+    An image with the same content counts as unchanged, whatever its time of modification.
     """
     paths = [*_map_paths(out, image.name), record_path(out, image.name)]
     if not all(path.is_file() for path in paths):
@@ -236,7 +236,7 @@ def current_record(
             return None
         if not _is_of(record, image) or not is_unchanged(image.path, known):
             return None
-    except (ValueError, TypeError, KeyError, OSError):  # a damaged record is none
+    except (ValueError, TypeError, KeyError, OSError):  # a damaged record counts as missing
         return None
     record["exports"] = [
         name
@@ -257,7 +257,7 @@ def _is_of(record: Record, image: LabelledImage) -> bool:
 
 
 def _compared(known: dict[str, Any]) -> dict[str, Any]:
-    """What labels depend on without where the weights lie: their digest says more."""
+    """What labels depend on, without the path of the weights: their digest says more."""
     settings = {key: value for key, value in known["settings"].items() if key != "weights"}
     return {**known, "settings": settings}
 
@@ -272,7 +272,7 @@ def _map_paths(out: Path, name: str) -> tuple[Path, Path, Path]:
 
 
 def forget(out: Path, name: str) -> None:
-    """Remove what is there of an image that can no longer be labelled."""
+    """Remove the results of an image that can no longer be labelled."""
     exports = [path for kind in ("yolo", "voc") for path in export_paths(out, name, kind)]
     for path in (record_path(out, name), *_map_paths(out, name), *exports):
         with suppress(OSError):

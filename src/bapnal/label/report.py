@@ -1,7 +1,7 @@
 """The page to look at first: ``report.html``, from the records, without a server.
 
-It holds no image itself: thumbnails are loaded as they are scrolled to, and a click shows the
-image, its boxes, its mask and what is unreliable from the files that lie there.
+It holds no images itself: thumbnails are loaded on scrolling, and a click shows the image, its
+boxes, its mask and its unreliable pixels from the files next to it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _broken(summary: dict[str, Any]) -> list[str]:
 
 
 def _rows(out: Path) -> Iterator[dict[str, Any]]:
-    """What the page knows of each labelled image, with boxes far from their class's filling."""
+    """What the page shows of each labelled image, with boxes far from their class's rate."""
     names = _names(out)
     rates = []
     for name in names:
@@ -111,12 +111,12 @@ def _names(out: Path) -> list[str]:
 
 
 def _url(path: str) -> str:
-    """A path as a part of an address, whatever bytes are in it."""
+    """A path as a part of a URL, whatever bytes are in it."""
     return quote(os.fsencode(path.replace(os.sep, "/")))
 
 
 def serve(out: Path, port: int = 8000) -> http.server.ThreadingHTTPServer:
-    """Return a server of the page and its images on this machine alone.
+    """Return a server of the page and its images for this machine only.
 
     Raises:
         OSError: If the port is taken.
@@ -134,7 +134,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         super().__init__(*args, **options)
 
     def translate_path(self, path: str) -> str:
-        """Return the file that an address stands for."""
+        """Return the file that a URL stands for."""
         start = f"/{IMAGES}/"
         if not path.startswith(start):
             return super().translate_path("/report.html" if path == "/" else path)

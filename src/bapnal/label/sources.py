@@ -76,7 +76,7 @@ def list_images(images: Path) -> dict[str, Path]:
 def require_folder(name: str, path: Path) -> None:
     """Raise FileNotFoundError where there is no folder."""
     if not path.is_dir():
-        raise FileNotFoundError(f"{name} {path} must be a folder, is not there")
+        raise FileNotFoundError(f"{name} {path} must be a folder, does not exist")
 
 
 def require_once(what: str, values: Sequence[object]) -> None:

@@ -67,7 +67,7 @@ def suspicious(boxes: Tensor, size: tuple[int, int]) -> list[Suspicion]:
 
 
 def _duplicates(boxes: Tensor) -> list[tuple[int, int, float]]:
-    """Each box that is like an earlier one: its index, that of the most alike, and their IoU."""
+    """Each box like an earlier one: its index, that of the most similar one, and their IoU."""
     if len(boxes) > MOST_COMPARED:
         first: dict[tuple[float, ...], int] = {}
         earlier = [first.setdefault(tuple(box), i) for i, box in enumerate(boxes.tolist())]

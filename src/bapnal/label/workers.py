@@ -1,4 +1,4 @@
-"""Many processes of one thread each, of which any may die without harm to the others' work."""
+"""Many processes of one thread each, any of which may die without harm to the others' work."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def run_jobs(
 ) -> Iterator[Done]:
     """Do jobs in processes, and yield them as they are finished.
 
-    Where a process dies, such as one that the system kills for its memory, another takes its place
-    and does the job again. A job at which two processes died is reported as failed.
+    Where a process dies, such as by running out of memory, another takes its place and does the job
+    again. A job at which two processes died is reported as failed.
 
     Args:
         jobs: Whatever can be pickled; taken from the iterable as workers become free.
@@ -203,7 +203,7 @@ def _hire(
 def _fill(worker: Worker, waiting: deque[tuple[Any, bool]], pending: Iterator[Any]) -> None:
     """Hand a worker jobs until it has two, those of dead workers first.
 
-    A job that killed a process is handed alone, so that it is clear what kills the next one.
+    A job that killed a process is sent alone, so that it is clear what kills the next one.
     """
     while len(worker.doing) < AHEAD and not any(again for _, again in worker.doing):
         if waiting:
@@ -224,7 +224,7 @@ def _replace(
     waiting: deque[tuple[Any, bool]],
     pending: Iterator[Any],
 ) -> Done | None:
-    """Hire another worker for the jobs of a dead one; return the job that killed a second one."""
+    """Start another worker for the jobs of a dead one; return the job that killed a second one."""
     del team[dead.connection]
     dead.process.join()
     dead.connection.close()

@@ -1,4 +1,4 @@
-"""Measure what the other modules made: a row of a table each, written as JSON.
+"""Measure what the other modules made: one table row each, written as JSON.
 
     python -m bapnal_recipes.coco.evaluate labels --folder runs/coco/labels \
         --out runs/coco/labels/train.json
@@ -57,7 +57,7 @@ def main(settings: Any) -> dict[str, Any]:
 
 
 def show(scores: dict[str, Any], title: str = "") -> None:
-    """Print the AP and the mean IoU of whatever there is."""
+    """Print AP and mean IoU where there are any."""
     told = [f"{name} {scores[name]:g}" for name in ("ap", "ap50", "iou") if scores.get(name)]
     if told:
         rich.print(f"{title.strip()}: {', '.join(told)}")

@@ -44,10 +44,10 @@ class EvaluateDetector:
             set.
         prepared: Folder that prepare.py wrote.
         split: Which images: "val", or "test-dev", which has no ground truth here.
-        predictions: Folder for what is found in each image; by default beside the detector.
+        predictions: Folder for the results of each image; by default next to the detector.
         archive: A zip file to write for COCO's test server.
-        resamples: How often images are drawn again for the intervals; 0 for none.
-        machines: Where it runs; images are shared out among the processes.
+        resamples: Bootstrap samples of the images for the intervals; 0 for none.
+        machines: Where it runs; images are divided among the processes.
     """
 
     detector: Path
@@ -62,7 +62,7 @@ class EvaluateDetector:
 
 
 def evaluate_detector(settings: EvaluateDetector) -> dict[str, Any]:
-    """Let a detector look at all images of a split, and measure what it finds.
+    """Run a detector on all images of a split, and measure what it finds.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -112,7 +112,7 @@ def _predict(
     folder: Path,
     fabric: Fabric,
 ) -> Any:
-    """Let the detector look at this process's share of the images."""
+    """Run the detector on this process's share of the images."""
     network = saved.network.to(fabric.device)
 
     @torch.inference_mode()
@@ -245,7 +245,7 @@ def _all_results(folder: Path, boxes: CocoBoxes) -> Iterator[dict[str, Any]]:
 
 
 def write_archive(path: Path, split: str, results: Iterator[dict[str, Any]]) -> None:
-    """Write a zip file as COCO's test server takes it, result by result, whole or not at all."""
+    """Write a zip file for COCO's test server atomically, one result at a time."""
     name = RESULTS.format(split=split)
     with (
         whole(path) as unfinished,

@@ -43,8 +43,8 @@ class EvaluateLabels:
         prepared: Folder that prepare.py wrote.
         seen: Names of the classes that count as seen; by default those that the labels' classifier
             knows.
-        resamples: How often images are drawn again for the intervals; 0 for none.
-        machines: Where it runs; images are shared out among the processes.
+        resamples: Bootstrap samples of the images for the intervals; 0 for none.
+        machines: Where it runs; images are divided among the processes.
     """
 
     folder: Path
@@ -203,7 +203,7 @@ def scores_of(
     Args:
         matches: Of all images.
         boxes: The data set.
-        resamples: How often images are drawn again.
+        resamples: Bootstrap samples of the images.
         kind: What the IoU is of.
         labels: Which classes count, 1..L; all by default.
     """

@@ -46,7 +46,7 @@ class Made(NamedTuple):
 def draw_all(
     results: Sequence[Path], folder: Path, root: Path, prepared: Path, examples: int
 ) -> list[Drawn]:
-    """Draw what can be drawn from the labels and detectors below some folders.
+    """Draw what the labels and detectors below some folders allow.
 
     Args:
         results: Where to look for them.

@@ -15,8 +15,8 @@ A classifier of PASCAL VOC labels all of COCO: the classes that it knows by u_c,
 
 The methods ``network``, ``ridge`` and ``agnostic`` take the pixels of a box's class inside it, as
 the paper does; ``instances`` is the library's instance generator. ``ridge`` also writes its
-``OUT/classifier.pt``. An image that cannot be read is reported and skipped. After an interruption
-the same command goes on from there.
+``OUT/classifier.pt``. An image that cannot be read is reported and skipped. An interrupted run
+resumes when the same command is run again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Settings:
             classes or of VOC's. "ridge": the same by a classifier in closed form, fitted to boxes
             on the features of a backbone that was never trained on boxes. "agnostic": without class
             weights, on such features or those of a classifier. "instances": the library's
-            generator, which looks into every box by itself, on such features. "box": filled boxes.
+            generator, which handles every box by itself, on such features. "box": filled boxes.
             "grabcut": GrabCut in each box. "truth": the ground-truth masks, for comparison.
         classifier: File classifier.pt of train_classifier.py, of this data set or of voc2012.
         fit_split: Whose boxes "ridge" is fitted to.
@@ -94,7 +94,7 @@ class Settings:
         crf: The fully connected CRF of the label maps.
         annotations: Whether to write COCO annotation files at the end.
         seed: Of GrabCut, and of weights that are random.
-        machines: Where it runs; images are shared out among the processes.
+        machines: Where it runs; images are divided among the processes.
     """
 
     root: Path = field(default_factory=default_root)

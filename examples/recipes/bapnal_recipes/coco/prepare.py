@@ -4,8 +4,8 @@
     python -m bapnal_recipes.coco.prepare --root coco --splits test-dev --out runs/coco/prepare
 
 Writes OUT/SPLIT.npz, which every later stage reads in place of the JSON files, and result.json.
-Crowds are left out, images without objects are kept: they are all background. Boxes that reach out
-of their image are clipped, and those of which nothing has an area left out; both are counted.
+Crowds are left out, images without objects are kept: they are all background. Boxes that extend
+beyond their image are clipped, those left without an area dropped; both are counted.
 Prints what the splits hold, then a line for each image that cannot be used. The exit code is 1 if
 there is one.
 """
@@ -38,7 +38,7 @@ from bapnal_recipes.data.images import image_head
 from bapnal_recipes.engine.commands import at_least, run
 from bapnal_recipes.engine.runs import Meter, digest, result
 
-LISTED = 50  # so many wrong images are printed; the result file has them all
+LISTED = 50  # wrong images printed; the result file has them all
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Settings:
             set.
         splits: Which splits: "train", "val", "test-dev".
         out: Where to write.
-        workers: Threads that look at images.
+        workers: Threads that check images.
     """
 
     root: Path = field(default_factory=default_root)
@@ -117,7 +117,7 @@ def _per_image(boxes: CocoBoxes) -> np.ndarray:
 
 
 def _wrong_images(boxes: CocoBoxes, split: str, workers: int) -> list[str]:
-    """A line for each image that is none, or of another size than its annotation says."""
+    """A line for each file that is no image, or of another size than its annotation says."""
 
     def check(name: str) -> str:
         path, (height, width) = boxes.image_path(name), boxes.size(name)

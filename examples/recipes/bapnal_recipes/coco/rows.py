@@ -47,7 +47,7 @@ def read_rows(folders: Iterable[Path]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for folder in folders:
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} must be a folder of results, is not there")
+            raise FileNotFoundError(f"{folder} must be a folder of results, does not exist")
         for path in sorted(folder.rglob("*.jsonl")):
             rows += [row for row in series.read(path) if row.get("what") in (LABELS, DETECTOR)]
         for path in sorted(folder.rglob("*.json")):

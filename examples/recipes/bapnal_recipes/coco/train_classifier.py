@@ -4,9 +4,9 @@
     python -m bapnal_recipes.coco.train_classifier paper --pool gap --out runs/coco/gap
     python -m bapnal_recipes.coco.train_classifier lite0 --out runs/coco/bap
 
-Reads images, boxes and classes, no masks; crowds are no objects of training. Writes classifier.pt,
-which label generation reads, and result.json. After an interruption the same command goes on from
-the last checkpoint; when all is done it returns what was found.
+Reads images, boxes and classes, no masks; crowds are not trained on. Writes classifier.pt,
+which label generation reads, and result.json. Run again, the same command resumes from the last
+checkpoint, or returns the result of a finished run.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Settings(ClassifierOptions):
 
 PAPER = Settings()
 PRESETS = {
-    "paper": ("as in the paper on PASCAL VOC, which says no more of COCO", PAPER),
+    "paper": ("as in the paper on PASCAL VOC, which says nothing else about COCO", PAPER),
     "released": (
         "as in the authors' released code for PASCAL VOC where it differs",
         replace(PAPER, **RELEASED),
@@ -80,7 +80,7 @@ class CocoClassifierStage(ClassifierStage[Settings]):
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    """Train the classifier, or go on doing so; see :class:`Settings`.
+    """Train the classifier, or resume; see :class:`Settings`.
 
     Returns:
         What ``out/result.json`` holds.

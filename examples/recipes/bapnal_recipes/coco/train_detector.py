@@ -5,8 +5,8 @@
     python -m bapnal_recipes.coco.train_detector mini --labels runs/coco/truth --supervision masks
 
 With ``--supervision both`` the binary cross-entropy of masks is averaged over S alone, where Y_crf
-and Y_ret agree. Writes detector.pt, which evaluation reads, and result.json. After an interruption
-the same command goes on from the last checkpoint; when all is done it returns what was found.
+and Y_ret agree. Writes detector.pt, which evaluation reads, and result.json. Run again, the
+same command resumes from the last checkpoint, or returns the result of a finished run.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Settings:
         flip: Whether to mirror half of the images.
         batch_size: Images in a batch, of all devices together.
         lr: Learning rate.
-        iterations: Batches, all together.
+        iterations: Number of batches.
         drops: Batches after which the rate falls to a tenth.
         warmup: Batches over which it rises from a thousandth.
         momentum: Of SGD.
@@ -246,7 +246,7 @@ class DetectorStage(Stage[Settings, InstanceDataset, MaskRCNN]):
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    """Train the detector, or go on doing so; see :class:`Settings`.
+    """Train the detector, or resume; see :class:`Settings`.
 
     Returns:
         What ``out/result.json`` holds.

@@ -25,8 +25,8 @@ class Augmentation:
         crop: Side of the square crop; smaller images are padded.
         scale: Range of the random zoom.
         flip: Whether to mirror half of the images.
-        jitter: Strength of the changes of brightness, contrast and saturation; 0 for no changes of
-            colour at all.
+        jitter: Strength of the changes of brightness, contrast and saturation; 0 turns all changes
+            of colour off.
         hue: Strength of the changes of hue that go with them.
         min_side: Boxes with less than this many pixels left along a side are dropped; what is left
             of them, if in no other box, becomes invalid: it is no background.

@@ -1,8 +1,8 @@
-"""Average precision on MS-COCO: matched by pycocotools, part by part, and with intervals.
+"""Average precision on MS-COCO: matched by pycocotools, image by image, and with intervals.
 
 :func:`match` lets pycocotools match the results of some images with their ground truth, and keeps
 of it what precision depends on. Matches of different images, of whatever process, are added up.
-:class:`Precision` has pycocotools accumulate them, and draws images again for intervals.
+:class:`Precision` has pycocotools accumulate them, and bootstraps images for intervals.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SCORES = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")
 AREAS = ("all", "s", "m", "l")
 THRESHOLDS = 10  # of the IoU, 0.50 to 0.95
 POSITIONS = 101  # recalls at which precision is read
-AT_ONCE = 2_000_000  # numbers of an array while images are drawn again
+AT_ONCE = 2_000_000  # numbers in an array of the bootstrap
 
 
 @contextlib.contextmanager
@@ -264,14 +264,14 @@ def _percent(values: np.ndarray) -> float | None:
 
 
 def draws(images: int, count: int, seed: int = 0) -> np.ndarray:
-    """Return how often each image is drawn, when as many as there are are drawn; ``(count, N)``."""
+    """Return how often each of N images is in a bootstrap sample; ``(count, N)``."""
     generator = np.random.default_rng(seed)
     chosen = generator.integers(images, size=(count, images))
     return np.stack([np.bincount(row, minlength=images) for row in chosen])
 
 
 def interval(values: np.ndarray) -> list[float] | None:
-    """Return the 95 % interval of draws; None where there are none."""
+    """Return the 95 % interval of bootstrap samples; None without any."""
     known = values[~np.isnan(values)]
     if not known.size:
         return None

@@ -4,8 +4,8 @@
     ROOT/SPLIT2017/NAME.jpg                       (test2017/ for all of them)
 
 An annotation file of the full data set takes gigabytes as Python objects, most of it polygons. So
-it is read once, by ``coco.prepare``, which keeps boxes and classes as arrays: what every later
-stage reads needs about 60 MB for 118K images, whatever the number of processes.
+``coco.prepare`` reads it once and keeps boxes and classes as arrays: what later stages read needs
+about 60 MB for 118K images, whatever the number of processes.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ def _read_test(path: Path, folder: Path) -> CocoBoxes:
 
 
 def write_prepared(path: Path, boxes: CocoBoxes) -> None:
-    """Write images and boxes as arrays, whole or not at all."""
+    """Write images and boxes as arrays, atomically."""
     arrays = {name: getattr(boxes, name) for name in ARRAYS}
     arrays |= {name: np.array(getattr(boxes, name), dtype=str) for name in TEXTS}
     arrays |= {name: np.array(boxes.counts[name]) for name in COUNTS}
@@ -285,7 +285,7 @@ def read_prepared(root: Path, prepared: Path, split: str) -> CocoBoxes:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file.
+        ValueError: If it is something else.
     """
     path = prepared / f"{split}.npz"
     if not path.is_file():
@@ -329,6 +329,6 @@ def _voc_name(name: str) -> str:
 
 
 def median(values: np.ndarray) -> float | None:
-    """Return the median, None of nothing."""
+    """Return the median; None without numbers."""
     found = float(np.median(values)) if len(values) else math.nan
     return found if math.isfinite(found) else None

@@ -64,21 +64,21 @@ class MaskSource(Protocol):
     """Where ground-truth masks come from."""
 
     def mask(self, name: str, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the true class of every pixel."""
+        """Return the ground-truth class of every pixel."""
 
 
 class BoxDataset(Dataset[Sample]):
-    """Images with boxes, and on request with label maps; each is read when asked for.
+    """Images with boxes, and optionally label maps; each is read on access.
 
     Args:
         devkit: Where the images are, and the masks if they are asked for.
         names: Which of them.
-        augment: How to vary them; None leaves them as they are.
+        augment: How to augment them; None leaves them as they are.
         label_maps: Folders of PNG label maps ``NAME.png`` to go with each image.
         masks: Whether the ground truth goes with each image, after ``label_maps``.
-        keep: Keep what was read in memory, for data sets that fit there.
+        keep: Keep what was read in memory, for data sets that fit.
         difficult: Whether to keep the boxes that are marked as difficult.
-        margin: By how much to loosen the boxes; see :func:`loosen`.
+        margin: How far to loosen the boxes; see :func:`loosen`.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class BoxDataset(Dataset[Sample]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return one image, varied if so asked."""
+        """Return one image, augmented if asked for."""
         if self.kept is None:
             sample = self._read(self.names[index])
         else:
@@ -159,7 +159,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def loosen(boxes: Tensor, margin: float, size: tuple[int, int]) -> Tensor:
-    """Move every side of every box outward, to see what boxes drawn less tightly cost.
+    """Move every side of every box outward, to measure what loose boxes cost.
 
     Args:
         boxes: ``(K, 4)``, xyxy.

@@ -5,8 +5,8 @@
     {"image": 139, "height": 426, "width": 640,
      "boxes": [{"id": 1, "label": 62, "crf": "...", "ret": "...", "reliable": "..."}, ...]}
 
-Masks are COCO's run lengths. One file per image lets any number of processes write them, and a
-training read them in any order without holding all of them.
+Masks are COCO's run lengths. With one file per image any number of processes can write them, and
+training can read them in any order without holding all of them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def instance_path(folder: Path, name: str) -> Path:
 
 
 def write_instances(folder: Path, boxes: CocoBoxes, name: str, masks: Mapping[str, Tensor]) -> None:
-    """Write the masks of an image, whole or not at all.
+    """Write the masks of an image atomically.
 
     Args:
         folder: Of the labels.
@@ -109,7 +109,7 @@ def truth_mask(truth: Any, number: int, size: tuple[int, int]) -> Tensor:
 
 
 def write_coco(path: Path, boxes: CocoBoxes, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Write a COCO annotation file entry by entry, whole or not at all, without holding it.
+    """Write a COCO annotation file atomically, entry by entry, without holding it in memory.
 
     Args:
         path: The file.

@@ -23,7 +23,7 @@ class LabelledImages(Dataset[Sample]):
         names: Which images.
         folders: Of label maps ``NAME.png``.
         true: Images whose ground truth stands for each of the label maps.
-        augment: How to vary them; None leaves them as they are.
+        augment: How to augment them; None leaves them as they are.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LabelledImages(Dataset[Sample]):
         return len(self.names)
 
     def __getitem__(self, index: int) -> Sample:
-        """Return one image, varied if so asked."""
+        """Return one image, augmented if asked for."""
         name = self.names[index]
         image = self.devkit.image(name)
         if name in self.true:
@@ -58,7 +58,7 @@ class LabelledImages(Dataset[Sample]):
         return self.augment(sample) if self.augment else sample
 
     def check_files(self) -> None:
-        """Look at the heads of all files, which is quick, for what cannot be trained on.
+        """Check the headers of all files, which is quick, for what cannot be trained on.
 
         Raises:
             ValueError: If a file is no image, or a label map has another size than its image
@@ -92,6 +92,6 @@ class LabelledImages(Dataset[Sample]):
 
 
 def label_folder(labels: Path, folder: str | Path) -> Path:
-    """Return the folder of that name in ``labels``, or else the path as it is given."""
+    """Return the folder of that name in ``labels``, or else the path as given."""
     inside = labels / folder
     return inside if inside.is_dir() else Path(folder)

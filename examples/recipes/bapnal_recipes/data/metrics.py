@@ -12,13 +12,13 @@ from bapnal_recipes.data.label_maps import IGNORE_INDEX
 
 
 class Segmentation(NamedTuple):
-    """How well label maps agree with the truth.
+    """How well label maps agree with the ground truth.
 
     Attributes:
-        miou: Mean intersection over union, of the classes that occur.
-        per_class: ``(C,)``; NaN for a class in neither predictions nor truth.
-        coverage: Share of the pixels with a truth that have a prediction.
-        strict_miou: ``miou`` with pixels that have a truth and no prediction counted as wrong.
+        miou: Mean intersection over union of the classes that occur.
+        per_class: ``(C,)``; NaN for a class in neither predictions nor ground truth.
+        coverage: Share of the pixels with ground truth that have a prediction.
+        strict_miou: ``miou`` with pixels that have ground truth but no prediction counted as wrong.
     """
 
     miou: float
@@ -30,8 +30,8 @@ class Segmentation(NamedTuple):
 class SegmentationScore:
     """Intersection over union from one confusion matrix over all images.
 
-    Pixels whose truth is 255 do not count. Neither do those predicted as 255: what is reported
-    for such labels belongs together with their coverage.
+    Pixels whose ground truth is 255 do not count. Neither do those predicted as 255: report such
+    scores together with the coverage.
 
     Args:
         num_classes: C, background included.
@@ -39,13 +39,13 @@ class SegmentationScore:
     """
 
     def __init__(self, num_classes: int, classes: Sequence[int] | None = None) -> None:
-        # Takes as long to import as torch, and training never scores.
+        # Takes as long to import as torch, and training does not need it.
         from torchmetrics.classification import MulticlassConfusionMatrix
 
         self.num_classes = num_classes
         self.classes = list(range(num_classes)) if classes is None else list(classes)
-        # Void is a class of its own, the last; to sort it out or to have torchmetrics look at the
-        # values takes longer than the counting.
+        # Void is counted as a last class of its own: to filter it out, or to let torchmetrics check
+        # the values, takes longer than the counting.
         self.confusion = MulticlassConfusionMatrix(num_classes + 1, validate_args=False)
 
     def update(self, predicted: Tensor, truth: Tensor) -> None:

@@ -5,7 +5,7 @@ Training reads images and boxes. Masks are for evaluation (and for fully supervi
     ROOT/JPEGImages/NAME.jpg                  (or .png)
     ROOT/Annotations/NAME.xml                 boxes, 1-based with inclusive corners
     ROOT/SegmentationClassAug/NAME.png        (or SegmentationClass/) class indices, 255 void
-    ROOT/ImageSets/Segmentation/SPLIT.txt     one NAME a line
+    ROOT/ImageSets/Segmentation/SPLIT.txt     one NAME per line
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Devkit:
         classes: Names of the classes 1..L.
 
     Raises:
-        FileNotFoundError: If ``root`` is no such folder.
+        FileNotFoundError: If ``root`` is not such a folder.
     """
 
     root: Path
@@ -90,7 +90,7 @@ class Devkit:
         raise FileNotFoundError(f"{self.root / 'JPEGImages' / name}.jpg does not exist")
 
     def image(self, name: str) -> Tensor:
-        """Return an image as uint8 RGB, ``(3, H, W)``, as it is stored: none is turned."""
+        """Return an image as uint8 RGB, ``(3, H, W)``, as it is stored, without EXIF rotation."""
         return read_rgb(self.image_path(name), self.size(name)).pixels
 
     def annotation_path(self, name: str) -> Path:
@@ -137,7 +137,7 @@ class Devkit:
         """Return the boxes cut at the border of an image of ``size``, height and width.
 
         Raises:
-            ValueError: If a box is outside by more than the pixel that annotators are off by.
+            ValueError: If a box is outside by more than the one pixel that annotations may be off.
         """
         height, width = size
         limit = torch.tensor([width, height, width, height])
@@ -164,16 +164,16 @@ class Devkit:
         return any((self.root / folder / f"{name}.png").is_file() for folder in folders)
 
     def size(self, name: str) -> tuple[int, int]:
-        """Return height and width of an image, from the head of its file."""
+        """Return height and width of an image, from the header of its file."""
         (width, height), _ = image_head(self.image_path(name))
         return height, width
 
     def mask(self, name: str, size: tuple[int, int] | None = None) -> Tensor:
-        """Return the true class of every pixel, for evaluation; ``(H, W)`` long, 255 void.
+        """Return the ground truth of every pixel, for evaluation; ``(H, W)`` long, 255 void.
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is none, or not of ``size``, where that is given.
+            ValueError: If it is not a mask, or not of ``size`` where that is given.
         """
         path = self.mask_path(name)
         image = open_image(path)
@@ -195,7 +195,7 @@ def read_names(path: Path) -> list[str]:
     """Read a list of image names, one per line.
 
     Raises:
-        ValueError: If it is no such list, is empty, or holds a name twice.
+        ValueError: If it is not such a list, is empty, or holds a name twice.
     """
     try:
         names = path.read_text(encoding="utf-8-sig").split()
@@ -204,7 +204,8 @@ def read_names(path: Path) -> list[str]:
     for name in names:
         odd = len(name) > LONGEST_NAME or not {"/", "\\", "\0"}.isdisjoint(name)
         if odd or name in (".", ".."):
-            raise ValueError(f"{path} must hold one image name a line, got {one_line(name)[:80]!r}")
+            shown = one_line(name)[:80]
+            raise ValueError(f"{path} must hold one image name per line, got {shown!r}")
     if not names:
         raise ValueError(f"{path} must name at least one image, got none")
     name, times = Counter(names).most_common(1)[0]

@@ -1,4 +1,4 @@
-"""What a step of a training sees: it depends on the seed and the number of the step alone."""
+"""What a training step sees: it depends only on the seed and the number of the step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Batches(Dataset[Any]):
         dataset: Gives one sample per index, varied by torch's random numbers. Where it has a method
             ``collate``, that makes a batch of samples, else :func:`~.data.dataset.collate`.
         batch_size: Images in a batch, of all ranks together.
-        seed: Of order and variation.
+        seed: Of order and augmentation.
         rank: Which share.
         world_size: How many shares.
     """
@@ -116,7 +116,7 @@ class _Caught(Dataset[Any]):
 
 
 def as_it_is(found: Any) -> Any:
-    """Hand over what a data set gives: batches are made elsewhere."""
+    """Return the samples as they are: batches are made elsewhere."""
     return found
 
 

@@ -32,7 +32,7 @@ class ClassifierOptions:
 
     Args:
         out: Folder of the run.
-        backbone: "vgg16", "small", or the name of a network of timm.
+        backbone: "vgg16", "small", or the name of a timm network.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
         caffe_weights: Take a VGG-16 under torchvision's names for Caffe's, which look the same.
         trained_on: "imagenet" or "coco": what the weights were trained on, where their layout does
@@ -145,7 +145,7 @@ class BoxClassifier(nn.Module):
         self.weight = nn.Parameter(0.01 * torch.randn(num_classes, features.channels))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features and the classifier's weight, in reach of DistributedDataParallel."""
+        """Return features and the classifier's weight, for DistributedDataParallel to see."""
         return self.features(images), self.weight
 
 

@@ -26,7 +26,7 @@ def solve_classifier(
     """Fit the classifier to the boxes of a data set; images that cannot be read are left out.
 
     Args:
-        fabric: Of this process; the images are shared out.
+        fabric: Of this process; the images are divided among all.
         features: Gives features of uint8 images, and knows its ``channels``.
         dataset: Images with boxes.
         num_classes: L + 1.
@@ -70,11 +70,11 @@ def write_solved_classifier(
 
     Args:
         path: The ``classifier.pt`` to write.
-        fabric: Of this process; the images are shared out.
+        fabric: Of this process; the images are divided among all.
         dataset: Images with boxes.
         classes: Names of the classes 1..L.
         weights: Weights of the backbone: a file, "random", or None for its own.
-        settings: What is noted beside the weights, ``backbone`` and ``stride`` among it.
+        settings: What is stored with the weights, including ``backbone`` and ``stride``.
         workers: Processes that read images.
 
     Raises:

@@ -13,7 +13,7 @@ from bapnal.label.files import one_line
 
 Chosen = TypeVar("Chosen")
 
-# What the user can do something about.
+# Errors that the user can fix.
 EXPECTED = (ImportError, MemoryError, OSError, ValueError)
 
 
@@ -40,7 +40,7 @@ def run(main: Callable[..., object], *args: object) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line to stderr as it is, whatever names in it look like."""
+    """Print a line to stderr as it is, even if names in it look like markup."""
     print(one_line(line), file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Go through the images of a data set one by one, on every process its share."""
+"""Go through the images of a data set one by one, each process its share."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def each_image(
         title: Of the bar.
         workers: Processes that read images.
     """
-    # Only a GPU is faster than the reading of one image after the other.
+    # Only a GPU is faster than reading one image after the other.
     loader = DataLoader(
         Subset(_Readable(dataset), indices),
         batch_size=None,
@@ -76,9 +76,9 @@ def each_image(
 
 
 def reason(name: str, error: Exception) -> str:
-    """Return why an image is skipped; a mistake of ours is raised."""
+    """Return why an image is skipped; errors that are not the image's are raised."""
     if out_of_memory(error):
-        return f"{name} needs more memory than there is"
+        return f"{name} does not fit into memory"
     if isinstance(error, RuntimeError):
         raise error
     return str(error)

@@ -1,7 +1,7 @@
-"""Label the images of a data set one by one, on every process its share, and go on where it ended.
+"""Label the images of a data set one by one, each process its share, and resume where it ended.
 
-What is written of an image is for the caller to say; here is what all stages that label have in
-common: who labels which image, what took how long, and what was skipped and why.
+What is written is up to the caller. Here is what all labelling stages have in common: which process
+labels which image, how long everything took, and what was skipped and why.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def label_share(
     is_labelled: Callable[[str], bool],
     workers: int,
 ) -> Share:
-    """Label this process's share of the images, but for those that are labelled.
+    """Label this process's share of the images, except those that are labelled already.
 
     Args:
         fabric: Of this process.
         dataset: All images.
         label: Gives the labels of one image.
-        write: Writes them, whole or not at all.
+        write: Writes them atomically.
         is_labelled: Whether the files of an image are there and readable.
         workers: Processes that read images.
     """
@@ -139,7 +139,7 @@ def speed(shares: list[Share]) -> dict[str, object]:
 
 
 def report(scores: dict[str, Any], where: object, results: object) -> None:
-    """Say how many images were labelled, from rank zero, and end with an error if some were not.
+    """Report from rank zero how many images were labelled, and end with an error if some were not.
 
     Raises:
         ValueError: If images were skipped; on all other ranks the process ends.

@@ -1,4 +1,4 @@
-"""What a training writes on the way: scalars and images for TensorBoard and Weights & Biases."""
+"""What training logs: scalars and images for TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bapnal_recipes.engine.machines import Together
 
 @dataclass(frozen=True)
 class Logging:
-    """What is written on the way, to the folder logs of the output.
+    """What is logged, to the folder logs of the output.
 
     Args:
         tensorboard: Loss, learning rates, images per second and images for TensorBoard.
@@ -50,7 +50,7 @@ class Log(AbstractContextManager["Log"]):
             if together.rank == 0 and logging.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                # What an interrupted run wrote after its last checkpoint is written anew.
+                # What an interrupted run logged after its last checkpoint is logged again.
                 self.board = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def scalars(
@@ -85,7 +85,7 @@ class Log(AbstractContextManager["Log"]):
                 self.run.log(images, step=step)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Write what is left; if something else went wrong, that is what the user has to know."""
+        """Write what is left; an error that came before it takes precedence."""
         if kind is not None:
             with suppress(OSError):
                 self._close()

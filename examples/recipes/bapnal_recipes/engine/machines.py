@@ -25,8 +25,8 @@ class Machines:
     """Where it runs.
 
     Args:
-        accelerator: "cpu", "cuda", "mps", or "auto": the best there is.
-        devices: How many devices of each machine, a process each; "auto" for all.
+        accelerator: "cpu", "cuda", "mps", or "auto" for the best available.
+        devices: How many devices of each machine, one process per device; "auto" for all.
         num_nodes: How many machines.
         precision: Of the numbers: "32-true", "16-mixed" or "bf16-mixed".
         workers: Processes that read images for each device, at most one less than there are
@@ -45,7 +45,7 @@ MachinesOption = Annotated[Machines, tyro.conf.arg(name="")]
 
 
 def launch(machines: Machines) -> Fabric:
-    """Start one process a device; from here on each of them runs the script.
+    """Start one process per device; from here on each of them runs the script.
 
     Raises:
         ValueError: If there are no such machines.
@@ -69,7 +69,7 @@ def launch(machines: Machines) -> Fabric:
 
 
 class Together:
-    """Ends all ranks alike: one that goes on alone would wait for the others until a timeout.
+    """Ends all ranks alike: one left alone would wait for the others until a timeout.
 
     Args:
         fabric: From :func:`launch`.

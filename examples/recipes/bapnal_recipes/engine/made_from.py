@@ -1,4 +1,4 @@
-"""What a result was made from, so that it is made again when one of those files changes."""
+"""What a result was made from, so that it is redone when one of those files changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bapnal.label.files import file_identity, is_unchanged, read_json, write_jso
 
 
 def note(path: Path, inputs: Sequence[Path]) -> None:
-    """Write down what files hold that a result was made from.
+    """Record the content of the files that a result was made from.
 
     Args:
         path: Where to; written when the result is there.
@@ -28,5 +28,5 @@ def holds(path: Path, inputs: Sequence[Path]) -> bool:
         return known.keys() == {str(x) for x in inputs} and all(
             is_unchanged(x, known[str(x)]) for x in inputs
         )
-    except (KeyError, OSError, TypeError, ValueError):  # a damaged note is none
+    except (KeyError, OSError, TypeError, ValueError):  # a damaged note counts as missing
         return False

@@ -16,7 +16,7 @@ def parameter_groups(
     bias_factor: float = 1.0,
     decay_biases: bool = True,
 ) -> list[dict[str, Any]]:
-    """Part what is trained into weights and biases.
+    """Split trained parameters into weights and biases.
 
     Args:
         name: Of the weights' group; that of the biases is called ``NAME biases``.

@@ -1,4 +1,4 @@
-"""What every result file says of the run it comes from."""
+"""What every result file says about the run that it comes from."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def result(
 
 
 def inputs(**paths: Path | None) -> dict[str, dict[str, Any]]:
-    """Return what made the files that a run reads, for ``result(..., inputs=inputs(...))``.
+    """Return how the files that a run reads were made, for ``result(..., inputs=inputs(...))``.
 
     Args:
         **paths: By what each is: a folder with a ``result.json``, or a file beside one; or None.
@@ -158,7 +158,7 @@ def read_result(path: Path, kind: str) -> dict[str, Any]:
         kind: What must have been run.
 
     Raises:
-        ValueError: If it is no such file.
+        ValueError: If it is something else.
     """
     found = read_json(path, dict, "kind", "settings", "scores")
     if found["kind"] != kind:

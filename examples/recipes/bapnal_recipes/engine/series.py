@@ -49,7 +49,7 @@ def append(path: Path, row: Mapping[str, Any], *, replace: Sequence[str] = ()) -
         path: The series, a ``.jsonl`` file; it need not exist.
         row: Settings, numbers and :func:`source`. Entries may be dictionaries and lists.
         replace: Fields by which a measurement is the same: an earlier row that agrees in all of
-            them goes. Without any, the row is added whatever is there.
+            them goes. Without any, the row is always added.
 
     Raises:
         ValueError: If a number is not finite, or the file is not a series.
@@ -110,7 +110,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write_csv(path: Path, leave_out: Sequence[str] = ()) -> Path:
-    """Write a series as a table beside it, a line per measurement.
+    """Write a series as a table next to it, one line per measurement.
 
     Args:
         path: The series, a ``.jsonl`` file.

@@ -125,8 +125,8 @@ Network = TypeVar("Network", bound=nn.Module)
 class Stage(ABC, Generic[S, Data, Network]):
     """One training, in the order in which its parts are asked for.
 
-    What a subclass says is what its stage differs in; :meth:`run` is the same for all: it returns
-    what is finished, goes on from the last checkpoint, and writes files whole or not at all.
+    A subclass defines what differs between stages; :meth:`run` is the same for all: it returns
+    what is finished, resumes from the last checkpoint, and writes files atomically.
 
     Args:
         settings: All of them.
@@ -154,7 +154,7 @@ class Stage(ABC, Generic[S, Data, Network]):
 
     @abstractmethod
     def read_data(self) -> Data:
-        """Look for all that is missing or does not fit; return what to train on."""
+        """Check that nothing is missing or inconsistent; return what to train on."""
 
     @abstractmethod
     def build_network(self) -> Network:
@@ -199,11 +199,11 @@ class Stage(ABC, Generic[S, Data, Network]):
         """Return what is kept of the network, on the CPU."""
 
     def facts(self, data: Data) -> dict[str, int]:
-        """Return what the result tells besides loss, steps and number of images."""
+        """Return what the result holds besides loss, steps and number of images."""
         return {}
 
     def run(self) -> dict[str, Any]:
-        """Train, or go on doing so; return what ``OUT/result.json`` holds.
+        """Train, or resume; return what ``OUT/result.json`` holds.
 
         Raises:
             FileNotFoundError: If a part of the data is missing.

@@ -1,4 +1,4 @@
-"""How every network here is trained: on one device or many, and so that it can be taken up again.
+"""How every network here is trained: on one device or many, and resumable.
 
 What a step sees depends on the seed and the number of the step alone: which images, how each is
 varied, and what is drawn inside the network. So a run gives the same weights with any number of
@@ -52,7 +52,7 @@ class TrainingPlan:
         steps: Batches, all together.
         factor: Of every group's learning rate, by step from 0.
         batch_size: Images in a batch, of all ranks together.
-        seed: Of the images' order and variation, and of random numbers inside the network.
+        seed: Of the images' order and augmentation, and of random numbers inside the network.
         checkpoint_interval: Steps that an interruption may cost.
         workers: Processes that read images.
         channels_last: Keep the channels of a position together, which is faster for most networks.
@@ -106,7 +106,7 @@ class Trainer:
         logging: What to log.
         images: Of the bare network, a batch and the step: images ``(3, H, W)`` to log with
             every checkpoint, by name.
-        numbers: Asked after a step that is logged: what to log besides loss, rates and speed.
+        numbers: Called after a step that is logged: what to log besides loss, rates and speed.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -198,7 +198,7 @@ class Trainer:
         return batch
 
     def restore(self) -> None:
-        """Go back to the last checkpoint, if there is one.
+        """Restore the last checkpoint, if there is one.
 
         Raises:
             ValueError: If it belongs to another run, or is none.
@@ -215,7 +215,7 @@ class Trainer:
         self.done, self.earlier = state["step"], state["seconds"]
 
     def checkpoint(self) -> None:
-        """Write everything that going on from here needs, whole or not at all."""
+        """Write everything needed to resume from here atomically."""
         content = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -251,7 +251,7 @@ class Trainer:
 
     @torch.no_grad()
     def _drawn(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Let the stage draw with the network as it is for evaluation, on the first rank."""
+        """Let the stage make images with the network in evaluation mode, on the first rank."""
         if self.images is None or not self.fabric.is_global_zero:
             return {}
         self.network.eval()
@@ -262,7 +262,7 @@ class Trainer:
 
 
 def write_whole(together: Together, path: Path, content: dict[str, Any]) -> None:
-    """Write tensors from rank zero, whole or not at all, while the others wait.
+    """Write tensors atomically on rank zero, while the others wait.
 
     Raises:
         OSError: If the file cannot be written; it then is as it was before.

@@ -2,9 +2,9 @@
 
 Both take images ``(B, 3, H, W)``, uint8 RGB or floats in [0, 1], and return features at stride 8.
 They normalise images themselves, as the weights they were given expect: torchvision's scale and
-shift channels to mean 0 and deviation 1, Caffe's want BGR in 0..255 with a mean taken off. Which of
-the two a file holds is read from the names in it. BGR weights are turned into RGB ones on loading,
-mean and scale travel with the state dict.
+shift channels to mean 0 and deviation 1, Caffe's expect BGR in 0..255 with the mean subtracted.
+Which of the two a file holds is recognised by the names in it. BGR weights are converted to RGB on
+loading; mean and scale are part of the state dict.
 """
 
 from __future__ import annotations

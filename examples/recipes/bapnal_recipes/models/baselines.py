@@ -1,4 +1,4 @@
-"""What the paper compares its labels with: ways from boxes to pixels that learn nothing.
+"""The paper's baselines: labels from boxes without learning.
 
 Every function takes one image with its boxes and returns labels that stay in the boxes of their
 class, painted by ``bapnal.paint_boxes``.
@@ -24,7 +24,7 @@ Array = np.ndarray
 def grab_cut(image: Tensor, box: Tensor, *, iterations: int = 5, seed: int = 0) -> Tensor:
     """Cut the object out of one box (Rother et al. 2004, by OpenCV).
 
-    The box is the first guess of the foreground, all around it is background for good.
+    The box is the first guess of the foreground; everything around it stays background.
 
     Args:
         image: ``(3, H, W)`` uint8.
@@ -44,7 +44,7 @@ def grab_cut(image: Tensor, box: Tensor, *, iterations: int = 5, seed: int = 0) 
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     background, foreground = np.zeros((1, 65)), np.zeros((1, 65))
     cv2.setRNGSeed(seed)
-    whole = (0, 0, size[1], size[0])  # is not looked at where there is a mask
+    whole = (0, 0, size[1], size[0])  # not used where there is a mask
     mode = cv2.GC_INIT_WITH_MASK
     cv2.grabCut(pixels, mask, whole, background, foreground, iterations, mode)
     found = torch.from_numpy((mask == cv2.GC_PR_FGD) | (mask == cv2.GC_FGD)) & filled
@@ -61,8 +61,8 @@ def box_crf(
 ) -> Tensor:
     """Let a fully connected CRF find the object in each box ("Bbox-Seg", Papandreou et al. 2015).
 
-    The middle of a box is its object for certain, what lies outside all boxes is background for
-    certain. In between the background and the classes whose boxes cover a pixel are equally likely.
+    The middle of a box is certainly its object, everything outside all boxes certainly background.
+    In between, the background and the classes whose boxes cover a pixel are equally likely.
 
     Args:
         image: ``(3, H, W)`` uint8.
@@ -105,7 +105,7 @@ def stack_masks(
     """Join the mask of every box into one label map.
 
     Args:
-        masks: One ``(H, W)`` bool a box; what lies outside its box does not count.
+        masks: One ``(H, W)`` bool per box; what lies outside its box does not count.
         boxes: ``(K, 4)``.
         labels: ``(K,)``.
         size: Height and width.
@@ -129,7 +129,7 @@ def stack_agreeing(
     GrabCut sees learned edges and this one does not.
 
     Args:
-        first: One ``(H, W)`` bool a box; what lies outside its box does not count.
+        first: One ``(H, W)`` bool per box; what lies outside its box does not count.
         second: The same.
         boxes: ``(K, 4)``.
         labels: ``(K,)``.
@@ -191,7 +191,7 @@ def read_proposals(path: Path) -> list[Proposals]:
         content = loadmat(path)
     except NotImplementedError as error:
         raise ValueError(f"{path} must be saved as MATLAB 7 or older (save -v7)") from error
-    except Exception as error:  # scipy's reader raises whatever it stumbles over
+    except Exception as error:  # scipy's reader raises many kinds of errors
         raise ValueError(f"{path} must be a .mat file: {error}") from error
     entries = {key: value for key, value in content.items() if not key.startswith("__")}
     for value in list(entries.values()):  # a structure is an array of one record
@@ -225,7 +225,7 @@ def _proposals(path: Path, regions: Array, members: list[Array]) -> Proposals:
     from scipy.ndimage import find_objects
 
     regions = np.asarray(regions).astype(np.int64)
-    spans = find_objects(regions + 1)  # a pair of slices a region, None for one that is not there
+    spans = find_objects(regions + 1)  # two slices per region, None for missing ones
     kept, corners = [], []
     for member in members:
         own = [int(i) for i in member if 0 <= int(i) < len(spans) and spans[int(i)] is not None]
@@ -249,7 +249,7 @@ def best_proposals(
         size: Height and width of the image.
 
     Returns:
-        One ``(H, W)`` bool a box, kept to it; the whole box where no segment touches it.
+        One ``(H, W)`` bool per box, kept to it; the whole box where no segment touches it.
 
     Raises:
         ValueError: If the segments are of an image of another size.
@@ -280,7 +280,7 @@ def _overlap(box: Array, others: Array) -> Array:
 
 
 def mask_files(folder: Path, name: str, numbers: Sequence[int]) -> list[Path]:
-    """Find the masks of an image, made by whatever means.
+    """Find the masks of an image, however they were made.
 
     Args:
         folder: Where they are.
@@ -326,7 +326,7 @@ def read_masks(
         ``(H, W)`` long.
 
     Raises:
-        ValueError: If a file is no mask, or of another size than the image.
+        ValueError: If a file is not a mask, or of another size than the image.
     """
     maps = [read_label_map(path) for path in files]
     for path, found in zip(files, maps, strict=True):

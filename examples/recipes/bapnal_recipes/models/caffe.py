@@ -1,8 +1,8 @@
 """Weights out of a ``.caffemodel``, without Caffe and without its protobuf definitions.
 
-A ``.caffemodel`` is one protobuf message, ``NetParameter``. What is needed of it are names and
-blobs of its layers, in the layout of today (field 100, ``LayerParameter``) and in the one of the
-files of 2014 (field 2, ``V1LayerParameter``). All other fields are skipped.
+A ``.caffemodel`` is one protobuf message, ``NetParameter``. Read are the names and blobs of its
+layers, in the current layout (field 100, ``LayerParameter``) and in that of files from 2014
+(field 2, ``V1LayerParameter``). All other fields are skipped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def read_caffemodel(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no ``.caffemodel``, or holds no weights.
+        ValueError: If it is not a ``.caffemodel``, or holds no weights.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")

@@ -1,4 +1,4 @@
-"""What stage 1 leaves behind: a network that gives features, and weights of its classes."""
+"""The result of stage 1: a network that gives features, and weights of its classes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def untrained_features(backbone: str, weights: str | Path | None, stride: int) -
     """Build features that need no training on boxes: stages of timm's networks at one magnitude."""
     if backbone in ("small", "vgg16"):
         return build_features(backbone, weights, stride)
-    # No training has weighted the stages, whose magnitudes differ.
+    # Without training the stages keep their different magnitudes.
     return TimmFeatures(backbone, weights, stride, normalize=True)
 
 
@@ -78,7 +78,7 @@ def load_classifier(path: Path) -> Classifier:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file.
+        ValueError: If it is something else.
     """
     path = Path(path)
     if not path.is_file():

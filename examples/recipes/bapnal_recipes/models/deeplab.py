@@ -1,4 +1,4 @@
-"""Networks of the VOC experiments: features for stages 1 and 2, segmentation for stage 3."""
+"""Networks of the VOC experiments: features for stages 1 and 2, segmenters for stage 3."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def build_features(
 
     Args:
         name: ``"vgg16"`` as in AffinityNet, ``"small"`` (a few convolutions at stride 4, whatever
-            ``stride`` says, untrained), or a name of timm's, of a network that takes images of
-            any size: its last three stages, brought to one stride and joined.
+            ``stride`` says, untrained), or a timm network that takes images of any size: its last
+            three stages, brought to one stride and joined.
         weights: Path of a state dict, or what :func:`known_weights` returns; None for the network's
             ImageNet weights, which torchvision or timm fetch; ``"random"`` for none.
         stride: Pixels from one feature to the next; VGG-16 is made for 8.
@@ -84,7 +84,7 @@ def build_segmenter(
     dilation reaches as many pixels at any stride.
 
     Args:
-        name: ``"deeplab_v1"``, ``"deeplab_v2"``, ``"small"`` (stride 4) or a name of timm's, which
+        name: ``"deeplab_v1"``, ``"deeplab_v2"``, ``"small"`` (stride 4) or a timm network, which
             is dilated to ``stride`` where its own is larger, its last three stages joined.
         num_classes: L + 1.
         classifier: ``"cosine"`` (scale 20) or ``"dot"``, products without bias.
@@ -130,13 +130,13 @@ def build_segmenter(
 def known_weights(
     name: str, weights: str | None, *, caffe: bool = False, trained_on: str | None = None
 ) -> str | Weights | None:
-    """Read the weights of a VGG-16 or a ResNet-101 with what its file does not tell.
+    """Read the weights of a VGG-16 or a ResNet-101, with what its file does not say.
 
     Args:
         name: As in :func:`build_features` or :func:`build_segmenter`.
         weights: Likewise.
         caffe: Whether a VGG-16 under torchvision's names is Caffe's.
-        trained_on: ``"imagenet"`` or ``"coco"``, where the layout does not tell.
+        trained_on: ``"imagenet"`` or ``"coco"``, where the layout does not say.
 
     Returns:
         What both take as ``weights``; for other networks ``weights`` as it is.
@@ -199,7 +199,7 @@ def _classifier(name: str, channels: int, num_classes: int) -> CosineClassifier 
 
 
 class Segmenter(nn.Module):
-    """Features, a head that sees further, and a classifier on every position.
+    """Features, a head with a larger receptive field, and a classifier on every position.
 
     Args:
         features: Gives features ``(B, D', h, w)`` of images; pretrained, as a rule.
@@ -339,7 +339,7 @@ def _small(weights: str | Path | Weights | None, frozen_stages: int) -> SmallFea
 def _dilated(
     name: str, weights: str | Path | Weights | None, stride: int, frozen_stages: int
 ) -> TimmFeatures:
-    """A network of timm's, dilated where it is coarser than it shall be."""
+    """A timm network, dilated where its stride is larger than wanted."""
     info: Any = TimmFeatures(name, "random").network.feature_info
     return _timm(
         name, weights, stride, frozen_stages, stride if stride < max(info.reduction()) else None

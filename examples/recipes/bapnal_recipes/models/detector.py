@@ -1,4 +1,4 @@
-"""Mask R-CNN on any backbone, with a mask loss that looks at valid pixels alone."""
+"""Mask R-CNN on any backbone, with a mask loss on valid pixels only."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ LEAST_STRIDE = 4  # of the maps that the pyramid is made of
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """Which Mask R-CNN.
+    """Architecture of a Mask R-CNN.
 
     Args:
-        network: "resnet50" or another ResNet of torchvision's, or the name of a network of timm.
+        network: "resnet50" or another torchvision ResNet, or the name of a timm network.
         weights: The backbone's weights: a file, "random", or none for those that it comes with.
         frozen_stages: How many of the backbone's first stages (of a ResNet, stem included) or
             blocks (of timm's) keep their weights.
         channels: Of the feature pyramid, and of the mask head.
         head_channels: Of the box head.
         anchor: Side of the smallest anchors, in pixels of the resized image.
-        min_size: Shorter side that images are resized to; one of several is drawn in training, and
-            the last is taken for testing.
-        max_size: Longer side that is not exceeded.
+        min_size: Shorter side that images are resized to; in training one of several at random, in
+            testing the last.
+        max_size: Largest longer side.
         samples: Boxes per image that the box head is trained on; a quarter of them for masks.
         norm: "none", as in the paper, or "group": group normalisation in the feature pyramid and
             the mask head, without which a short training on small batches diverges.
@@ -68,7 +68,7 @@ def _norm_layer(settings: DetectorSettings) -> Callable[[int], nn.Module] | None
 
 
 class TimmStages(nn.Module):
-    """The stages of a network of timm's as a dictionary, as torchvision's pyramid takes them.
+    """The stages of a timm network as a dictionary, as torchvision's pyramid takes them.
 
     Args:
         features: Holds the network; its mode keeps batch normalisation frozen.
@@ -159,12 +159,12 @@ def _backbone(settings: DetectorSettings) -> tuple[nn.Module, int, list[float], 
 
 
 def _load(body: nn.Module, weights: str) -> None:
-    """Load the state dict of a ResNet of torchvision's, its classifier apart."""
+    """Load the state dict of a torchvision ResNet, without its classifier."""
     wanted = body.state_dict()
     given = read_state(Path(weights))
     lacking = [name for name in wanted if name not in given]
     if lacking:
-        raise ValueError(f"{weights} must hold {lacking[0]}, is without it")
+        raise ValueError(f"{weights} must hold {lacking[0]}, lacks it")
     wrong = [name for name, want in wanted.items() if given[name].shape != want.shape]
     if wrong:
         name = wrong[0]
@@ -233,7 +233,7 @@ def load_detector(path: Path) -> SavedDetector:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no detector.
+        ValueError: If it is not a detector.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")

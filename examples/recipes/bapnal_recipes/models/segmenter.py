@@ -1,4 +1,4 @@
-"""What stage 3 leaves behind: a segmentation network."""
+"""The result of stage 3: a segmentation network."""
 
 from __future__ import annotations
 

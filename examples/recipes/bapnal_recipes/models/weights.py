@@ -1,8 +1,7 @@
-"""Weights that people have, as the state dicts of the two networks of the VOC experiments.
+"""Published weights as state dicts of the two networks of the VOC experiments.
 
-Which file it is, is read from the names and the shapes in it, never from the name of the file.
-:class:`Weights` says in one line what was recognised, and on which data the weights were trained
-where the layout tells it.
+A file is recognised by the names and the shapes in it, never by its own name. :class:`Weights` says
+in one line what was recognised, and on which data the weights were trained where the layout says.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ class Weights(NamedTuple):
         state: State dict of ``Vgg16Features`` or ``Resnet101Features``.
         source: One line: which file it is and what was recognised in it.
         trained_on: ``"imagenet"`` or ``"coco"``; ``"unknown"`` where neither the layout nor an
-            option tells.
-        caffe: Whether they come from Caffe, and want BGR images with a mean taken off.
+            option says.
+        caffe: Whether they come from Caffe, and expect BGR images with the mean subtracted.
         head: Weights of a classifier on the last features of a VGG-16, ``(C, 1024)``; None where
             there is none.
     """
@@ -95,11 +94,11 @@ def vgg16_weights(
 ) -> Weights:
     """Turn what a file holds into weights of VGG-16; see :func:`read_vgg16`.
 
-    The convolutions are the 3 x 3 ones that have VGG-16's shapes in the order of the numbers in
-    their names, whatever the names are; ``fc6`` and ``fc7`` are recognised by their shapes.
+    The convolutions are the 3 x 3 ones of VGG-16's shapes, in the order of the numbers in their
+    names, whatever these are; ``fc6`` and ``fc7`` are recognised by their shapes.
 
     Raises:
-        ValueError: If ``given`` is no VGG-16.
+        ValueError: If ``given`` is not a VGG-16.
     """
     given = {name.removeprefix("module."): value for name, value in given.items()}
     stems = _vgg_layers(given, source)
@@ -205,7 +204,7 @@ def resnet101_weights(
     """Turn what a file holds into weights of ResNet-101; see :func:`read_resnet101`.
 
     Raises:
-        ValueError: If ``given`` is no ResNet-101.
+        ValueError: If ``given`` is not a ResNet-101.
     """
     from torchvision.models import resnet101
 
@@ -235,7 +234,7 @@ def resnet101_weights(
         if "fc.weight" in plain and len(plain["fc.weight"]) == 1000:
             told = "imagenet"
     data = _trained_on(source, told, trained_on)
-    # Old files are without these counters, and nothing here reads them.
+    # Old files lack these counters, and nothing here reads them.
     counters = {x: torch.tensor(0) for x in wanted if x.endswith("num_batches_tracked")}
     constants = normalization(*(CAFFE if caffe else TORCHVISION))
     state = {**found, **counters, **constants, "caffe": torch.tensor(caffe)}
@@ -309,7 +308,7 @@ def take(
         ValueError: If it is not there or has another shape.
     """
     if name not in given:
-        raise ValueError(f"{source} must hold {name}, is without it")
+        raise ValueError(f"{source} must hold {name}, lacks it")
     if shape is not None and given[name].shape != shape:
         raise ValueError(
             f"{source}: {name} must have shape {tuple(shape)}, got {tuple(given[name].shape)}"

@@ -173,7 +173,7 @@ def first_of(names: Iterable[str], most: int = 5) -> str:
 def in_threads(
     function: Callable[[str], T], names: Sequence[str], workers: int, title: str, console: Console
 ) -> list[T]:
-    """Apply a function to many names, with a progress bar."""
+    """Apply a function to many names in threads, with a progress bar."""
     with ThreadPoolExecutor(workers) as pool:
         done = pool.map(function, names)
         return list(track(done, title, total=len(names), console=console, transient=True))

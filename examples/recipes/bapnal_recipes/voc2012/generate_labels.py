@@ -16,8 +16,8 @@ The methods ``network``, ``ridge`` and ``agnostic`` write, in the palette of the
                               and their classes (P,)
 
 and all others ``OUT/labels/NAME.png``. ``ridge`` also writes its ``OUT/classifier.pt``. Labels
-never leave the boxes of their class. An image that cannot be read is reported and skipped. After an
-interruption the same command goes on from there.
+never leave the boxes of their class. An image that cannot be read is reported and skipped. An
+interrupted run resumes when the same command is run again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Settings:
         difficult: Whether to keep objects marked as difficult.
         margin: Loosen boxes by this share of their sides on each side.
         seed: Of GrabCut.
-        machines: Where it runs; images are shared out among the processes.
+        machines: Where it runs; images are divided among the processes.
     """
 
     root: Path = field(default_factory=default_root)
@@ -188,7 +188,7 @@ def main(settings: Settings) -> dict[str, Any]:
     inputs = runs.inputs(classifier=settings.classifier, search=settings.search)
     found = runs.result("labels", asdict(settings), scores, meter, inputs=inputs)
     if stored and sum(len(share.done) for share in shares) == len(errors):
-        # Nothing is new but what was skipped before.
+        # Only images that were skipped before are left.
         found = {**stored, "scores": {**stored["scores"], **scores}}
     else:
         found["scores"].update(speed(shares))
@@ -316,7 +316,7 @@ def _inputs(settings: Settings, name: str) -> list[Path]:
 
 
 def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write a file of arrays, whole or not at all."""
+    """Write a file of arrays, atomically."""
     with files.whole(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(file, **arrays)
 

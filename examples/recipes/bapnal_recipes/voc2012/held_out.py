@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bapnal_recipes.voc2012.search import Settings
 
 T = TypeVar("T")
-COARSE = 4  # pixels a side that one stands for where unaries are compared
+COARSE = 4  # side in pixels that one stands for where unaries are compared
 
 
 class HeldOut(NamedTuple):
@@ -138,7 +138,7 @@ def measure(
         crf: What is done with them.
         first: How many of the images; all by default.
         coarse: Whether at a fraction of the resolution.
-        parts: Whether to measure Y_ret, and what both agree on, beside Y_crf.
+        parts: Whether to measure Y_ret, and what both agree on, besides Y_crf.
 
     Returns:
         mIoU in percent as ``miou``; with ``parts`` also as ``retrieval`` and ``both``, and the
@@ -166,7 +166,7 @@ def measure(
 
 
 def coarsened(entry: HeldOut) -> HeldOut:
-    """Return an image at a fraction of its resolution, grey: only a CRF looks at it."""
+    """Return an image at a fraction of its resolution, grey: only a CRF uses its colours."""
     height, width = entry.truth.shape
     size = (max(1, height // COARSE), max(1, width // COARSE))
     scale = entry.boxes.new_tensor([size[1] / width, size[0] / height]).repeat(2)

@@ -32,7 +32,7 @@ Labeller = Callable[[Sample, Clock], LabelMaps]
 
 
 def check_folders(settings: Settings, devkit: Devkit, names: list[str]) -> None:
-    """Look for proposals or masks of every image, where the method needs them.
+    """Check for proposals or masks of every image, where the method needs them.
 
     Raises:
         FileNotFoundError: If some are missing.
@@ -70,7 +70,7 @@ def _check_masks(settings: Settings, folder: Path, devkit: Devkit, names: list[s
             numbers = _numbers(settings, devkit, name)
             size, _ = image_head(devkit.image_path(name))
         except (ValueError, OSError):
-            continue  # a broken image is skipped in its turn
+            continue  # a broken image is skipped later
         try:
             for path in baselines.mask_files(folder, name, numbers):
                 found, _ = image_head(path)

@@ -49,7 +49,7 @@ from bapnal_recipes.voc2012.devkit_checks import (
 )
 
 VOC_FILES = {"JPEGImages": 17_125, "Annotations": 17_125, "SegmentationClass": 2_913}
-LISTED = 50  # so many wrong things are printed; the result file has them all
+LISTED = 50  # problems printed; the result file has them all
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Settings:
             archive will do. With it train_aug.txt is written.
         out: Where result.json goes.
         classes: Names of the classes 1..L.
-        download: Fetch by torchvision what is not there: VOC 2012 into root, which must end in
-            VOCdevkit/VOC2012, and SBD into sbd, by default SBD beside VOCdevkit.
+        download: Fetch by torchvision what is missing: VOC 2012 into root, which must end in
+            VOCdevkit/VOC2012, and SBD into sbd, by default SBD next to VOCdevkit.
         masks: Write SBD's masks into SegmentationClassAug, for those images of train_aug that
             have none. They serve evaluation and semi-supervised training.
         check_only: Write nothing into the devkit.
@@ -152,11 +152,11 @@ def _check_settings(settings: Settings) -> None:
 
 
 def download(root: Path, sbd: Path | None = None) -> Path:
-    """Fetch VOC 2012 and SBD by torchvision, what is not there.
+    """Fetch VOC 2012 and SBD by torchvision, where they are missing.
 
     Args:
         root: Where VOC 2012 goes; ends in ``VOCdevkit/VOC2012``, the layout of its archive.
-        sbd: Where SBD goes; ``SBD`` beside ``VOCdevkit`` by default.
+        sbd: Where SBD goes; ``SBD`` next to ``VOCdevkit`` by default.
 
     Returns:
         The folder of SBD.
@@ -258,7 +258,7 @@ def _plan(devkit: Devkit, sbd: Path) -> tuple[list[str], list[str]]:
 def _settle_train_aug(
     devkit: Devkit, names: list[str], wrong: list[str], settings: Settings
 ) -> str:
-    """Write ``train_aug.txt`` where it is due, and say in a line how it stands."""
+    """Write ``train_aug.txt`` where needed, and return its state in one line."""
     path = devkit.root / "ImageSets/Segmentation/train_aug.txt"
     if names:
         difference = _difference(path, names)
@@ -365,7 +365,7 @@ def _of(size: tuple[int, int], mask: Tensor) -> str:
 
 
 def _table(settings: Settings, summaries: dict[str, dict[str, Any]]) -> Table:
-    """One column a split, one row a fact or a class."""
+    """One column per split, one row per fact or class."""
     counted = "how many of them are" if settings.difficult else "those left out as"
     caption = f"In brackets: {counted} difficult." if summaries["all"]["difficult"] else None
     table = Table(title=Text(str(settings.root)), caption=caption)

@@ -7,7 +7,7 @@
         --search runs/voc2012/search/result.json --out runs/voc2012/labels
 
 The paper chooses its threshold, its N and its CRF on 100 images. What was found for one backbone
-does not carry over to another, so this script chooses more than those. Features are computed once.
+does not carry over to another, so this script searches more than those. Features are computed once.
 Then, each stage ranking what goes on to the next by the mIoU of Y_crf:
 
 1. ``unaries``: all combinations of background, min-max, threshold, foreground and maximum, without
@@ -17,8 +17,8 @@ Then, each stage ranking what goes on to the next by the mIoU of Y_crf:
 3. ``crf`` too, on request: the parameters of the CRF one after the other, until none gets better;
 4. ``exact``: the best few with the CRF that labels are made with, on all images.
 
-Rows are kept in ``OUT/rows.json`` as they are measured: after an interruption the same command goes
-on from there. ``OUT/result.json`` has all rows and the best settings, ``OUT/images.txt`` names the
+Rows are kept in ``OUT/rows.json`` as they are measured: an interrupted search resumes when it is
+run again. ``OUT/result.json`` has all rows and the best settings, ``OUT/images.txt`` names the
 images, for ``evaluate ... --exclude``.
 """
 
@@ -98,7 +98,7 @@ class Settings:
         crf: The CRF; where its parameters are searched, where that begins.
         difficult: Whether to keep objects marked as difficult.
         margin: Loosen boxes by this share of their sides on each side.
-        machines: Where it runs; images are shared out among the processes.
+        machines: Where it runs; images are divided among the processes.
     """
 
     root: Path = field(default_factory=default_root)

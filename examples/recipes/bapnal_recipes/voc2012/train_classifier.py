@@ -4,8 +4,8 @@
     python -m bapnal_recipes.voc2012.train_classifier paper --pool gap --out runs/voc2012/gap
     python -m bapnal_recipes.voc2012.train_classifier lite0 --classes cat dog --out runs/pets
 
-Writes classifier.pt, which label generation reads, and result.json. After an interruption the same
-command goes on from the last checkpoint; when all is done it returns what was found.
+Writes classifier.pt, which label generation reads, and result.json. Run again, the same command
+resumes from the last checkpoint, or returns the result of a finished run.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class VocClassifierStage(ClassifierStage[Settings]):
 
 
 def main(settings: Settings) -> dict[str, Any]:
-    """Train the classifier, or go on doing so; see :class:`Settings`.
+    """Train the classifier, or resume; see :class:`Settings`.
 
     Returns:
         What ``out/result.json`` holds.

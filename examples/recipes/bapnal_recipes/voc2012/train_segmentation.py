@@ -11,8 +11,8 @@ for the fully supervised network, which needs no label maps.
 
 Writes ``OUT/segmenter.pt`` and ``OUT/result.json``, and of the images of ``--confidence-of`` the
 map of sigma, 0..255, as it is after several numbers of steps: ``OUT/confidence/NAME_STEPS.png``.
-After an interruption the same command goes on from the last checkpoint; when all is done it returns
-what was found.
+Run again, the same command resumes from the last checkpoint, or returns the result of a finished
+run.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ class Settings:
         ground_truth: List of images whose ground truth stands for both label maps.
         split: Which images: a file of ImageSets/Segmentation.
         classes: Names of the classes 1..L.
-        network: "deeplab_v1" (VGG-16), "deeplab_v2" (ResNet-101), "small", or a name of timm's.
+        network: "deeplab_v1" (VGG-16), "deeplab_v2" (ResNet-101), "small", or a timm network.
         weights: What the network starts from: a file, "random", or none for its ImageNet weights;
             "coco" lets torchvision fetch a ResNet-101 trained on COCO.
         caffe_weights: Take a VGG-16 under torchvision's names for Caffe's, which look the same.
         trained_on: "imagenet" or "coco": what the weights were trained on, where their layout does
-            not tell.
+            not say.
         stride: Pixels from one position of the result to the next.
-        head: On a backbone of timm's: "largefov", "aspp", "aspp_relu" (branches without bias, and a
+        head: On a timm backbone: "largefov", "aspp", "aspp_relu" (branches without bias, and a
             ReLU after their sum) or "linear"; of "deeplab_v2" one of the two "aspp".
         frozen_stages: How many of the first blocks keep their weights.
         train_batch_norm: Train batch normalisation, over all devices together; otherwise it keeps
@@ -89,7 +89,7 @@ class Settings:
         scale: Range of the random zoom.
         jitter: Strength of the changes of brightness, contrast and saturation.
         batch_size: Images in a batch, of all devices together.
-        epochs: How often to go through the images.
+        epochs: Passes over the images.
         iterations: Number of batches, in place of ``epochs``.
         lr: Learning rate of the pretrained layers at the start; it falls to 0 with the power 0.9.
         head_lr: That of head and classifier, and of a backbone that was not pretrained.
@@ -150,8 +150,8 @@ class Settings:
     logging: LoggingOption = field(default_factory=Logging)
 
 
-# Epochs and batch sizes are the paper's. Of rates it only says that they follow the poly schedule
-# and that DeepLab's settings are the default ones: these here are those usual for DeepLab.
+# Epochs and batch sizes are the paper's. About learning rates it only says that they follow the
+# poly schedule and that other settings are DeepLab's: these are the usual ones for DeepLab.
 _V1 = Settings(align_corners=True)
 _V2 = Settings(
     network="deeplab_v2",
@@ -183,7 +183,7 @@ PRESETS = {
 
 
 class Objective:
-    """The loss of each step, and numbers that say more of its batch.
+    """The loss of each step, and numbers about its batch.
 
     Args:
         settings: Which loss.
@@ -363,7 +363,7 @@ class SegmentationStage(Stage[Settings, LabelledImages, Segmenter]):
         return self._objective.numbers
 
     def end(self, steps: int) -> None:
-        """Keep the confidence as it is at last."""
+        """Keep the final confidence."""
         self._keep(steps)
 
     def draw(self, network: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What stage 3 trains on: label maps, ground truth, and a look for all that does not fit."""
+"""What stage 3 trains on: label maps and ground truth, checked before training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def training_images(settings: Settings) -> LabelledImages:
-    """Return what to train on, after a look for all that is missing or does not fit.
+    """Return what to train on, after checking that nothing is missing or inconsistent.
 
     Raises:
         FileNotFoundError: If an image, a list, a label map or ground truth is missing.
@@ -64,9 +64,9 @@ def _folders(settings: Settings) -> list[Path]:
 
 
 def fingerprints(settings: Settings) -> dict[str, str]:
-    """Fingerprints of what is trained on: the same paths may hold something else one day.
+    """Fingerprints of what is trained on: the files under these paths may change.
 
-    Label maps count by their names, their sizes, and the settings noted beside them. Where they are
+    Label maps count by their names, their sizes, and the settings stored with them. Where they are
     no longer there, as after a finished run, they have no fingerprint.
     """
     names = Devkit(settings.root, settings.classes).names(settings.split)
@@ -93,7 +93,7 @@ def _digest(facts: object) -> str:
 
 
 def _same_classes(settings: Settings, folder: Path) -> None:
-    """Check that label maps were made with these classes, where the file beside them says."""
+    """Check that label maps were made with these classes, where the file next to them says so."""
     path = folder.parent / "result.json"
     if path.is_file():
         noted = read_json(path, dict).get("settings")

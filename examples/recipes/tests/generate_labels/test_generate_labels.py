@@ -187,7 +187,7 @@ def test_an_image_that_memory_cannot_hold_is_skipped(settings, monkeypatch):
     monkeypatch.setattr(generate_labels, "make_labeller", short)
     scores = main(settings)["scores"]
     assert scores["skipped"] == [large, others[0]]
-    assert scores["errors"][large] == f"{large} needs more memory than there is"
+    assert scores["errors"][large] == f"{large} does not fit into memory"
     monkeypatch.undo()
     assert main(settings)["scores"]["skipped"] == []
 

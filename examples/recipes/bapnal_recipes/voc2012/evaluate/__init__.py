@@ -1,4 +1,4 @@
-"""Measure what the other scripts made: one number a row of the paper's tables, written as JSON.
+"""Measure what the other scripts made, and write the numbers of the paper's tables as JSON.
 
     python -m bapnal_recipes.voc2012.evaluate labels --folder runs/voc2012/labels --split train \
         --out runs/voc2012/labels/train.json

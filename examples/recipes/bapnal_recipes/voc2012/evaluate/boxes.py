@@ -1,4 +1,4 @@
-"""The classifier of stage 1 on true boxes."""
+"""The classifier of stage 1 on ground-truth boxes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from bapnal_recipes.voc2012.evaluate.common import (
 
 @dataclass(frozen=True)
 class EvaluateBoxes:
-    """Measure the classifier on true boxes: how many it names right, out of the object classes.
+    """Measure the classifier on ground-truth boxes: how many it gives the right object class.
 
     Args:
         classifier: The ``classifier.pt`` of train_classifier.py.
@@ -55,7 +55,7 @@ class EvaluateBoxes:
 
 @torch.inference_mode()
 def evaluate_boxes(settings: EvaluateBoxes) -> dict[str, Any]:
-    """Measure how many true boxes the classifier names right; see :class:`EvaluateBoxes`.
+    """Measure how many boxes the classifier names right; see :class:`EvaluateBoxes`.
 
     The scores are ``accuracy`` over all boxes, ``per_class``, and the number of ``boxes``.
     """

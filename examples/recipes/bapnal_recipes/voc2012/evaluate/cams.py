@@ -30,8 +30,8 @@ class EvaluateCams:
     """Measure class activation maps (suppl. Table 2): the precision of what they activate.
 
     A pixel is activated for a class that the image shows where the map of Eq. 5, which is 0
-    outside the boxes of the class, is above a threshold. Right is what the ground truth gives to
-    the class; pixels without a truth do not count.
+    outside the boxes of the class, is above a threshold. It is right where the ground truth has
+    the class; pixels without ground truth do not count.
 
     Args:
         classifier: The ``classifier.pt`` of train_classifier.py.
@@ -39,7 +39,7 @@ class EvaluateCams:
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
         split: Which images; the paper's are "train".
         threshold: Above which a pixel is activated, as a share of the maximum. The paper does not
-            say which it takes, so numbers compare between classifiers, not with the paper's.
+            state its own, so numbers compare between classifiers, not with the paper's.
         cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box.
         align_corners: How maps are upsampled; by default as in the preset of the backbone.
         score_classes: Which classes to average over, of 1..L; none for all.
@@ -102,7 +102,7 @@ def activated(u_c: Tensor, truth: Tensor, label: int, threshold: float) -> Tenso
 
     Args:
         u_c: Normalised class activation map (Eq. 5); ``(H, W)``.
-        truth: True classes, 255 where there is none; ``(H, W)``.
+        truth: Ground truth, 255 where there is none; ``(H, W)``.
         label: The class.
         threshold: Above which a pixel is activated.
     """

@@ -21,7 +21,7 @@ LabelKind = Literal["crf", "ret", "labels"]
 class EvaluateFilling:
     """List filling rates (Fig. 4b): the share of each box that its own class fills.
 
-    Pixels without a truth do not count, neither for the labels nor for the truth.
+    Pixels without ground truth do not count, neither for the labels nor for the ground truth.
 
     Args:
         folder: Where generate_labels.py wrote.
@@ -93,16 +93,16 @@ def evaluate_filling(settings: EvaluateFilling) -> dict[str, Any]:
 
 
 def filling_rate(labels: Tensor, box: Tensor, label: int, truth: Tensor) -> float | None:
-    """Return which share of a box its class fills, of the pixels that have a truth.
+    """Return which share of a box its class fills, of the pixels with ground truth.
 
     Args:
         labels: A label map; ``(H, W)``.
         box: ``(4,)``.
         label: Class of the box.
-        truth: True classes, 255 where there is none; ``(H, W)``.
+        truth: Ground truth, 255 where there is none; ``(H, W)``.
 
     Returns:
-        The share in [0, 1], or None where no pixel of the box has a truth.
+        The share in [0, 1], or None where no pixel of the box has ground truth.
     """
     size = (truth.shape[0], truth.shape[1])
     counted = box_cells(box, size, size) & (truth != IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""How long labels take."""
+"""Time of label generation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bapnal_recipes.voc2012.evaluate.common import bar, subject, write
 
 @dataclass(frozen=True)
 class EvaluateRuntime:
-    """Time how long labels take an image (suppl. Table 4).
+    """Time label generation per image (suppl. Table 4).
 
     Args:
         classifier: The ``classifier.pt`` of train_classifier.py.
@@ -31,11 +31,11 @@ class EvaluateRuntime:
         root: The devkit, by default ``$BAPNAL_VOC_ROOT`` where set.
         split: Which images; the paper's are "val".
         images: How many of those with boxes are timed.
-        warm_up: How many are worked on before, untimed.
+        warm_up: How many are labelled before, untimed.
         generator: Settings of the labels.
         crf: Settings of the CRF.
         crf_on_cpu: Run the CRF on the CPU, as the paper does; otherwise where the features are.
-        baselines: Which other ways to labels are timed too.
+        baselines: Which baselines are timed too.
         machines: Where it runs; one device.
     """
 

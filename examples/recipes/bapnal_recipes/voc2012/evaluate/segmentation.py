@@ -35,7 +35,7 @@ from bapnal_recipes.voc2012.evaluate.common import (
 
 Mode = Literal["single", "single+crf", "multi", "multi+crf"]
 MODES: tuple[Mode, ...] = ("single", "single+crf", "multi", "multi+crf")
-# The CRFs that the papers of the two networks put on top: bilateral weight, its width over
+# CRFs of the papers of the two networks: bilateral weight, its width over
 # positions and over colours, Gaussian weight and width.
 CrfWeights = tuple[float, float, float, float, float]
 CRFS: dict[str, CrfWeights] = {"deeplab_v1": (4, 121, 5, 3, 3), "deeplab_v2": (4, 67, 3, 3, 1)}
@@ -62,7 +62,7 @@ class EvaluateSegmentation:
             ``predictions``.
         competition: What the server calls it: comp5 trains on VOC data alone, comp6 on others too.
         exclude: List of images to leave out, such as the images.txt of search.py.
-        machines: Where it runs; images are shared out among the devices.
+        machines: Where it runs; images are divided among the devices.
     """
 
     segmenter: Path
@@ -237,7 +237,7 @@ class Predictor:
 
 
 def write_archive(path: Path, folder: Path, names: Sequence[str], results: str) -> None:
-    """Pack predictions for the test server, whole or not at all.
+    """Write the archive of predictions for the test server, atomically.
 
     Args:
         path: The archive, gzipped tar.
