@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,15 +51,10 @@ def sorted_text(facts: Facts) -> str:
     return repr(sorted(facts.items()))
 
 
-def floats(scores: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def floats(scores: Mapping[str, Any]) -> dict[str, float]:
     """All numbers by their names, those in dictionaries as ``NAME.NAME``."""
-    found: dict[str, float] = {}
-    for name, value in scores.items():
-        if isinstance(value, Mapping):
-            found |= floats(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[f"{prefix}{name}"] = value
-    return found
+    found = series.flat(scores)
+    return {x: v for x, v in found.items() if type(v) in (int, float)}
 
 
 def read_series(path: Path) -> list[Measurement]:
@@ -86,7 +81,7 @@ def _measurement(path: Path, row: dict[str, Any], shared: Mapping[str, Any]) -> 
     more = {x: row[x] for x in MORE if x in row}
     told = {x: v for x, v in row.items() if x not in own and x not in SOURCE}
     _fill(told, shared)
-    facts = {x: tuple(v) if isinstance(v, list) else v for x, v in _unnested(told)}
+    facts = series.flat(told)
     return Measurement(path.stem, facts, tuple(seeds.items()), scores, row.get("images"), more)
 
 
@@ -163,15 +158,6 @@ def _nested(found: Mapping[str, Any], parts: Iterable[str] = ()) -> dict[str, An
         if name in found:
             inner[last] = found[name]
     return nest
-
-
-def _unnested(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Entries by dotted names."""
-    for name, value in found.items():
-        if isinstance(value, Mapping):
-            yield from _unnested(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def fits(facts: Facts, rule: Rule) -> bool:
