@@ -65,25 +65,21 @@ def draw_all(
         photographs: Whether to draw figures that show images of the data set.
         examples: How many images such a figure shows.
     """
-    return [_draw(one, archive, folder, photographs, examples) for one in FIGURES]
-
-
-def _draw(
-    one: PaperFigure, archive: Archive, folder: Path, photographs: bool, examples: int
-) -> Drawn:
-    path = folder / one.name
-    if one.name in PLOTS:
-        path = path.with_suffix(".svg")
-        caption = PLOTS[one.name](archive, path)
-    elif not photographs:
-        return Drawn(one, None, reason="photographs of the data set, which this page leaves out")
-    else:
-        path = path.with_suffix(".png")
-        try:
-            caption = PHOTOGRAPHS[one.name](archive, path, examples)
-        except (FileNotFoundError, ValueError) as error:  # results may come from another machine
-            return Drawn(one, None, reason=f"{one.needs} ({error})")
-    return Drawn(one, path if caption else None, caption or "", "" if caption else one.needs)
+    drawn = []
+    for one in FIGURES:
+        path, caption, reason = folder / f"{one.name}.svg", None, one.needs
+        if one.name in PLOTS:
+            caption = PLOTS[one.name](archive, path)
+        elif not photographs:
+            reason = "photographs of the data set, which this page leaves out"
+        else:
+            path = path.with_suffix(".png")
+            try:
+                caption = PHOTOGRAPHS[one.name](archive, path, examples)
+            except (FileNotFoundError, ValueError) as error:  # of results from another machine
+                reason = f"{one.needs} ({error})"
+        drawn.append(Drawn(one, path, caption) if caption else Drawn(one, None, reason=reason))
+    return drawn
 
 
 # Plots

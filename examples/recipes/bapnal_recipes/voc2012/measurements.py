@@ -15,10 +15,8 @@ from bapnal_recipes.engine import series
 Facts = dict[str, Any]
 Rule = Mapping[str, Any]  # the values that facts must have; a list names several
 SHARED = "shared.json"
-SOURCE = ("commit", "machine", "versions")
-MORE = ("seconds", "memory", *SOURCE, "rates")
-ASIDE = ("images", "seconds", "busy")  # in plain rows neither settings nor scores
-OWN_FIELDS = ("seeds", "images", "scores", *MORE)
+MORE = ("seconds", "memory", "commit", "machine", "versions", "rates")
+ASIDE = ("seed", "seeds", "images", "scores", "busy", *MORE)  # of a row, what is no setting
 
 
 class Measurement(NamedTuple):
@@ -70,18 +68,16 @@ def read_series(path: Path) -> list[Measurement]:
 
 def _measurement(path: Path, row: dict[str, Any], shared: Mapping[str, Any]) -> Measurement:
     """Turn a row into what it stands for; a plain row has its numbers among its settings."""
+    settings = {x: v for x, v in row.items() if x not in ASIDE}
     if "scores" in row:
-        scores, seeds, own = floats(row["scores"]), row.get("seeds", {}), set(OWN_FIELDS)
+        scores, seeds = floats(row["scores"]), row.get("seeds", {})
     else:
-        scores = {x: v for x, v in row.items() if isinstance(v, float) and x not in ASIDE}
+        scores = {x: settings.pop(x) for x, v in row.items() if x in settings and type(v) is float}
         seeds = {"seed": row["seed"]} if row.get("seed") is not None else {}
-        own = {"seed", *ASIDE, *scores}
-    if "scores" not in row and not scores:
-        raise ValueError(f"{path}: a row has neither scores nor a decimal number")
-    more = {x: row[x] for x in MORE if x in row}
-    told = {x: v for x, v in row.items() if x not in own and x not in SOURCE}
-    _fill(told, shared)
-    facts = series.flat(told)
+        if not scores:
+            raise ValueError(f"{path}: a row has neither scores nor a decimal number")
+    _fill(settings, shared)
+    facts, more = series.flat(settings), {x: row[x] for x in MORE if x in row}
     return Measurement(path.stem, facts, tuple(seeds.items()), scores, row.get("images"), more)
 
 

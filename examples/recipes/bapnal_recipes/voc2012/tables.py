@@ -86,7 +86,12 @@ def markdown(archive: Archive, drawn: Sequence[figures.Drawn], images: str) -> s
         "The paper's tables": [text for _, text in beside if text],
         "The paper's tables, by the settings of the released code": [x for x in released if x],
         "All measurements": own_tables(archive.measurements),
-        "Figures": [_figure(one, images) for one in drawn if one.path],
+        "Figures": [
+            f"### {x.figure.number}: {x.figure.title}\n\n"
+            f"![{x.figure.title}]({images}/{x.path.name})\n\n{x.caption}"
+            for x in drawn
+            if x.path
+        ],
     }
     missing = _missing([one for one, text in beside if text is None], drawn)
     if missing:
@@ -114,28 +119,15 @@ def _missing(tables: Sequence[paper.PaperTable], drawn: Sequence[figures.Drawn])
 def _lead(archive: Archive) -> list[str]:
     """Say what the page is and how to read its numbers."""
     several = archive.measurements
-    data = sorted({str(m.facts.get("data")) for m in several})
-    lines = [
-        f"# Measurements on {' and '.join(data) or 'nothing'}",
-        f"Written by `python -m bapnal_recipes.voc2012.tables` from {len(several)} measurements in "
-        f"{', '.join(archive.folders)}; there each has its settings, seed, commit, machine and "
-        "versions.",
-        "Percent unless a table says otherwise. **a ± b (n)** is the mean over n seeds and half "
-        "their range; what has no n depends on no seed. A row says in which settings it differs "
-        "from most others; the line below the table says what those have.",
-    ]
+    data = " and ".join(sorted({str(m.facts.get("data")) for m in several})) or "nothing"
+    told = {"data": data, "count": len(several), "folders": ", ".join(archive.folders)}
+    lines = [line.format(**told) for line in OWN["lead"]]
     for remark in OWN["remarks"]:
         meant = [m for m in several if fits(m.facts, remark["rule"])]
         names = ", ".join(sorted({f"`{m.what}`" for m in meant}))
         if meant:
             lines.append(remark["text"].format(count=len(meant), series=names))
     return lines
-
-
-def _figure(drawn: figures.Drawn, images: str) -> str:
-    assert drawn.path is not None
-    title = f"### {drawn.figure.number}: {drawn.figure.title}"
-    return f"{title}\n\n![{drawn.figure.title}]({images}/{drawn.path.name})\n\n{drawn.caption}"
 
 
 def command() -> None:
