@@ -122,7 +122,7 @@ def _one_of_each(runs: Sequence[Run]) -> dict[str, Run]:
     return dict(sorted(chosen.items(), key=lambda item: order.index(item[0])))
 
 
-def _differing(pair: tuple[Run, Run]) -> int:
+def _differing(pair: Sequence[Run]) -> int:
     """In how many settings other than the pooling two runs differ."""
     one, other = ({**run.facts, "seed": run.settings.get("seed")} for run in pair)
     names = {*one, *other} - {"stage1.pool", "stage1.min_background"}

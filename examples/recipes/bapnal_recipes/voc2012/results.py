@@ -19,7 +19,7 @@ What ``search`` chose is one fact, ``labels.generator`` and ``labels.crf`` are "
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -127,71 +127,69 @@ def _read_run(path: Path) -> list[Run]:
 
 def measure(content: Mapping[str, Any]) -> list[Measurement]:
     """Lay flat what a result file says: numbers of an evaluation, or loss and time of a run."""
-    settings, kind, scores = content["settings"], content["kind"], content["scores"]
+    kind, settings, scores = (content[x] for x in ("kind", "settings", "scores"))
     facts, seeds = follow({kind: content} if kind in STAGES else content.get("inputs", {}))
-    facts = {"data": data_name(str(settings.get("root", ""))), **facts}
-    facts = {"split": settings.get("split"), **facts}
+    where = {"split": settings.get("split"), "data": data_name(str(settings.get("root", "")))}
+    facts = {**where, **facts}
     more = {"seconds": content.get("seconds"), **series.source(content.get("about", {}))}
-    if kind == "evaluation":
-        return _evaluation(content, facts, seeds, more)
+    found: Iterable[tuple[Facts, Mapping[str, Any]]]
     if kind == "search":
-        return _search(settings, scores, facts, seeds, more)
-    numbers = floats(scores)
-    count = int(numbers.pop("images", 0))
-    memory = content.get("peak_memory_bytes") or {}
-    more["memory"] = {name: size for name, size in memory.items() if size}
-    return [Measurement("runs", {"kind": kind, **facts}, seeds, numbers, count or None, more)]
-
-
-def _search(
-    settings: Mapping[str, Any],
-    scores: Mapping[str, Any],
-    facts: Facts,
-    seeds: Seeds,
-    more: dict[str, Any],
-) -> list[Measurement]:
-    """Lay flat what a search tried."""
-    tried = "N and CRF too" if settings.get("crf_search", True) else "u_0 and scales"
-    best = {name: scores.get("best", {}).get(name) for name in ("generator", "crf")}
-    found = []
-    for row in scores.get("rows", []):
-        own = flat("generator", row["generator"]) | flat("crf", row["crf"])
-        own |= {"search": tried, "stage": row["stage"], "chosen": best.items() <= row.items()}
-        numbers, images = {"miou": row["miou"]}, settings.get("count")
-        found.append(Measurement("searches", {**facts, **own}, seeds, numbers, images, more))
-    return found
-
-
-def _evaluation(
-    content: Mapping[str, Any], facts: Facts, seeds: Seeds, more: dict[str, Any]
-) -> list[Measurement]:
-    """Lay flat what an evaluation found: of each kind of label map, or of each mode."""
-    settings, scores, what = content["settings"], content["scores"], str(content.get("what"))
-    images, excluded = content.get("images"), content.get("excluded", 0)
-    scored = tuple(settings.get("score_classes") or ())
-    whole = images == IMAGES.get(str(facts["split"])) and not scored
-    facts = {"split": facts["split"], "scored": scored, "whole": whole, **facts}
-    facts["data"] = "VOC 2012" if whole else facts["data"]
-    if images is not None and excluded:
-        facts["excluded"], images = excluded, images - excluded
-    if not content.get("inputs"):
-        facts |= _given(settings.get("folder", "?"))
-    told = {**settings, **content}
-    facts |= flat("evaluation", {x: told[x] for x in chain(*RULES["evaluation"]) if x in told})
-    found: list[tuple[Facts, Mapping[str, Any]]] = [({}, scores)]
-    if what in ("labels", "segmentation"):
-        part = "map" if what == "labels" else "test"
-        found = [({part: x}, of) for x, of in scores.items() if isinstance(of, Mapping)]
-    elif what == "filling":
-        more["rates"] = rates = scores["per_class"]
-        shares = {**scores["mean"], "difference": scores["difference"]}
-        numbers = {name: round(100 * share, 3) for name, share in shares.items()}
-        numbers["boxes"] = sum(len(one["truth"]) for one in rates.values())
-        found = [({"map": scores["kind"]}, numbers)]
+        what, images, found = "searches", settings.get("count"), _tried(settings, scores)
+    elif kind == "evaluation":
+        what, facts = str(content.get("what")), _evaluated(content, facts)
+        images, found = content.get("images", 0) - facts.get("excluded", 0), _numbers(what, scores)
+        more |= {"rates": scores["per_class"]} if what == "filling" else {}
+    else:
+        what, facts = "runs", {"kind": kind, **facts}
+        images, found = scores.get("images"), [({}, {**scores, "images": None})]
+        memory = content.get("peak_memory_bytes") or {}
+        more["memory"] = {name: size for name, size in memory.items() if size}
     return [
-        Measurement(what, _heeded({**facts, **own}), seeds, floats(numbers), images, more)
+        Measurement(what, _heeded({**facts, **own}), seeds, floats(numbers), images or None, more)
         for own, numbers in found
     ]
+
+
+def _tried(
+    settings: Mapping[str, Any], scores: Mapping[str, Any]
+) -> Iterator[tuple[Facts, Mapping[str, Any]]]:
+    """What a search tried, and the mIoU of each."""
+    searched = "N and CRF too" if settings.get("crf_search", True) else "u_0 and scales"
+    best = {name: scores.get("best", {}).get(name) for name in ("generator", "crf")}
+    for row in scores.get("rows", []):
+        own = flat("generator", row["generator"]) | flat("crf", row["crf"])
+        own |= {"search": searched, "stage": row["stage"], "chosen": best.items() <= row.items()}
+        yield own, {"miou": row["miou"]}
+
+
+def _evaluated(content: Mapping[str, Any], facts: Facts) -> Facts:
+    """Add what an evaluation says of itself."""
+    told = {**content["settings"], **content}
+    scored = tuple(told.get("score_classes") or ())
+    whole = told.get("images") == IMAGES.get(str(facts["split"])) and not scored
+    facts = {"split": facts["split"], "scored": scored, "whole": whole, **facts}
+    if whole:
+        facts["data"] = "VOC 2012"
+    if told.get("excluded"):
+        facts["excluded"] = told["excluded"]
+    if not told.get("inputs"):
+        facts |= _given(told.get("folder", "?"))
+    settings = {x: told[x] for x in chain(*RULES["evaluation"]) if x in told}
+    return facts | flat("evaluation", settings)
+
+
+def _numbers(what: str, scores: Mapping[str, Any]) -> Iterator[tuple[Facts, Mapping[str, Any]]]:
+    """What an evaluation found: of each kind of label map, of each mode, or once."""
+    if what in ("labels", "segmentation"):
+        part = "map" if what == "labels" else "test"
+        yield from (({part: x}, of) for x, of in scores.items() if isinstance(of, Mapping))
+    elif what == "filling":
+        shares = {**scores["mean"], "difference": scores["difference"]}
+        boxes = sum(len(rates["truth"]) for rates in scores["per_class"].values())
+        percent = {name: round(100 * share, 3) for name, share in shares.items()}
+        yield {"map": scores["kind"]}, {**percent, "boxes": boxes}
+    else:
+        yield {}, scores
 
 
 def follow(inputs: Mapping[str, Any]) -> tuple[Facts, Seeds]:
