@@ -30,10 +30,10 @@ from bapnal_recipes.voc2012.wording import METHODS, label_name
 NO_BOXES = Annotation(torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
 
 
-def _runs(archive: Archive, kind: str, *files: str) -> list[Run]:
-    """Return the runs of a kind that left any of some files."""
+def _runs(archive: Archive, kind: str, *patterns: str) -> list[Run]:
+    """Return the runs of a kind that left a file of any of some patterns."""
     runs = [run for run in archive.runs if run.kind == kind]
-    return [run for run in runs if any((run.folder / file).exists() for file in files)]
+    return [run for run in runs if any(any(run.folder.glob(x)) for x in patterns)]
 
 
 def _devkit(settings: Mapping[str, Any]) -> Devkit:
@@ -181,16 +181,16 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
 
 def confidence(archive: Archive, path: Path, examples: int) -> str | None:
     """Show how the confidence in labels changes during training."""
-    run = next(iter(_runs(archive, "segmentation", "confidence")), None)
+    run = next(iter(_runs(archive, "segmentation", "confidence/*_*.png")), None)
     if run is None:
         return None
     settings = run.settings
     moments: dict[str, dict[int, Path]] = {}
-    for file in sorted((run.folder / "confidence").glob("*_*.png")):
+    for file in sorted(run.folder.glob("confidence/*_*.png")):
         name, _, steps = file.stem.rpartition("_")
         if steps.isdigit():
             moments.setdefault(name, {})[int(steps)] = file
-    made = {x.settings["out"]: x.folder for x in _runs(archive, "labels", "")}
+    made = {x.settings["out"]: x.folder for x in archive.runs if x.kind == "labels"}
     folder = made.get(settings["labels"], Path(settings["labels"]))  # which may have been moved
     first, second = (label_folder(folder, settings[x]) for x in ("first", "second"))
 
