@@ -41,7 +41,8 @@ class Results:
     def classifier(self, name, more=None, **changes):
         settings = replace(self.first, out=self.folder / name, **changes)
         path = self.folder / name / "result.json"
-        return write(path, "classifier", settings, {"loss": 0.5}, **(more or {}))
+        more = more or {"weights": {"trained_on": settings.weights or "imagenet"}}
+        return write(path, "classifier", settings, {"loss": 0.5}, **more)
 
     def labels(self, name, scores, classifier=None, split="val", inputs=None, **changes):
         """Labels with one evaluation: mIoU by map."""
@@ -81,7 +82,7 @@ class Results:
         made = write(out / "result.json", "segmentation", settings, scores, inputs=inputs, **origin)
         found = {test: self.miou(value) for test, value in tests.items()}
         more = {"crf": [4, 121, 5, 3, 3]}
-        own = {"scales": [0.5, 1.0], "iterations": 10}
+        own = {"scales": [0.5, 1.0], "iterations": 10, "half_resolution": False}
         self.evaluation(out / "val.json", "segmentation", "val", found, made, own, **more)
         return made
 
@@ -118,6 +119,7 @@ class Results:
         rates = {"cat": {"labels": [0.5, 0.7, 0.6], "truth": [0.5, 0.6, 0.8]}}
         rates["dog"] = {"labels": [1.0], "truth": [0.5]}
         scores = {"per_class": rates, "kind": "crf"}
+        scores |= {"mean": {"labels": 0.7, "truth": 0.6}, "difference": 0.2}
         self.evaluation(self.folder / "labels/filling.json", "filling", "train", scores, labels)
 
     @staticmethod

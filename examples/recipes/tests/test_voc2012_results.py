@@ -282,8 +282,8 @@ def test_labels_without_a_result_are_given():
     ("weights", "settings", "initial"),
     [
         ({"trained_on": "coco"}, {"weights": "imagenet.pth"}, "coco"),
-        (None, {"weights": None}, "imagenet"),
-        (None, {"weights": "random"}, "random"),
+        (None, {"weights": None}, "unknown"),
+        (None, {"weights": "random"}, "unknown"),
         (None, {"weights": "resnet101_coco.pth"}, "unknown"),
     ],
 )

@@ -15,7 +15,7 @@ from bapnal_recipes.data.average_precision import read_truth
 from bapnal_recipes.data.coco import CocoBoxes, annotation_path, read_prepared
 from bapnal_recipes.data.instances import instance_path, read_masks, truth_mask
 from bapnal_recipes.data.label_maps import label_map
-from bapnal_recipes.engine.panels import Panel, grid
+from bapnal_recipes.engine.panels import Panel, grid, spread
 from bapnal_recipes.engine.runs import summary
 from bapnal_recipes.models.detector import load_detector
 
@@ -103,12 +103,6 @@ def _legend(boxes: CocoBoxes, names: Sequence[str], seen: Sequence[str]) -> dict
     return titles
 
 
-def _spread(names: Sequence[str], wanted: int) -> list[str]:
-    """Some of the images, evenly spread."""
-    wanted = min(wanted, len(names))
-    return [names[(2 * i + 1) * len(names) // (2 * wanted)] for i in range(wanted)]
-
-
 def draw_labels(
     labels: Sequence[Made], path: Path, root: Path, prepared: Path, examples: int
 ) -> str:
@@ -129,7 +123,7 @@ def draw_labels(
     seen = min((x.result["scores"].get("seen", []) for x in chosen), key=len)
     names = [x for x in boxes.names if 0 < len(boxes.ids_of(x)) < 12]
     mixed = [x for x in names if len(_kinds(boxes, x, seen)) == 2] or names
-    names = _spread(
+    names = spread(
         [x for x in mixed if all(instance_path(y.folder, x).is_file() for y in chosen)], examples
     )
     shown = []
@@ -164,7 +158,7 @@ def draw_results(
     boxes = read_prepared(root, prepared, "val")
     truth = read_truth(annotation_path(root, "val"))
     networks = {name: load_detector(x.folder / "detector.pt").network for name, x in chosen.items()}
-    names = _spread([x for x in boxes.names if 0 < len(boxes.ids_of(x)) < 12], examples)
+    names = spread([x for x in boxes.names if 0 < len(boxes.ids_of(x)) < 12], examples)
     titles = {**KINDS, "masks": "ground-truth masks"}
     shown = []
     for name in names:

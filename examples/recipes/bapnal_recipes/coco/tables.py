@@ -24,7 +24,7 @@ from bapnal_recipes.coco.rows import DETECTOR, LABELS, heads, read_rows, row_nam
 from bapnal_recipes.data.average_precision import SCORES
 from bapnal_recipes.data.coco import default_root
 from bapnal_recipes.engine.commands import at_least, run
-from bapnal_recipes.engine.page import table, to_html, write_texts
+from bapnal_recipes.engine.page import table, to_html, write_text
 
 Row = Mapping[str, Any]
 DIRECTIONS = ("", "VOC-to-COCO", "COCO-to-COCO")
@@ -74,11 +74,11 @@ def main(settings: Settings) -> dict[str, Any]:
     if s.photographs:
         drawn = figures.draw_all(s.results, s.out / "figures", s.root, s.prepared, s.examples)
     text = markdown(rows, drawn)
-    texts = {
-        "markdown": (s.out / "tables.md", text),
-        "html": (s.out / "tables.html", to_html(text, s.out)),
+    return {
+        "markdown": write_text(s.out / "tables.md", text),
+        "html": write_text(s.out / "tables.html", to_html(text, s.out)),
+        "figures": [one.path for one in drawn],
     }
-    return {**write_texts(texts), "figures": [one.path for one in drawn]}
 
 
 def markdown(rows: Sequence[Row], drawn: Sequence[figures.Drawn] = ()) -> str:

@@ -6,7 +6,7 @@ import base64
 import html
 import mimetypes
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -69,9 +69,8 @@ def _embed(image: Token, folder: Path) -> None:
     image.attrSet("src", f"data:{kind};base64,{data}")
 
 
-def write_texts(texts: Mapping[str, tuple[Path, str]]) -> dict[str, Path]:
-    """Write texts, each whole or not at all, and return their paths by the same names."""
-    for path, content in texts.values():
-        with whole(path) as unfinished:
-            unfinished.write_text(content, encoding="utf-8")
-    return {name: path for name, (path, _) in texts.items()}
+def write_text(path: Path, text: str) -> Path:
+    """Write a text whole or not at all, and return its path."""
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    return path

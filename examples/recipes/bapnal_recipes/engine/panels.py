@@ -33,6 +33,12 @@ class Panel(NamedTuple):
     boxes: Annotation | None = None
 
 
+def spread(names: Sequence[str], wanted: int) -> list[str]:
+    """Return at most so many of the images, evenly spread."""
+    wanted = min(wanted, len(names))
+    return [names[(2 * i + 1) * len(names) // (2 * wanted)] for i in range(wanted)]
+
+
 def grid(path: Path, examples: Sequence[Sequence[Panel]], legend: Mapping[int, str]) -> None:
     """Write images with their titles, a few lines for each example; a PNG of limited size.
 

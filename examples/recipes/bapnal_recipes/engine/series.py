@@ -125,6 +125,7 @@ def write_csv(path: Path, leave_out: Sequence[str] = ()) -> Path:
         ValueError: If it is none.
     """
     rows = [flat({x: v for x, v in row.items() if x not in leave_out}) for row in read(path)]
+    rows = [{x: _text(value) for x, value in row.items()} for row in rows]
     columns: list[str] = []
     for row in rows:
         place = 0
@@ -142,19 +143,22 @@ def write_csv(path: Path, leave_out: Sequence[str] = ()) -> Path:
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> Row:
-    """Return a row without nesting.
+    """Return a row without nesting, by dotted names; lists become tuples.
 
     >>> flat({"crf": {"iterations": 10}, "scales": [0.5, 1.5]})
-    {'crf.iterations': 10, 'scales': '0.5 1.5'}
+    {'crf.iterations': 10, 'scales': (0.5, 1.5)}
     """
     found: Row = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
             found |= flat(value, f"{prefix}{name}.")
         else:
-            several = isinstance(value, (list, tuple))
-            found[f"{prefix}{name}"] = " ".join(map(str, value)) if several else value
+            found[f"{prefix}{name}"] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def _text(value: object) -> object:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _by_place(rows: Sequence[Row]) -> list[str]:

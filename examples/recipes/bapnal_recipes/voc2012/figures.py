@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
@@ -18,14 +18,12 @@ from bapnal import confidence_map
 from bapnal.label.files import whole
 from bapnal_recipes.engine.panels import as_mathematics
 from bapnal_recipes.voc2012 import paper
-from bapnal_recipes.voc2012.measurements import Measurement, group
+from bapnal_recipes.voc2012.measurements import Facts, fits, group
 from bapnal_recipes.voc2012.photographs import PHOTOGRAPHS
 from bapnal_recipes.voc2012.results import Archive
 from bapnal_recipes.voc2012.wording import label_name
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
-MARKERS, DASHES = "osD^vPX", ("-", "--", "-.", ":", (0, (5, 1, 1, 1)), (0, (1, 1)), "-")
+STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 class PaperFigure(NamedTuple):
@@ -67,25 +65,21 @@ def draw_all(
         photographs: Whether to draw figures that show images of the data set.
         examples: How many images such a figure shows.
     """
-    return [_draw(one, archive, folder, photographs, examples) for one in FIGURES]
-
-
-def _draw(
-    one: PaperFigure, archive: Archive, folder: Path, photographs: bool, examples: int
-) -> Drawn:
-    path = folder / one.name
-    if one.name in PLOTS:
-        path = path.with_suffix(".svg")
-        caption = PLOTS[one.name](archive, path)
-    elif not photographs:
-        return Drawn(one, None, reason="photographs of the data set, which this page leaves out")
-    else:
-        path = path.with_suffix(".png")
-        try:
-            caption = PHOTOGRAPHS[one.name](archive, path, examples)
-        except (FileNotFoundError, ValueError) as error:  # results may come from another machine
-            return Drawn(one, None, reason=f"{one.needs} ({error})")
-    return Drawn(one, path if caption else None, caption or "", "" if caption else one.needs)
+    drawn = []
+    for one in FIGURES:
+        path, caption, reason = folder / f"{one.name}.svg", None, one.needs
+        if one.name in PLOTS:
+            caption = PLOTS[one.name](archive, path)
+        elif not photographs:
+            reason = "photographs of the data set, which this page leaves out"
+        else:
+            path = path.with_suffix(".png")
+            try:
+                caption = PHOTOGRAPHS[one.name](archive, path, examples)
+            except (FileNotFoundError, ValueError) as error:  # of results from another machine
+                reason = f"{one.needs} ({error})"
+        drawn.append(Drawn(one, path, caption) if caption else Drawn(one, None, reason=reason))
+    return drawn
 
 
 # Plots
@@ -94,16 +88,11 @@ def _draw(
 @contextmanager
 def _plot(path: Path, width: float, height: float) -> Iterator[Figure]:
     """Lend a figure that is small enough to be read on a phone, and write it."""
-    style: dict[Any, Any] = {"font.size": 9, "svg.hashsalt": "bapnal", "axes.spines.top": False}
-    with matplotlib.rc_context({**style, "axes.spines.right": False}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+    with matplotlib.style.context(STYLE):
+        figure = Figure(figsize=(width, height))
         yield figure
         with whole(path) as unfinished, unfinished.open("wb") as file:
             figure.savefig(file, format="svg", metadata={"Date": None})
-
-
-def _style(i: int) -> dict[str, Any]:
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
 
 
 def confidence_by_gamma(_: Archive, path: Path) -> str:
@@ -114,45 +103,37 @@ def confidence_by_gamma(_: Archive, path: Path) -> str:
     labels = torch.zeros(1, 1, 101, dtype=torch.long)
     with _plot(path, 4.2, 3.0) as figure:
         axes = figure.subplots()
-        for i, gamma in enumerate((1, 2, 4, 7, 10, 50)):
+        for gamma in (1, 2, 4, 7, 10, 50):
             sigma = confidence_map(similarity, labels, gamma)[0, 0]
-            axes.plot(alpha, sigma, label=f"γ = {gamma}", **_style(i))
+            axes.plot(alpha, sigma, marker="", label=f"γ = {gamma}")
         axes.set(xlabel="α, own D over the largest D", ylabel="confidence σ")
-        axes.legend(frameon=False)
+        axes.legend()
     return "By bapnal.confidence_map; large gamma comes close to a hard choice."
 
 
 def gamma_and_lambda(archive: Archive, path: Path) -> str | None:
     """Plot mIoU against gamma, a line for each lambda, of the set with the most of them."""
-    nal = [
-        m
-        for m in archive.measurements
-        if m.what == "segmentation"
-        and m.facts.get("stage3.loss") == "nal"
-        and m.facts["stage3.supervision"] == "boxes"
-        and m.facts["test"] in ("single", "single+crf")
-    ]
+    rule = {"stage3.loss": "nal", "stage3.supervision": "boxes", "test": ["single", "single+crf"]}
+    nal = [m for m in archive.measurements if m.what == "segmentation" and fits(m.facts, rule)]
     varied = ("stage3.balance", "stage3.gamma")
-    best: tuple[dict[str, Any], dict[tuple[float, float], list[float]]] = ({}, {})
+    best: tuple[Facts, dict[tuple[float, ...], list[float]]] = ({}, {})
     for facts, ms in group(nal, varied):
-        points: dict[tuple[float, float], list[float]] = {}
+        points: dict[tuple[float, ...], list[float]] = {}
         for m in ms:
-            points.setdefault((m.facts[varied[0]], m.facts[varied[1]]), []).append(m.scores["miou"])
+            points.setdefault(tuple(m.facts[x] for x in varied), []).append(m.scores["miou"])
         best = max(best, (facts, points), key=lambda one: len(one[1]))
     facts, points = best
     if len(points) < 3:
         return None
     with _plot(path, 4.2, 3.0) as figure:
         axes = figure.subplots()
-        for i, balance in enumerate(sorted({x for x, _ in points})):
+        for balance in sorted({x for x, _ in points}):
             gammas = sorted(y for x, y in points if x == balance)
             values = [points[balance, y] for y in gammas]
-            means = [sum(x) / len(x) for x in values]
-            spread = [(max(x) - min(x)) / 2 for x in values]
-            more = {"marker": MARKERS[i % len(MARKERS)], "capsize": 3, **_style(i)}
-            axes.errorbar(gammas, means, spread, label=f"λ = {balance:g}", **more)
+            spread = [np.ptp(x) / 2 for x in values]
+            axes.errorbar(gammas, list(map(np.mean, values)), spread, label=f"λ = {balance:g}")
         axes.set(xlabel="γ", ylabel="mIoU, %", xticks=sorted({y for _, y in points}))
-        axes.legend(frameon=False)
+        axes.legend()
     test = {"single": "one scale", "single+crf": "one scale + CRF"}[facts["test"]]
     where = f"{facts['data']} {facts['split']}, {facts['stage3.network']}, {test}"
     return f"{where}; mean over seeds, bars are half the range."
@@ -161,17 +142,16 @@ def gamma_and_lambda(archive: Archive, path: Path) -> str | None:
 def filling_rates(archive: Archive, path: Path) -> str | None:
     """Plot the distribution of filling rates of the most frequent classes, by labels and truth."""
     # One data set and split, the one with the most labels; of each kind of labels the first.
-    places: dict[tuple[str, str], dict[str, Measurement]] = {}
+    places: dict[tuple[str, str], dict[str, Any]] = {}
     for m in archive.measurements:
         if m.what == "filling" and m.more.get("rates"):
             place = places.setdefault((m.facts["data"], m.facts["split"]), {})
-            place.setdefault(label_name(m.facts), m)
-    if not places:
-        return None
-    (data, split), first = max(places.items(), key=lambda item: len(item[1]))
-    rates = {name: m.more["rates"] for name, m in first.items()}
-    truth = {name: x["truth"] for name, x in next(iter(rates.values())).items()}
-    classes = [x for x in sorted(truth, key=lambda x: -len(truth[x])) if len(truth[x]) > 1][:4]
+            place.setdefault(label_name(m.facts), m.more["rates"])
+    (data, split), rates = max(
+        places.items(), key=lambda item: len(item[1]), default=(("", ""), {})
+    )
+    boxes = {x: len(one["truth"]) for x, one in next(iter(rates.values()), {}).items()}
+    classes = [x for x in sorted(boxes, key=lambda x: -boxes[x]) if boxes[x] > 1][:4]
     if not classes:
         return None
     names = [*rates, "truth"]
@@ -179,12 +159,11 @@ def filling_rates(archive: Archive, path: Path) -> str | None:
     with _plot(path, 4.4, height) as figure:
         rows = figure.subplots(len(classes), 1, sharex=True, squeeze=False)[:, 0]
         for axes, of_class in zip(rows, classes, strict=True):
-            shown = [*(x[of_class]["labels"] for x in rates.values()), truth[of_class]]
-            for i, values in enumerate(shown):
-                _violin(axes, 100 * np.asarray(values), len(names) - i, COLOURS[i % 6])
-            axes.set_title(f"{of_class} ({len(truth[of_class])} boxes)", fontsize=9, loc="left")
-            axes.set(yticks=range(len(names), 0, -1), xlim=(0, 101))
-            axes.set_yticklabels([as_mathematics(name) for name in names])
+            own = [x[of_class] for x in rates.values()]
+            for i, values in enumerate([*(x["labels"] for x in own), own[0]["truth"]]):
+                _violin(axes, 100 * np.asarray(values), len(names) - i, f"C{i % 6}")
+            axes.set(title=f"{of_class} ({boxes[of_class]} boxes)", xlim=(0, 101))
+            axes.set_yticks(range(len(names), 0, -1), map(as_mathematics, names))
         rows[-1].set_xlabel("filled share of the box, %")
     return f"{data} {split}; the dot is the median. Where there are several seeds, the first."
 

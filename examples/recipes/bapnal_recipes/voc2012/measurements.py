@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +15,8 @@ from bapnal_recipes.engine import series
 Facts = dict[str, Any]
 Rule = Mapping[str, Any]  # the values that facts must have; a list names several
 SHARED = "shared.json"
-SOURCE = ("commit", "machine", "versions")
-MORE = ("seconds", "memory", *SOURCE, "rates")
-ASIDE = ("images", "seconds", "busy")  # in plain rows neither settings nor scores
-OWN_FIELDS = ("seeds", "images", "scores", *MORE)
+MORE = ("seconds", "memory", "commit", "machine", "versions", "rates")
+ASIDE = ("seed", "seeds", "images", "scores", "busy", *MORE)  # of a row, what is no setting
 
 
 class Measurement(NamedTuple):
@@ -51,15 +49,10 @@ def sorted_text(facts: Facts) -> str:
     return repr(sorted(facts.items()))
 
 
-def floats(scores: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def floats(scores: Mapping[str, Any]) -> dict[str, float]:
     """All numbers by their names, those in dictionaries as ``NAME.NAME``."""
-    found: dict[str, float] = {}
-    for name, value in scores.items():
-        if isinstance(value, Mapping):
-            found |= floats(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[f"{prefix}{name}"] = value
-    return found
+    found = series.flat(scores)
+    return {x: v for x, v in found.items() if type(v) in (int, float)}
 
 
 def read_series(path: Path) -> list[Measurement]:
@@ -75,18 +68,16 @@ def read_series(path: Path) -> list[Measurement]:
 
 def _measurement(path: Path, row: dict[str, Any], shared: Mapping[str, Any]) -> Measurement:
     """Turn a row into what it stands for; a plain row has its numbers among its settings."""
+    settings = {x: v for x, v in row.items() if x not in ASIDE}
     if "scores" in row:
-        scores, seeds, own = floats(row["scores"]), row.get("seeds", {}), set(OWN_FIELDS)
+        scores, seeds = floats(row["scores"]), row.get("seeds", {})
     else:
-        scores = {x: v for x, v in row.items() if isinstance(v, float) and x not in ASIDE}
+        scores = {x: settings.pop(x) for x, v in row.items() if x in settings and type(v) is float}
         seeds = {"seed": row["seed"]} if row.get("seed") is not None else {}
-        own = {"seed", *ASIDE, *scores}
-    if "scores" not in row and not scores:
-        raise ValueError(f"{path}: a row has neither scores nor a decimal number")
-    more = {x: row[x] for x in MORE if x in row}
-    told = {x: v for x, v in row.items() if x not in own and x not in SOURCE}
-    _fill(told, shared)
-    facts = {x: tuple(v) if isinstance(v, list) else v for x, v in _unnested(told)}
+        if not scores:
+            raise ValueError(f"{path}: a row has neither scores nor a decimal number")
+    _fill(settings, shared)
+    facts, more = series.flat(settings), {x: row[x] for x in MORE if x in row}
     return Measurement(path.stem, facts, tuple(seeds.items()), scores, row.get("images"), more)
 
 
@@ -163,15 +154,6 @@ def _nested(found: Mapping[str, Any], parts: Iterable[str] = ()) -> dict[str, An
         if name in found:
             inner[last] = found[name]
     return nest
-
-
-def _unnested(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Entries by dotted names."""
-    for name, value in found.items():
-        if isinstance(value, Mapping):
-            yield from _unnested(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def fits(facts: Facts, rule: Rule) -> bool:

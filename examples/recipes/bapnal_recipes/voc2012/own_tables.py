@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,19 +17,6 @@ from bapnal_recipes.voc2012.wording import NOTHING, score_text, setting_name, se
 
 # Settings of evaluate that some modes of a segmentation network have and others have not.
 OF_TEST = {f"evaluation.{x}" for x in ("scales", "crf", "iterations", "half_resolution")}
-# How a row is named, and the facts that its name tells.
-POOL = {"stage1.pool", "pool", "stage1.min_background"}
-LABEL = {"labels.method", "method", "made elsewhere", "map", "labels.generator"}
-NAMES: dict[str, tuple[Callable[[Facts], str], set[str]]] = {
-    "pool": (wording.pool_name, POOL),
-    "label": (wording.label_name, POOL | LABEL | {"labels.generator.background"}),
-    "loss": (
-        wording.loss_name,
-        {f"stage3.{x}" for x in ("loss", "supervision", "ground_truth", "classifier")},
-    ),
-    "background": (wording.background_name, {"u_0"}),
-    "segmenter": (wording.segmenter_name, {"segmenter"}),
-}
 FIRST = (*wording.METHODS.values(), "GAP", "BAP", *wording.OWN["losses"].values())
 FEW = 5  # classes; of so few each has a column
 NOBODYS: Rule = MappingProxyType({})
@@ -95,23 +82,15 @@ def _class_name(index: int) -> str:
 
 def _rows(one: Table, several: Sequence[Measurement]) -> Iterator[str]:
     """Give a row to all that differs in nothing but the seed."""
-    name, told = NAMES[one.name]
-    columns = {}
-    for heading, rule in one.columns.items():
-        rule = dict(rule)
-        score, decimals = rule.pop("score", "miou"), rule.pop("decimals", one.decimals)
-        if any(score in m.scores and fits(m.facts, rule) for m in several):
-            columns[heading] = rule, score, decimals
-    groups = group(several, OF_TEST.union(*(rule for rule, _, _ in columns.values())))
+    name, told = wording.NAMES[one.name], wording.OWN["told"][one.name]
+    columns = {x: rule for x, rule in one.columns.items() if score_text(several, rule) != NOTHING}
+    groups = group(several, OF_TEST.union(*columns.values()))
     differ = [x for x in varying([facts for facts, _ in groups]) if x not in told]
     usual = _usual([facts for facts, _ in groups], differ)
     lines = []
     for facts, ms in groups:
         unlike = [x for x in differ if x in facts and facts[x] != usual.get(x, UNSAID)]
-        cells = [
-            score_text([m for m in ms if fits(m.facts, rule)], score, decimals)
-            for rule, score, decimals in columns.values()
-        ]
+        cells = [score_text(ms, rule, one.decimals) for rule in columns.values()]
         if set(cells) - {NOTHING}:
             lines.append([name(facts), settings_text(facts, unlike), *cells])
     if not lines:
@@ -140,18 +119,15 @@ def _order(name: str) -> int:
 
 def _square(one: Table, several: Sequence[Measurement]) -> Iterator[str]:
     """Give a table of two settings for each set of all others in which both vary."""
-    down, across = one.square
     for _, ms in group(several, one.square):
-        rows, columns = (_values(ms, x) for x in one.square)
+        values = [{m.facts[x] for m in ms if m.facts.get(x) is not None} for x in one.square]
+        rows, columns = (
+            [{x: value} for value in sorted(of)] for x, of in zip(one.square, values, strict=True)
+        )
         if len(rows) > 1 and len(columns) > 1:
-            head = ["", *(settings_text({across: x}, [across]) for x in columns)]
-            lines = [[settings_text({down: row}, [down])] for row in rows]
-            for line, row in zip(lines, rows, strict=True):
-                for x in columns:
-                    cell = [m for m in ms if fits(m.facts, {down: row, across: x})]
-                    line.append(score_text(cell, "miou", one.decimals))
+            head = ["", *(settings_text(x, x) for x in columns)]
+            lines = [
+                [settings_text(row, row), *(score_text(ms, {**row, **x}) for x in columns)]
+                for row in rows
+            ]
             yield f"{one.title}\n\n{table(head, lines)}"
-
-
-def _values(several: Sequence[Measurement], name: str) -> list[Any]:
-    return sorted({m.facts[name] for m in several if m.facts.get(name) is not None})

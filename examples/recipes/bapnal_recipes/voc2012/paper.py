@@ -14,6 +14,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import yaml
 
 from bapnal_recipes.engine.page import table
 from bapnal_recipes.voc2012 import generate_labels, train_classifier, train_segmentation
-from bapnal_recipes.voc2012.measurements import Facts, Measurement, Rule, fits
+from bapnal_recipes.voc2012.measurements import Facts, Measurement, Rule
 from bapnal_recipes.voc2012.results import flat
 from bapnal_recipes.voc2012.wording import NOTHING, score_text
 
@@ -107,18 +108,17 @@ def preset(network: str, name: str = "paper") -> Facts:
 
 
 def faithful(
-    one: PaperTable, several: Sequence[Measurement], rule: Rule, name: str = "paper"
+    one: PaperTable, several: Sequence[Measurement], varied: Rule, name: str = "paper"
 ) -> list[Measurement]:
-    """Return the measurements that come from a preset, apart from what a rule says."""
-    wanted = {x: v for x, v in preset(one.network, name).items() if x not in rule}
+    """Return the measurements that come from a preset, but for the facts that are varied."""
+    wanted = {x: v for x, v in preset(one.network, name).items() if x not in varied}
     return [
         m
         for m in several
         if m.what == one.what
-        and fits(m.facts, rule)
-        and all(m.facts[x] == value for x, value in wanted.items() if x in m.facts)
         and m.facts.get("whole")
         and "searched" not in m.facts.values()
+        and all(m.facts[x] == value for x, value in wanted.items() if x in m.facts)
     ]
 
 
@@ -129,33 +129,30 @@ def paper_table(one: PaperTable, several: Sequence[Measurement], name: str = "pa
     baselines' are.
     """
     theirs = [x for x in numbers() if x.table == one.table]
+    rows = list(dict.fromkeys((x.group, x.row) for x in theirs))
+
+    def ours(name: str) -> list[list[str]]:
+        return [[_cell(one, several, *row, x, name) for x in one.columns] for row in rows]
+
+    cells = ours(name)
+    notes = {x["note"] for x in one.rows.values() if "note" in x}
+    if set(chain(*cells)) <= {NOTHING, *notes} or (name != "paper" and cells == ours("paper")):
+        return None
     columns = list(dict.fromkeys(x.column for x in theirs))
-    head = ["", *(f"paper: {x}" for x in columns), *(f"ours: {x}" for x in one.columns)]
     values = {(x.group, x.row, x.column): f"{x.value:g}" for x in theirs}
-    lines, filled, last = [], 0, ""
-    differs = name == "paper"
-    for group, row in dict.fromkeys((x.group, x.row) for x in theirs):
+    head = ["", *(f"paper: {x}" for x in columns), *(f"ours: {x}" for x in one.columns)]
+    lines, last = [], ""
+    for (group, row), own in zip(rows, cells, strict=True):
         if group != last:
             lines.append([f"**{group}**"] + [""] * (len(head) - 1))
             last = group
-        ours = [_ours(one, several, group, row, column, name) for column in one.columns]
-        if name != "paper":
-            others = [_ours(one, several, group, row, column) for column in one.columns]
-            differs |= ours != others
-        notes = {str(x["note"]) for x in one.rows.values() if "note" in x}
-        filled += sum(x != NOTHING and x not in notes for x in ours)
-        lines.append([row, *(values.get((group, row, x), NOTHING) for x in columns), *ours])
+        lines.append([row, *(values.get((group, row, x), NOTHING) for x in columns), *own])
     title = f"### {one.table}: {one.title}" + (f", preset {name}" if name != "paper" else "")
-    return f"{title}\n\n{table(head, lines)}" if filled and differs else None
+    return f"{title}\n\n{table(head, lines)}"
 
 
-def _ours(
-    one: PaperTable,
-    several: Sequence[Measurement],
-    group: str,
-    row: str,
-    column: str,
-    name: str = "paper",
+def _cell(
+    one: PaperTable, several: Sequence[Measurement], group: str, row: str, column: str, name: str
 ) -> str:
     own = one.rows.get(f"{group} | {row}", one.rows.get(row))
     if own is None and "each class" in one.rows:
@@ -164,19 +161,12 @@ def _ours(
         return NOTHING
     if "note" in own:
         return str(own["note"])
-    rule = {"score": "miou", **one.rule, **one.columns[column], **own}
+    rule = {**one.rule, **one.columns[column], **own}
     rule.pop("column", None)
-    readings = rule.pop("readings", {"": {}})
     texts = []
-    for reading, more in readings.items():
-        text = _reading(one, several, {**rule, **more}, name)
+    for reading, more in rule.pop("readings", {"": {}}).items():
+        of = rule | more
+        text = score_text(faithful(one, several, of, name), of, one.decimals)
         if text != NOTHING:
             texts.append(f"{text} ({reading})" if reading else text)
     return "; ".join(texts) or NOTHING
-
-
-def _reading(
-    one: PaperTable, several: Sequence[Measurement], rule: dict[str, Any], name: str
-) -> str:
-    score = rule.pop("score")
-    return score_text(faithful(one, several, rule, name), score, one.decimals)

@@ -6,6 +6,7 @@ They need the devkit, and the folders that the results name, on this machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bapnal import PseudoLabelGenerator
-from bapnal_recipes.data.label_maps import (
-    IGNORE_INDEX,
-    grey_map,
-    label_map,
-    read_label_map,
-)
+from bapnal_recipes.data.label_maps import IGNORE_INDEX, grey_map, label_map, read_label_map
 from bapnal_recipes.data.labelled import label_folder
 from bapnal_recipes.data.voc import VOC_CLASSES, Annotation, Devkit
-from bapnal_recipes.engine.panels import Panel, grid
+from bapnal_recipes.engine.panels import Panel, grid, spread
 from bapnal_recipes.models.backbones import ALIGNED
 from bapnal_recipes.models.classifier import load_classifier
 from bapnal_recipes.models.segmenter import load_segmenter
-from bapnal_recipes.voc2012.measurements import Facts
 from bapnal_recipes.voc2012.results import Archive, Run
 from bapnal_recipes.voc2012.wording import METHODS, label_name
 
 NO_BOXES = Annotation(torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0).bool())
+
+
+def _runs(archive: Archive, kind: str, *patterns: str) -> list[Run]:
+    """Return the runs of a kind that left a file of any of some patterns."""
+    runs = [run for run in archive.runs if run.kind == kind]
+    return [run for run in runs if any(any(run.folder.glob(x)) for x in patterns)]
 
 
 def _devkit(settings: Mapping[str, Any]) -> Devkit:
@@ -41,14 +42,11 @@ def _devkit(settings: Mapping[str, Any]) -> Devkit:
 
 def _choose(devkit: Devkit, split: str, wanted: int, folders: Sequence[Path] = ()) -> list[str]:
     """Choose images of a split, evenly spread, that all folders have files of."""
-    names = devkit.names(split)
-    for folder in folders:
-        there = {path.stem for path in folder.iterdir()}
-        names = [name for name in names if name in there]
+    there = [{path.stem for path in folder.iterdir()} for folder in folders]
+    names = [name for name in devkit.names(split) if all(name in own for own in there)]
     if not names:
         raise FileNotFoundError(f"no image of {split} has all of these labels")
-    wanted = min(wanted, len(names))
-    return [names[(2 * i + 1) * len(names) // (2 * wanted)] for i in range(wanted)]
+    return spread(names, wanted)
 
 
 def _show(
@@ -87,19 +85,17 @@ def _agreed(image: Tensor, crf: Tensor, ret: Path) -> Panel:
 
 def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
     """Show labels beside the baselines' and the ground truth."""
-    found: dict[tuple[str, str], list[tuple[Run, Path]]] = {}
-    for run in archive.runs:
-        for folder in (run.folder / kind for kind in ("crf", "labels")):
-            if run.kind == "labels" and folder.is_dir():
-                place = (run.settings["root"], run.settings["split"])
-                found.setdefault(place, []).append((run, folder))
-                break
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in _runs(archive, "labels", "crf", "labels"):
+        found.setdefault((run.settings["root"], run.settings["split"]), []).append(run)
     if not found:
         return None
     most = max(map(_one_of_each, found.values()), key=len)
     if len(most) > 1:
         most.pop("Box", None)
-    runs, folders = zip(*most.values(), strict=True)
+    runs = list(most.values())
+    kinds = ["crf" if (run.folder / "crf").is_dir() else "labels" for run in runs]
+    folders = [run.folder / kind for run, kind in zip(runs, kinds, strict=True)]
     devkit, split, last = _devkit(runs[0].settings), runs[0].settings["split"], folders[-1]
 
     def panels(name: str, image: Tensor, _: Annotation) -> list[Panel]:
@@ -112,24 +108,25 @@ def pseudo_labels(archive: Archive, path: Path, examples: int) -> str | None:
     return f"{split}; white: Y_crf and Y_ret differ."
 
 
-def _one_of_each(runs: Sequence[tuple[Run, Path]]) -> dict[str, tuple[Run, Path]]:
+def _one_of_each(runs: Sequence[Run]) -> dict[str, Run]:
     """Labels of each method, BAP's last; of GAP's and BAP's the two that differ in least."""
-    found: dict[str, list[tuple[Facts, tuple[Run, Path]]]] = {}
-    for entry in runs:
-        facts = entry[0].facts
-        method, pool = facts["labels.method"], str(facts.pop("stage1.pool", "network")).upper()
-        found.setdefault(METHODS.get(method, pool), []).append((facts, entry))
-    chosen = {title: entries[0][1] for title, entries in found.items()}
-    pairs = list(product(found.get("GAP", ()), found.get("BAP", ())))
-    if pairs:
-        gap, bap = min(pairs, key=lambda pair: _differing(pair[0][0], pair[1][0]))
-        chosen |= {"GAP": gap[1], "BAP": bap[1]}
+    titles: dict[str, list[Run]] = {}
+    for run in runs:
+        pool = str(run.facts.get("stage1.pool", "network")).upper()
+        titles.setdefault(METHODS.get(run.facts["labels.method"], pool), []).append(run)
+    chosen = {title: own[0] for title, own in titles.items()}
+    pairs = product(titles.get("GAP", []), titles.get("BAP", []))
+    if pair := min(pairs, key=_differing, default=None):
+        chosen |= {"GAP": pair[0], "BAP": pair[1]}
     order = [*METHODS.values(), "NETWORK", "GAP", "BAP"]
     return dict(sorted(chosen.items(), key=lambda item: order.index(item[0])))
 
 
-def _differing(one: Facts, other: Facts) -> int:
-    return sum(one.get(name) != other.get(name) for name in {*one, *other})
+def _differing(pair: Sequence[Run]) -> int:
+    """In how many settings other than the pooling two runs differ."""
+    one, other = ({**run.facts, "seed": run.settings.get("seed")} for run in pair)
+    names = {*one, *other} - {"stage1.pool", "stage1.min_background"}
+    return sum(one.get(name) != other.get(name) for name in names)
 
 
 def _strongest(title: str, u_c: Tensor) -> Panel:
@@ -139,10 +136,10 @@ def _strongest(title: str, u_c: Tensor) -> Panel:
 
 def unaries(archive: Archive, path: Path, examples: int) -> str | None:
     """Show u_c, u_0 and the labels that come of them."""
-    made = [r for r in archive.runs if r.kind == "labels" and (r.folder / "unaries").is_dir()]
-    if not made:
+    made = next(iter(_runs(archive, "labels", "unaries")), None)
+    if made is None:
         return None
-    folder, devkit, split = made[0].folder, _devkit(made[0].settings), made[0].settings["split"]
+    folder, devkit, split = made.folder, _devkit(made.settings), made.settings["split"]
 
     def panels(name: str, image: Tensor, _: Annotation) -> list[Panel]:
         with np.load(folder / "unaries" / f"{name}.npz") as arrays:
@@ -154,24 +151,19 @@ def unaries(archive: Archive, path: Path, examples: int) -> str | None:
 
     folders = [folder / kind for kind in ("crf", "ret", "unaries")]
     _show(path, devkit, _choose(devkit, split, examples, folders), panels)
-    return f"{label_name(made[0].facts)} of {split}. Maps from 0, dark blue, to 1, yellow."
+    return f"{label_name(made.facts)} of {split}. Maps from 0, dark blue, to 1, yellow."
 
 
 @torch.inference_mode()
 def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
     """Show the activation maps of a classifier of each pooling, trained alike otherwise."""
-    alike: dict[str, dict[str, Run]] = {}
-    for run in archive.runs:
-        if run.kind == "classifier" and (run.folder / "classifier.pt").is_file():
-            facts = {**run.facts, "seed": run.settings.get("seed")}
-            facts.pop("stage1.min_background", None)
-            pool = facts.pop("stage1.pool")
-            alike.setdefault(repr(sorted(facts.items())), {})[pool] = run
-    both = next((runs for runs in alike.values() if len(runs) == 2), None)
-    if both is None:
+    runs = _runs(archive, "classifier", "classifier.pt")
+    pools = ([run for run in runs if run.settings["pool"] == pool] for pool in ("gap", "bap"))
+    pair = min(product(*pools), key=_differing, default=None)
+    if pair is None or _differing(pair):
         return None
-    classifiers = {x: load_classifier(both[x].folder / "classifier.pt") for x in ("gap", "bap")}
-    settings = both["bap"].settings
+    classifiers = {x.settings["pool"]: load_classifier(x.folder / "classifier.pt") for x in pair}
+    settings = pair[0].settings
     generate = PseudoLabelGenerator(crf=None, align_corners=settings["backbone"] in ALIGNED)
 
     def panels(_: str, image: Tensor, annotation: Annotation) -> list[Panel]:
@@ -189,34 +181,25 @@ def activation_maps(archive: Archive, path: Path, examples: int) -> str | None:
 
 def confidence(archive: Archive, path: Path, examples: int) -> str | None:
     """Show how the confidence in labels changes during training."""
-    kept = [
-        (run.settings, files)
-        for run in archive.runs
-        if run.kind == "segmentation"
-        and (files := sorted((run.folder / "confidence").glob("*_*.png")))
-    ]
-    if not kept:
+    run = next(iter(_runs(archive, "segmentation", "confidence/*_*.png")), None)
+    if run is None:
         return None
-    settings, files = kept[0]
+    settings = run.settings
     moments: dict[str, dict[int, Path]] = {}
-    for file in files:
+    for file in sorted(run.folder.glob("confidence/*_*.png")):
         name, _, steps = file.stem.rpartition("_")
         if steps.isdigit():
             moments.setdefault(name, {})[int(steps)] = file
-    folder = Path(settings["labels"])
-    for labels in archive.runs:  # which may have been moved
-        if labels.kind == "labels" and labels.settings["out"] == settings["labels"]:
-            folder = labels.folder
+    made = {x.settings["out"]: x.folder for x in archive.runs if x.kind == "labels"}
+    folder = made.get(settings["labels"], Path(settings["labels"]))  # which may have been moved
     first, second = (label_folder(folder, settings[x]) for x in ("first", "second"))
 
     def panels(name: str, image: Tensor, _: Annotation) -> list[Panel]:
         crf = read_label_map(first / f"{name}.png")
-        shown = [
-            Panel("Y_crf", label_map(image, crf)),
-            _agreed(image, crf, second / f"{name}.png"),
-        ]
-        for moment in sorted(moments[name])[:5]:
-            sigma = read_label_map(moments[name][moment]).float() / 255
+        agreed = _agreed(image, crf, second / f"{name}.png")
+        shown = [Panel("Y_crf", label_map(image, crf)), agreed]
+        for moment, file in sorted(moments[name].items())[:5]:
+            sigma = read_label_map(file).float() / 255
             shown.append(Panel(f"σ, step {moment}", grey_map(sigma)))
         return shown
 
@@ -224,35 +207,33 @@ def confidence(archive: Archive, path: Path, examples: int) -> str | None:
     return f"{settings['network']}, gamma {settings['gamma']:g}; σ from 0, dark blue, to 1, yellow."
 
 
-def on_the_test_set(archive: Archive, path: Path, examples: int) -> str | None:
-    """Show what segmentation networks make of the test set, where the devkit has it."""
-    return predictions(archive, path, examples, test=True)
-
-
 @torch.inference_mode()
 def predictions(archive: Archive, path: Path, examples: int, *, test: bool = False) -> str | None:
-    """Show what segmentation networks make of images that they have not seen."""
+    """Show what segmentation networks make of images that they have not seen.
+
+    Args:
+        archive: All results.
+        path: Where to write.
+        examples: How many images.
+        test: Whether of the test set, where the devkit has it.
+    """
     found: dict[tuple[str, str], dict[str, Run]] = {}
     titles = {"boxes": "boxes, NAL", "some ground truth": "some ground truth, NAL"}
-    for run in archive.runs:
-        if run.kind == "segmentation" and (run.folder / "segmenter.pt").is_file():
-            kind = run.facts["stage3.supervision"]
-            if kind == "masks" or run.settings["loss"] == "nal":
-                place = (run.settings["root"], run.settings["network"])
-                title = titles.get(kind, "fully supervised")
-                found.setdefault(place, {}).setdefault(title, run)
+    for run in _runs(archive, "segmentation", "segmenter.pt"):
+        title = titles.get(run.facts["stage3.supervision"], "fully supervised")
+        if title == "fully supervised" or run.settings["loss"] == "nal":
+            place = (run.settings["root"], run.settings["network"])
+            found.setdefault(place, {}).setdefault(title, run)
     if not found:
         return None
     (_, network), runs = max(found.items(), key=lambda item: len(item[1]))
     networks = {x: load_segmenter(runs[x].folder / "segmenter.pt") for x in sorted(runs)}
     settings = next(iter(runs.values())).settings
-    devkit = _devkit(settings)
-    split = "test" if test else "val"
+    devkit, split = _devkit(settings), "test" if test else "val"
     if not (devkit.root / f"ImageSets/Segmentation/{split}.txt").is_file():
         if test:
             return None
         split = settings["split"]
-
     named: set[int] = set()
 
     def panels(_: str, image: Tensor, __: Annotation) -> list[Panel]:
@@ -276,5 +257,5 @@ PHOTOGRAPHS: dict[str, Callable[[Archive, Path, int], str | None]] = {
     "figure_5_confidence": confidence,
     "supplement_2_unaries": unaries,
     "supplement_3_predictions": predictions,
-    "supplement_3_test_set": on_the_test_set,
+    "supplement_3_test_set": partial(predictions, test=True),
 }

@@ -21,10 +21,12 @@ from typing import Any
 import tyro
 
 from bapnal_recipes.engine.commands import at_least, run
-from bapnal_recipes.engine.page import slug, to_html, write_texts
+from bapnal_recipes.engine.page import slug, to_html, write_text
 from bapnal_recipes.voc2012 import figures, paper
+from bapnal_recipes.voc2012.measurements import fits
 from bapnal_recipes.voc2012.own_tables import own_tables
 from bapnal_recipes.voc2012.results import Archive, read_results
+from bapnal_recipes.voc2012.wording import OWN
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,16 @@ def main(settings: Settings) -> dict[str, Any]:
     at_least("examples", settings.examples, 1)
     archive = read_results(settings.results)
     one_file = settings.out.suffix == ".md"
-    folder = settings.out.parent / "images" if one_file else settings.out / "figures"
+    page = settings.out if one_file else settings.out / "tables.md"
+    folder = page.parent / ("images" if one_file else "figures")
     drawn = figures.draw_all(
         archive, folder, photographs=settings.photographs, examples=settings.examples
     )
     text = markdown(archive, drawn, folder.name)
-    if one_file:
-        texts = {"markdown": (settings.out, text)}
-    else:
-        texts = {
-            "markdown": (settings.out / "tables.md", text),
-            "html": (settings.out / "tables.html", to_html(text, settings.out)),
-        }
-    return {**write_texts(texts), "figures": [one.path for one in drawn if one.path]}
+    found: dict[str, Any] = {"markdown": write_text(page, text)}
+    if not one_file:
+        found["html"] = write_text(page.with_suffix(".html"), to_html(text, page.parent))
+    return {**found, "figures": [one.path for one in drawn if one.path]}
 
 
 def markdown(archive: Archive, drawn: Sequence[figures.Drawn], images: str) -> str:
@@ -87,7 +86,12 @@ def markdown(archive: Archive, drawn: Sequence[figures.Drawn], images: str) -> s
         "The paper's tables": [text for _, text in beside if text],
         "The paper's tables, by the settings of the released code": [x for x in released if x],
         "All measurements": own_tables(archive.measurements),
-        "Figures": [_figure(one, images) for one in drawn if one.path],
+        "Figures": [
+            f"### {x.figure.number}: {x.figure.title}\n\n"
+            f"![{x.figure.title}]({images}/{x.path.name})\n\n{x.caption}"
+            for x in drawn
+            if x.path
+        ],
     }
     missing = _missing([one for one, text in beside if text is None], drawn)
     if missing:
@@ -115,33 +119,15 @@ def _missing(tables: Sequence[paper.PaperTable], drawn: Sequence[figures.Drawn])
 def _lead(archive: Archive) -> list[str]:
     """Say what the page is and how to read its numbers."""
     several = archive.measurements
-    data = sorted({str(m.facts.get("data")) for m in several})
-    lines = [
-        f"# Measurements on {' and '.join(data) or 'nothing'}",
-        f"Written by `python -m bapnal_recipes.voc2012.tables` from {len(several)} measurements in "
-        f"{', '.join(archive.folders)}; there each has its settings, seed, commit, machine and "
-        "versions.",
-        "Percent unless a table says otherwise. **a ± b (n)** is the mean over n seeds and half "
-        "their range; what has no n depends on no seed. A row says in which settings it differs "
-        "from most others; the line below the table says what those have.",
-    ]
-    old = [m for m in several if m.facts.get("probabilities") == BY_SUM]
-    if old:
-        names = ", ".join(sorted({f"`{m.what}`" for m in old}))
-        lines.append(
-            f"{len(old)} rows of {names} say *{BY_SUM}*: what the CRF got was normalised in a way "
-            "that no longer exists. They were tried in searches and are in none of these tables."
-        )
+    data = " and ".join(sorted({str(m.facts.get("data")) for m in several})) or "nothing"
+    told = {"data": data, "count": len(several), "folders": ", ".join(archive.folders)}
+    lines = [line.format(**told) for line in OWN["lead"]]
+    for remark in OWN["remarks"]:
+        meant = [m for m in several if fits(m.facts, remark["rule"])]
+        names = ", ".join(sorted({f"`{m.what}`" for m in meant}))
+        if meant:
+            lines.append(remark["text"].format(count=len(meant), series=names))
     return lines
-
-
-BY_SUM = "division by the sum, until 0.1"
-
-
-def _figure(drawn: figures.Drawn, images: str) -> str:
-    assert drawn.path is not None
-    title = f"### {drawn.figure.number}: {drawn.figure.title}"
-    return f"{title}\n\n![{drawn.figure.title}]({images}/{drawn.path.name})\n\n{drawn.caption}"
 
 
 def command() -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bapnal_recipes.voc2012.measurements import Facts, Measurement, group, varying
+from bapnal_recipes.voc2012.measurements import Facts, Measurement, Rule, fits, group, varying
 
 NOTHING = "–"  # where there is nothing to say
-OWN: dict[str, dict[str, Any]] = yaml.safe_load(
+OWN: dict[str, Any] = yaml.safe_load(
     Path(__file__).with_name("own_tables.yaml").read_text(encoding="utf-8")
 )
 METHODS: dict[str, str] = OWN["methods"]
@@ -35,16 +35,6 @@ def pool_name(facts: Facts) -> str:
     return str(facts.get("stage1.pool", facts.get("pool", "unknown classifier"))).upper()
 
 
-def background_name(facts: Facts) -> str:
-    """``u_0 attention``."""
-    return f"u_0 {facts.get('u_0')}"
-
-
-def segmenter_name(facts: Facts) -> str:
-    """``nal_0``."""
-    return str(facts.get("segmenter"))
-
-
 def loss_name(facts: Facts) -> str:
     """Name what a segmentation network was trained on."""
     if facts.get("stage3.supervision") == "masks":
@@ -55,6 +45,16 @@ def loss_name(facts: Facts) -> str:
     return name + (", dot product" if facts.get("stage3.classifier") == "dot" else "")
 
 
+# How a row of a table is named; own_tables.yaml has the facts that its name tells.
+NAMES: dict[str, Callable[[Facts], str]] = {
+    "pool": pool_name,
+    "label": label_name,
+    "loss": loss_name,
+    "background": lambda facts: f"u_0 {facts.get('u_0')}",
+    "segmenter": lambda facts: str(facts.get("segmenter")),
+}
+
+
 def number(values: Sequence[float], seeds: bool, decimals: int = 1) -> str:
     """``84.8 ± 0.7 (3)``: mean, half the range and, if it depends on a seed, how many of them."""
     text = f"{sum(values) / len(values):.{decimals}f}"
@@ -63,9 +63,18 @@ def number(values: Sequence[float], seeds: bool, decimals: int = 1) -> str:
     return text + (f" ({len(values)})" if seeds else "")
 
 
-def score_text(several: Sequence[Measurement], score: str, decimals: int = 1) -> str:
-    """One number of runs that differ in the seed; or each, with what is particular to it."""
-    groups = group(m for m in several if score in m.scores)
+def score_text(several: Iterable[Measurement], rule: Rule, decimals: int = 1) -> str:
+    """One number of runs that differ in the seed; or each, with what is particular to it.
+
+    Args:
+        several: The measurements.
+        rule: Facts of those that count; "score" names the number, "miou" where it is not there, and
+            "decimals" comes before the argument.
+        decimals: How many.
+    """
+    rule = dict(rule)
+    score, decimals = rule.pop("score", "miou"), rule.pop("decimals", decimals)
+    groups = group(m for m in several if score in m.scores and fits(m.facts, rule))
     names = varying([facts for facts, _ in groups])
     texts = []
     for facts, ms in groups:
