@@ -313,7 +313,7 @@ def test_dense_crf(batch):
         valid = torch.ones(batch, *SIZE, dtype=torch.bool, device="cuda")
         every = tuple(product((None, valid), (None, [3] * batch, whole(batch))))
         for crf in crfs():
-            for mask, counts in every if crf.terms is None else every[::5]:
+            for mask, counts in every if crf.terms is None and batch == 1 else every[::5]:
                 x = p if counts is None else p.detach()
                 q = crf(image, x, mask, num_classes=counts)
                 check(reads, q, allowed=ALLOWED["dense_crf"], at_most=2)
