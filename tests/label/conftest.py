@@ -73,7 +73,7 @@ def copy(tmp_path):
 
 @pytest.fixture(scope="session")
 def many(drawn, tmp_path_factory):
-    """The four images six times, in COCO's format and in YOLO's; not to be changed."""
+    """The four images three times, in COCO's format and in YOLO's; not to be changed."""
     root = tmp_path_factory.mktemp("many")
     content = json.loads((drawn / "coco.json").read_text())
     images, boxes = content["images"], content["annotations"]
@@ -81,7 +81,7 @@ def many(drawn, tmp_path_factory):
     (root / "images").mkdir()
     (root / "yolo/labels/train").mkdir(parents=True)
     (root / "yolo/data.yaml").write_bytes((drawn / "yolo/data.yaml").read_bytes())
-    for i in range(24):
+    for i in range(12):
         old, new = images[i % 4]["file_name"], f"image{i}.jpg"
         (root / "images" / new).write_bytes((drawn / "images" / old).read_bytes())
         text = (drawn / "yolo/labels/train" / old).with_suffix(".txt").read_text()

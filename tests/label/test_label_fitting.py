@@ -45,12 +45,12 @@ def test_a_head_is_trained_and_kept(many, quick, tmp_path, monkeypatch):
     out = tmp_path / "coco"
     first = label(many, "coco", out, quick, refine=True)
     assert first["settings"]["head_sha256"]
-    assert first["labelled"] == 24
+    assert first["labelled"] == 12
     written = (out / "head.safetensors").read_bytes()
     head = read_head(out / "head.safetensors")
     assert len(head.networks) == 3
     # Whatever the format and the number of workers; by itself, where there are many boxes.
-    monkeypatch.setattr(dataset, "MANY_BOXES", 48)
+    monkeypatch.setattr(dataset, "MANY_BOXES", 24)
     other = label_dataset(
         **place(many, "yolo"), out=tmp_path / "yolo", workers=2, options=quick, refine=None
     )
@@ -61,7 +61,7 @@ def test_a_head_is_trained_and_kept(many, quick, tmp_path, monkeypatch):
     when = (out / "head.safetensors").stat().st_mtime_ns
     assert label(many, "coco", out, quick, refine=True) == first
     assert (out / "head.safetensors").stat().st_mtime_ns == when
-    monkeypatch.setattr(dataset, "MANY_BOXES", 49)
+    monkeypatch.setattr(dataset, "MANY_BOXES", 25)
     plain = label(many, "coco", tmp_path / "plain", quick, refine=None)
     assert plain["settings"]["head_sha256"] == ""
     assert masks(tmp_path / "plain") != masks(out)
