@@ -71,13 +71,6 @@ def test_formats_give_the_same_labels(drawn, voc, quick, kind, tmp_path):
     assert masks[0] == masks[1]
 
 
-def test_workers_change_nothing(drawn, voc, quick, tmp_path):
-    summary = label_dataset(**place(drawn, "voc"), out=tmp_path, workers=2, options=quick)
-    assert summary == voc[1]
-    for path in voc[0].glob("*/*.png"):
-        assert (tmp_path / path.relative_to(voc[0])).read_bytes() == path.read_bytes()
-
-
 def test_labels_stay_in_the_boxes_of_their_class(drawn, voc):
     out, summary = voc
     unreliable = pixels = boxed = 0
@@ -274,11 +267,13 @@ def test_a_classifier_is_fitted_to_the_boxes(copy, quick, tmp_path, monkeypatch)
     assert label(copy, "voc", out, quick, fit=True) == first
     assert made_again(before, out) == []
     assert (out / "classifier.safetensors").stat().st_mtime_ns == written
-    # Whatever number of processes adds up the sums.
+    # Whatever number of processes adds up the sums, and labels.
     others = label_dataset(
         **place(copy, "voc"), out=tmp_path / "two", workers=2, options=quick, fit=True
     )
     assert others == first
+    for path in out.glob("*/*.png"):
+        assert (tmp_path / "two" / path.relative_to(out)).read_bytes() == path.read_bytes()
     # And given as a file, it labels as it did.
     kept = quick._replace(classifier=out / "classifier.safetensors")
     assert label(copy, "voc", tmp_path / "three", kept) == first
