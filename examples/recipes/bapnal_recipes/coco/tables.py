@@ -85,8 +85,8 @@ def markdown(rows: Sequence[Row], drawn: Sequence[figures.Drawn] = ()) -> str:
     """Return the whole page in Markdown."""
     parts = [
         "# MS-COCO: the paper's tables",
-        "AP in percent by pycocotools, with 95 % bootstrap intervals over images. With one score for "
-        "all masks, AP depends on the order of the images; mean IoU does not.",
+        "AP in percent by pycocotools, with 95 % bootstrap intervals over images. With one score "
+        "for all masks, AP depends on the order of the images; mean IoU does not.",
         f"## Table 2: {TITLES['Table 2']}",
         table_2(rows),
         "### Mean IoU over boxes, by size",
