@@ -7,7 +7,6 @@ and noted with the line of the library that asked. On a GPU the host has to wait
 
 import sys
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -290,13 +289,13 @@ def test_dense_crf(batch):
         image = real(batch, 3, *SIZE, dtype=torch.uint8)
         p = real(batch, 7, *SIZE, requires_grad=True)
         valid = torch.ones(batch, *SIZE, dtype=torch.bool, device="cuda")
-        every = tuple(product((None, valid), (None, [3] * batch, whole(batch))))
         for crf in crfs():
-            for mask, counts in every if crf.terms is None and batch == 1 else every[::5]:
-                x = p if counts is None else p.detach()
-                q = crf(image, x, mask, num_classes=counts)
-                check(reads, q, allowed=ALLOWED["dense_crf"], at_most=2)
-                assert q.shape == p.shape
+            for mask in (None, valid):
+                for counts in (None, [3] * batch, whole(batch)):
+                    x = p if counts is None else p.detach()
+                    q = crf(image, x, mask, num_classes=counts)
+                    check(reads, q, allowed=ALLOWED["dense_crf"], at_most=2)
+                    assert q.shape == p.shape
         depth = real(batch, 2, *SIZE)
         q = dense_crf(depth, p, terms=[PairwiseTerm(1.0, 3.0, 2.0)], iterations=1)
         check(reads, q, allowed=ALLOWED["dense_crf"], at_most=2)
