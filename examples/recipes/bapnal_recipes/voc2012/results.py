@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ Seeds = tuple[tuple[str, Any], ...]
 IMAGES = {"train": 1464, "train_aug": 10582, "val": 1449, "test": 1456}  # of VOC 2012
 STAGES = {"classifier": "stage1", "labels": "labels", "segmentation": "stage3"}
 RULES = yaml.safe_load(Path(__file__).with_name("facts.yaml").read_text(encoding="utf-8"))
-PLACES = frozenset(chain(*RULES["places"]))
+PLACES = frozenset(RULES["places"])
 
 
 class Run(NamedTuple):
@@ -174,7 +173,7 @@ def _evaluated(content: Mapping[str, Any], facts: Facts) -> Facts:
         facts["excluded"] = told["excluded"]
     if not told.get("inputs"):
         facts |= _given(told.get("folder", "?"))
-    settings = {x: told[x] for x in chain(*RULES["evaluation"]) if x in told}
+    settings = {x: told[x] for x in RULES["evaluation"] if x in told}
     return facts | flat("evaluation", settings)
 
 
