@@ -58,7 +58,7 @@ class Options:
             rcnn_crf, rcnn_ret, rcnn_both, rcnn_masks.
         epochs: Of BAP on COCO.
         iterations: Of Mask R-CNN; the learning rate falls after four fifths.
-        seeds: Of Mask R-CNN.
+        seeds: Which seeds of Mask R-CNN.
         work: Where classifiers and labels are kept.
         out: The series of results.
     """
@@ -70,7 +70,7 @@ class Options:
     rows: tuple[str, ...] = ROWS
     epochs: int = 3
     iterations: int = 500
-    seeds: int = 3
+    seeds: tuple[int, ...] = (0, 1, 2)
     work: Path = Path("runs/coco")
     out: Path = Path(__file__).parent / "results" / "coco_mini.jsonl"
 
@@ -129,7 +129,7 @@ def measured(options: Options, row: str) -> Iterator[dict[str, Any]]:
         return
     supervision = row.removeprefix("rcnn_")
     mini = train_detector.PRESETS["mini"][1]
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         folder = options.work / f"{row}_{options.iterations}_{seed}"
         train_detector.main(
             replace(

@@ -42,7 +42,7 @@ def test_a_detector_of_each_seed_is_trained_on_labels_of_the_training_images(opt
     done = []
     for module in (coco_mini.generate_labels, coco_mini.train_detector, coco_mini.evaluate):
         monkeypatch.setattr(module, "main", done.append)
-    options = replace(options, seeds=2, iterations=10)
+    options = replace(options, seeds=(0, 1), iterations=10)
     for row, labels in {"rcnn_both": "train_instances", "rcnn_masks": "train_truth"}.items():
         done.clear()
         list(coco_mini.measured(options, row))
