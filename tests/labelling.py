@@ -29,6 +29,7 @@ options = st.fixed_dictionaries(
         "background_otsu": st.booleans(),
         "foreground": st.sampled_from(["cam", "complement"]),
         "cam_normalization": st.sampled_from(["class", "box"]),
+        "overlaps": st.sampled_from(["smaller", "equal"]),
         "unary_softmax": st.sampled_from([1.0, 3.0, 5]),
         "align_corners": st.booleans(),
     }

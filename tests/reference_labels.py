@@ -31,6 +31,7 @@ DEFAULTS = {
     "background_otsu": True,
     "foreground": "complement",
     "cam_normalization": "class",
+    "overlaps": "smaller",
     "unary_softmax": 3.0,
     "align_corners": False,
 }
@@ -162,16 +163,32 @@ def background_unary(f, weight, boxes, boxed, image_size, o, valid=None):  # u_0
     return plane_of(image_size, lambda i, j: u_0[i][j] if boxed[i][j] else 1.0)
 
 
-def class_shares(cams, unseen, covered, size, least=1e-3):
-    # {class: CAM_c in its boxes [H][W]}, classes without weights -> [H][W] of {class: share}
+def class_shares(cams, unseen, of_class, overlaps, size):
+    # {class: CAM_c in its boxes [H][W]}, classes without weights, {class: masks of its boxes}
+    # -> [H][W] of {class: share}
+    least = {"equal": 1e-3, "smaller": 0.1}[overlaps]
+    covered = {c: union(masks, size) for c, masks in of_class.items()}
     peak = max((largest(cam, covered[c]) for c, cam in cams.items()), default=0.0)
+    pixels = {c: [sum(map(sum, mask)) for mask in masks] for c, masks in of_class.items()}
+
+    def weight(c, i, j):  # of its smallest box here
+        if overlaps == "equal":
+            return 1.0
+        sizes = zip(pixels[c], of_class[c], strict=True)
+        return 1 / min(count for count, mask in sizes if mask[i][j])
 
     def shares(i, j):
-        here = [c for c in covered if covered[c][i][j]]
-        rest = sum(1 / len(here) for c in here if c not in unseen)
-        scores = {c: ratio(cams[c][i][j], peak) + least for c in here if c not in unseen}
+        here = [c for c in of_class if covered[c][i][j]]
+        everything = sum(weight(c, i, j) for c in here)
+        prior = {c: weight(c, i, j) / everything for c in here}
+        rest = sum(prior[c] for c in here if c not in unseen)
+        scores = {
+            c: (ratio(cams[c][i][j], peak) + least) * weight(c, i, j)
+            for c in here
+            if c not in unseen
+        }
         total = sum(scores.values())
-        return {c: 1 / len(here) if c in unseen else rest * scores[c] / total for c in here}
+        return {c: prior[c] if c in unseen else rest * scores[c] / total for c in here}
 
     return plane_of(size, shares)
 
@@ -215,7 +232,7 @@ def unaries(f, weight, boxes, labels, image_size, classes, options, valid=None):
             return softmax({0: scale * u_0[i][j], **{c: scale * u[c][i][j] for c in here}})
 
     else:
-        shares = class_shares(cams, unseen, covered, image_size)
+        shares = class_shares(cams, unseen, of_class, options["overlaps"], image_size)
         for c in of_class:
             u[c] = plane_of(
                 image_size, lambda i, j, c=c: (1 - u_0[i][j]) * shares[i][j].get(c, 0.0)
@@ -225,7 +242,8 @@ def unaries(f, weight, boxes, labels, image_size, classes, options, valid=None):
             if not boxed[i][j]:
                 return {0: 1.0}
             two = softmax({0: scale * u_0[i][j], 1: scale * (1 - u_0[i][j])})
-            return {0: two[0], **{c: two[1] * share for c, share in shares[i][j].items()}}
+            p_0 = two[0] ** (len(shares[i][j]) if options["overlaps"] == "smaller" else 1)
+            return {0: p_0, **{c: (1 - p_0) * share for c, share in shares[i][j].items()}}
 
     return u_0, u, plane_of(image_size, probability)
 

@@ -23,6 +23,7 @@ from labelling import blurring, fixed, images_of, labels_of, weight_of
         {"background_minmax": False},
         {"foreground": "cam"},
         {"foreground": "cam", "cam_normalization": "box"},
+        {"overlaps": "equal"},
         {"unary_softmax": 0.2},
         {"align_corners": True},
         {"ignore_index": 99},
@@ -193,6 +194,11 @@ def test_errors_of_options():
             {"background_threshold": "0.99"},
             TypeError,
             "background_threshold must be a number, got str",
+        ),
+        (
+            {"overlaps": "larger"},
+            ValueError,
+            "overlaps must be one of 'smaller', 'equal', got 'larger'",
         ),
         (
             {"cam_normalization": "image"},

@@ -86,6 +86,7 @@ LAW = {
     "background_otsu": (False, True),
     "foreground": ("cam", "complement"),
     "cam_normalization": ("class", "box"),
+    "overlaps": ("smaller", "equal"),
     "unary_softmax": (1.0, 3.0),
     "align_corners": (False, True),
 }
@@ -168,6 +169,7 @@ def test_presets_are_the_settings_of_the_paper_and_of_the_released_code():
         "background_otsu": False,
         "foreground": "cam",  # Eq. 5-6
         "cam_normalization": "class",  # max over p of CAM_c
+        "overlaps": "equal",  # of no meaning for Eq. 5
         "unary_softmax": 1.0,
         "align_corners": True,
     }

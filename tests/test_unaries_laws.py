@@ -223,7 +223,7 @@ def test_a_map_that_tells_nothing_is_not_shifted():
 
 
 def test_class_agnostic_labels():
-    """One class in a box: 1 - u_0. Two classes on a pixel: half each."""
+    """One class in a box: 1 - u_0. Two classes on a pixel: as one over their smallest boxes."""
     scene = fixed()
     y = labels_of(scene, None)
     inside = ~definite_background([scene.boxes[1]], scene.image_size)[0, 0].bool()
@@ -234,8 +234,19 @@ def test_class_agnostic_labels():
     ]
     both = masks[0] & masks[1]
     assert both.any()
-    close(y.foreground_unary[0, 0][both], (1 - y.background_unary[0][both]) / 2)
-    close(y.foreground_unary[0, 1][both], (1 - y.background_unary[0][both]) / 2)
+    equal = labels_of(scene, None, overlaps="equal")
+    for slot in (0, 1):
+        close(equal.foreground_unary[0, slot][both], (1 - y.background_unary[0][both]) / 2)
+    third, first, last = [12 * 12, 12 * 14, 16 * 12]  # pixels of the boxes of classes 1, 3 and 3
+    of_last = torch.zeros(24, 24, dtype=torch.bool)
+    of_last[11:23, 5:21] = True
+    of_first = torch.zeros(24, 24, dtype=torch.bool)
+    of_first[3:17, 3:15] = True
+    smallest = torch.where(of_first, first, last)[both]
+    share = smallest / (smallest + third)  # of class 1
+    close(y.foreground_unary[0, 0][both], (1 - y.background_unary[0][both]) * share)
+    close(y.foreground_unary[0, 1][both], (1 - y.background_unary[0][both]) * (1 - share))
+    assert (of_last & both & ~of_first).any()
     close(y.foreground_unary.sum(1)[1], (1 - y.background_unary[1]) * inside)
     alone = masks[0] & ~masks[1]
     close(y.foreground_unary[0, 0][alone], 1 - y.background_unary[0][alone])
@@ -244,14 +255,14 @@ def test_class_agnostic_labels():
 
 
 def test_a_class_of_zeros_counts_as_unseen():
-    """Alone in a box it takes all that is not background, beside another class a half of it."""
+    """Alone in a box it takes all that is not background, beside another class its share of it."""
     scene = fixed()
     unseen = weight_of(scene, "unseen")  # class 2, which the second image shows
     y = labels_of(scene, unseen, foreground="cam")
     inside = ~definite_background([scene.boxes[1]], scene.image_size)[0, 0].bool()
     close(y.foreground_unary[1, 0], (1 - y.background_unary[1]) * inside)
     joined = scene.replace(labels=[torch.tensor([3, 2, 3]), torch.tensor([2])])
-    y = labels_of(joined, unseen)
+    y = labels_of(joined, unseen, overlaps="equal")
     masks = [
         ~definite_background([joined.boxes[0][joined.labels[0] == c]], (24, 24))[0, 0].bool()
         for c in (2, 3)
@@ -262,7 +273,11 @@ def test_a_class_of_zeros_counts_as_unseen():
     # A bias alone makes a class seen.
     seen = unseen.clone()
     seen[2, -1] = 1
-    assert not torch.allclose(labels_of(joined, seen).foreground_unary, y.foreground_unary)
+    y_seen = labels_of(joined, seen, overlaps="equal")
+    assert not torch.allclose(y_seen.foreground_unary, y.foreground_unary)
+    y = labels_of(joined, unseen)  # 12 * 12 pixels against 12 * 14 or more
+    share = y.foreground_unary[0, 0][both] / (1 - y.background_unary[0][both])
+    assert share.min() > 0.5
 
 
 def test_a_bias_is_a_channel_of_ones():

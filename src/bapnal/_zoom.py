@@ -24,7 +24,7 @@ NEAREST = 3  # background cells that A is the mean over
 FARTHEST = 6.0  # magnitude of the log-odds of the whole image
 CERTAIN = 1.2  # times a correlation, up to 1: what counts as agreement
 REST = 0.4  # of a box at most is background by the whole image
-ON_IMAGES = UnaryOptions(  # the defaults of pseudo_labels
+ON_IMAGES = UnaryOptions(  # the defaults of pseudo_labels, but that boxes have maps of their own
     grid_size=4,
     attention_reduction="max",
     background="both",
@@ -33,6 +33,7 @@ ON_IMAGES = UnaryOptions(  # the defaults of pseudo_labels
     background_otsu=True,
     foreground="complement",
     cam_normalization="class",
+    overlaps="equal",
     unary_softmax=3.0,
     align_corners=False,
 )
@@ -151,8 +152,8 @@ def image_log_odds(
 
     .. math:: M_c(p) = \log \frac{n(p) \, P_c(p)}{P_0(p)}
 
-    with the probabilities P of background and classes by the defaults of that function, where the
-    boxes of n classes cover p. Without weights that is :math:`3 (1 - 2 u_0)` for all of them.
+    with the probabilities P of background and classes by the defaults of that function, except
+    that sizes do not count (``overlaps="equal"``), where the boxes of n classes cover p. Without weights that is :math:`3 (1 - 2 u_0)` for all of them.
 
     Args:
         images: RGB, uint8; ``(B, 3, H, W)``.

@@ -58,6 +58,7 @@ def pseudo_labels(
     background_otsu: bool = True,
     foreground: str = "complement",
     cam_normalization: str = "class",
+    overlaps: str = "smaller",
     unary_softmax: float = 3.0,
     align_corners: bool = False,
     ignore_index: int = 255,
@@ -78,14 +79,18 @@ def pseudo_labels(
     .. math::
         b = m\big(m(A) + m(f \cdot w_0)\big), \qquad
         u_0 = \mathrm{clip}(b + \tfrac{1}{2} - \theta, 0, 1), \qquad
-        u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c}{\sum_k \mathrm{CAM}_k},
+        u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c / a_c}{\sum_k \mathrm{CAM}_k / a_k},
 
-    the sum being over the classes whose boxes cover the pixel, each activation plus 1e-3 of the
-    largest in the boxes of the image. Without weights :math:`b = m(A)`, and those classes share
-    equally; where the boxes leave no background, A is the likeness to the border of the image.
+    the sum being over the classes whose boxes cover the pixel, each activation plus a tenth of the
+    largest in the boxes of the image, :math:`a_c` the pixels of the smallest box of class c there:
+    of two objects, the smaller one is more often in front. Without weights :math:`b = m(A)`, and
+    the sizes alone share; where the boxes leave no background, A is the likeness to the border of
+    the image.
 
     A softmax over the unaries of the background and these classes gives the probabilities that
-    enter the CRF, whose marginals, kept to the boxes of each class, give Y_crf. The mean feature of
+    enter the CRF; by default over u_0 and 1 - u_0, the background's being that to the power of the
+    number of classes whose boxes cover the pixel, each of which may be there. The marginals, kept
+    to the boxes of each class, give Y_crf. The mean feature of
     each of its classes (Eq. 8) then retrieves similar features (Eq. 9):
 
     .. math::
@@ -100,9 +105,9 @@ def pseudo_labels(
         features: f; ``(B, D, h, w)``.
         weight: Classifier weight w, background first; ``(L + 1, D)``, or ``(L + 1, D + 1)`` with a
             bias in the last column. None is class-agnostic: the foreground is 1 - u_0, shared
-            equally by the classes whose boxes cover a pixel. A class whose weights are all zero
-            counts as unseen in training: it takes that equal share, or all of 1 - u_0 where
-            ``foreground`` is ``"cam"``.
+            by the classes whose boxes cover a pixel. A class whose weights are all zero counts as
+            unseen in training: it takes that share, or all of 1 - u_0 where ``foreground`` is
+            ``"cam"``.
         boxes: A list with one ``(K_i, 4)`` tensor per image, or a ``(K, 5)`` tensor with the batch
             index first; xyxy in pixels of the image, half open.
         labels: A list with one ``(K_i,)`` tensor per image, or one ``(K,)`` tensor; 1..L.
@@ -125,9 +130,13 @@ def pseudo_labels(
         background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to
             lie at 1/2: how much of a box is object differs from box to box.
         foreground: What u_c is with weights: ``"cam"`` (Eq. 5), or ``"complement"``: 1 - u_0,
-            shared by the classes whose boxes cover a pixel in proportion to their activations.
+            shared by the classes whose boxes cover a pixel.
         cam_normalization: Maximum of Eq. 5 over all boxes of the class (``"class"``), or over each
             box alone (``"box"``, as the authors' released code does).
+        overlaps: How the classes whose boxes cover a pixel share 1 - u_0: by their activations over
+            the sizes of their boxes, each adding to the odds against the background
+            (``"smaller"``), or by activations plus 1e-3 of the largest, equally without weights,
+            however many they are (``"equal"``). Of no meaning for ``"cam"`` with weights.
         unary_softmax: Scale of the softmax over the unaries. With ``"complement"`` it is over u_0
             and 1 - u_0, of which the classes share the second.
         align_corners: How maps are upsampled.
@@ -159,6 +168,7 @@ def pseudo_labels(
         background_otsu,
         foreground,
         cam_normalization,
+        overlaps,
         unary_softmax,
         align_corners,
     )
@@ -302,6 +312,7 @@ class PseudoLabelGenerator(nn.Module):
         background_otsu: Shift u_0 so that the threshold of Otsu lies at 1/2.
         foreground: ``"complement"`` or ``"cam"``.
         cam_normalization: ``"class"`` or ``"box"``.
+        overlaps: ``"smaller"`` or ``"equal"``.
         unary_softmax: Scale of the softmax over the unaries.
         align_corners: How maps are upsampled.
         ignore_index: Label of padding.
@@ -334,6 +345,7 @@ class PseudoLabelGenerator(nn.Module):
         background_otsu: bool = True,
         foreground: str = "complement",
         cam_normalization: str = "class",
+        overlaps: str = "smaller",
         unary_softmax: float = 3.0,
         align_corners: bool = False,
         ignore_index: int = 255,
@@ -350,6 +362,7 @@ class PseudoLabelGenerator(nn.Module):
         self.background_otsu = background_otsu
         self.foreground = foreground
         self.cam_normalization = cam_normalization
+        self.overlaps = overlaps
         self.unary_softmax = unary_softmax
         self.align_corners = align_corners
         self.ignore_index = _checks.integer("ignore_index", ignore_index, minimum=-(2**31))

@@ -24,8 +24,11 @@ from bapnal.boxes import PaddedBoxes, box_cells, box_masks, outside_of, valid_ce
 BACKGROUNDS = ("attention", "cam", "both")
 FOREGROUNDS = ("complement", "cam")
 CAM_NORMALIZATIONS = ("class", "box")
+OVERLAPS = ("smaller", "equal")
 OTSU_BINS = 251  # a prime, so that no simple fraction is the border of a bin
-LEAST_SHARE = 1e-3  # of the strongest activation: what a class without any keeps of a pixel
+# Of the strongest activation: what a class without any keeps of a pixel. Where sizes speak, too,
+# activations speak less.
+LEAST_SHARES = {"smaller": 0.1, "equal": 1e-3}
 
 _PAPER: Mapping[str, Any] = {
     "grid_size": 1,
@@ -36,6 +39,7 @@ _PAPER: Mapping[str, Any] = {
     "background_otsu": False,
     "foreground": "cam",
     "cam_normalization": "class",
+    "overlaps": "equal",
     "unary_softmax": 1.0,
     "align_corners": True,
 }
@@ -64,6 +68,7 @@ class UnaryOptions(NamedTuple):
     background_otsu: bool
     foreground: str
     cam_normalization: str
+    overlaps: str
     unary_softmax: float
     align_corners: bool
 
@@ -78,6 +83,7 @@ class UnaryOptions(NamedTuple):
         _checks.flag("background_otsu", self.background_otsu)
         _checks.choice("foreground", self.foreground, FOREGROUNDS)
         _checks.choice("cam_normalization", self.cam_normalization, CAM_NORMALIZATIONS)
+        _checks.choice("overlaps", self.overlaps, OVERLAPS)
         _checks.number("unary_softmax", self.unary_softmax, above=0)
         _checks.flag("align_corners", self.align_corners)
 
@@ -148,8 +154,10 @@ def make_unaries(
         unary = torch.cat([u_0[:, None], u_c], dim=1) * options.unary_softmax
         probabilities = unary.masked_fill(~regions.allowed, -torch.inf).softmax(1)
         return Unaries(u_0, u_c, probabilities)
-    shares = _shares(x, weight, regions, options.align_corners)
+    shares = _shares(x, weight, padded, regions, options)
     p_0 = torch.sigmoid(options.unary_softmax * (2 * u_0 - 1))
+    if options.overlaps == "smaller":
+        p_0 = p_0 ** regions.masks.sum(1)  # each class by itself is likely to be here, or not
     p_0 = torch.where(regions.masks.any(1), p_0, 1.0)
     probabilities = torch.cat([p_0[:, None], (1 - p_0)[:, None] * shares], dim=1)
     return Unaries(u_0, (1 - u_0)[:, None] * shares, probabilities)
@@ -281,24 +289,45 @@ def _divide_per_box(cam: Tensor, padded: PaddedBoxes, regions: Regions) -> Tenso
     return divided
 
 
-def _shares(x: Tensor, weight: Tensor | None, regions: Regions, align_corners: bool) -> Tensor:
+def _shares(
+    x: Tensor,
+    weight: Tensor | None,
+    padded: PaddedBoxes,
+    regions: Regions,
+    options: UnaryOptions,
+) -> Tensor:
     """How the classes whose boxes cover a pixel share its foreground; ``(B, P, H, W)``.
 
-    By their activations, equally without weights. A class without weights takes an equal share,
-    the others divide the rest.
+    By their activations and the sizes of their boxes, without weights by the latter alone. A class
+    without weights takes what it would get then, the others divide the rest.
     """
     masks = regions.masks.to(x.dtype)
-    equal = divide(masks, masks.sum(1, keepdim=True))
+    if options.overlaps == "smaller":
+        masks = _smallness(padded, regions, masks)
+    prior = divide(masks, masks.sum(1, keepdim=True))
     if weight is None or masks.shape[1] == 0:
-        return equal
-    cam = upsample(_scores(x, weight, regions.classes), regions.size, align_corners).relu_() * masks
+        return prior
+    scores = _scores(x, weight, regions.classes)
+    cam = upsample(scores, regions.size, options.align_corners).relu_() * regions.masks
     peak = cam.amax((1, 2, 3), keepdim=True)
     # Divided first, so that the least share cannot underflow.
-    score = (divide(cam, peak) + LEAST_SHARE) * masks
+    score = (divide(cam, peak) + LEAST_SHARES[options.overlaps]) * masks
     unseen = _unseen(weight, regions)
     score = score.masked_fill(unseen, 0)
-    rest = (equal * ~unseen).sum(1, keepdim=True)
-    return torch.where(unseen, equal, divide(score, score.sum(1, keepdim=True)) * rest)
+    rest = (prior * ~unseen).sum(1, keepdim=True)
+    return torch.where(unseen, prior, divide(score, score.sum(1, keepdim=True)) * rest)
+
+
+def _smallness(padded: PaddedBoxes, regions: Regions, like: Tensor) -> Tensor:
+    """One over the pixels of the smallest box of each class that covers a pixel; as ``like``."""
+    row = torch.arange(like.shape[0], device=like.device)
+    found = torch.zeros_like(like)
+    for place in range(padded.present.shape[1]):
+        slot = regions.slots[:, place]
+        own = _box_mask(padded, place, regions.size) & regions.shown
+        own = own / own.sum((1, 2), keepdim=True).clamp(min=1).to(like.dtype)
+        found[row, slot] = torch.maximum(found[row, slot], own)
+    return found
 
 
 def _background_unary(

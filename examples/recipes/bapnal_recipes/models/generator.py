@@ -12,6 +12,7 @@ Background = Literal["attention", "cam", "both"]
 Foreground = Literal["complement", "cam"]
 Reduction = Literal["mean", "max"]
 Normalization = Literal["class", "box"]
+Overlaps = Literal["smaller", "equal"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class GeneratorSettings:
         background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to
             lie at 1/2.
         foreground: What u_c is: "cam" (Eq. 5), or "complement": 1 - u_0, shared by the classes
-            whose boxes cover a pixel in proportion to their activations.
+            whose boxes cover a pixel.
         cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box alone.
+        overlaps: How they share it: by activations over the sizes of their boxes ("smaller"), or by
+            activations, equally without class weights ("equal").
         unary_softmax: Scale of the softmax over the unaries.
         align_corners: How maps are upsampled.
     """
@@ -42,6 +45,7 @@ class GeneratorSettings:
     background_otsu: bool = True
     foreground: Foreground = "complement"
     cam_normalization: Normalization = "class"
+    overlaps: Overlaps = "smaller"
     unary_softmax: float = 3.0
     align_corners: bool = False
 
