@@ -76,6 +76,7 @@ SEARCHED: dict[str, tuple[Any, ...]] = {
     "grid_size": (1, 2, 6),
     "attention_reduction": ("mean",),
     "background_otsu": (False,),
+    "overlaps": ("equal",),
     "background": ("attention", "cam"),
     "foreground": ("cam",),
 }

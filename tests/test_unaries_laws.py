@@ -242,7 +242,7 @@ def test_class_agnostic_labels():
     of_last[11:23, 5:21] = True
     of_first = torch.zeros(24, 24, dtype=torch.bool)
     of_first[3:17, 3:15] = True
-    smallest = torch.where(of_first, first, last)[both]
+    smallest = torch.where(of_first, first, last).double()[both]
     share = smallest / (smallest + third)  # of class 1
     close(y.foreground_unary[0, 0][both], (1 - y.background_unary[0][both]) * share)
     close(y.foreground_unary[0, 1][both], (1 - y.background_unary[0][both]) * (1 - share))

@@ -152,8 +152,9 @@ def image_log_odds(
 
     .. math:: M_c(p) = \log \frac{n(p) \, P_c(p)}{P_0(p)}
 
-    with the probabilities P of background and classes by the defaults of that function, except
-    that sizes do not count (``overlaps="equal"``), where the boxes of n classes cover p. Without weights that is :math:`3 (1 - 2 u_0)` for all of them.
+    with the probabilities P of background and classes by the defaults of that function, but
+    ``overlaps="equal"``, where the boxes of n classes cover p. Without weights that is
+    :math:`3 (1 - 2 u_0)` for all of them.
 
     Args:
         images: RGB, uint8; ``(B, 3, H, W)``.
