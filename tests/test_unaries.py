@@ -134,6 +134,8 @@ def test_the_crf_can_move_a_boxed_pixel_either_way_whatever_the_options(weight):
         kwargs = dict(zip(LAW, values, strict=True))
         if weight is None and kwargs["background"] == "cam":
             continue
+        if weight is not None and kwargs["foreground"] == "cam" and kwargs["overlaps"] == "equal":
+            continue  # of no meaning there
         args = (image, features, weight, boxes, labels)
         after = pseudo_labels(*args, crf=crf, **kwargs)
         if min(moved(before[0], after.crf[0])) < 16:

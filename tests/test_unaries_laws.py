@@ -254,6 +254,34 @@ def test_class_agnostic_labels():
         close(labels_of(scene, None, foreground=name).foreground_unary, y.foreground_unary)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_smaller_of_two_objects_is_in_front(scale):
+    """A box of 4 pixels in one of 8: it gets two thirds, and the background's odds twice."""
+    a, b = 0.3, 0.9  # cosines with the background, which minmax takes to 0 and 1
+    cosines = torch.tensor([1.0, 1, b, a, a, a, a, a, a, b])
+    features = torch.stack([cosines, (1 - cosines.square()).sqrt()]).reshape(1, 2, 1, 10)
+    large, small = [2.0, 0.0, 10.0, 1.0], [3.0, 0.0, 7.0, 1.0]
+    seen = []
+    for boxes, classes in ([large, small], [2, 1]), ([small, large], [1, 2]):
+        y = pseudo_labels(
+            torch.zeros(1, 3, 1, 10, dtype=torch.uint8),
+            features,
+            None,
+            [torch.tensor(boxes)],
+            [torch.tensor(classes)],
+            crf=lambda _, p: seen.append(p) or p,
+            background_otsu=False,
+            unary_softmax=scale,
+        )
+        assert y.crf[0, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 0]
+    assert torch.equal(seen[0], seen[1])
+    odds = torch.tensor(-scale, dtype=torch.float64).exp()  # u_0 = 0 against 1
+    p_0 = float(odds / (1 + odds))
+    inner, outer = seen[0][0, :, 0, 4], seen[0][0, :, 0, 8]
+    close(inner, [p_0**2, (1 - p_0**2) * 2 / 3, (1 - p_0**2) / 3], tolerance=1e-6)
+    close(outer, [p_0, 0.0, 1 - p_0], tolerance=1e-6)
+
+
 def test_a_class_of_zeros_counts_as_unseen():
     """Alone in a box it takes all that is not background, beside another class its share of it."""
     scene = fixed()
