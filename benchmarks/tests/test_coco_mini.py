@@ -7,6 +7,7 @@ from result_rows import labels_result
 
 import coco_mini
 from bapnal_recipes.coco import prepare
+from bapnal_recipes.coco.rows import row_name
 from bapnal_recipes.engine import series
 
 
@@ -31,6 +32,25 @@ def test_a_row_takes_the_place_of_an_earlier_one(options):
         ("filled box", "masks", 20.0),
     ]
     assert options.out.with_suffix(".csv").is_file()
+
+
+def test_rows_say_whether_sizes_of_boxes_counted(options):
+    """Results from before there was a choice do not say so: they did not count."""
+
+    def results(_, row):
+        early, late = labels_result(row, 10.0), labels_result(row, 20.0)
+        late["inputs"]["labels"]["settings"]["generator"] = {"overlaps": "smaller"}
+        return [early, late]
+
+    coco_mini.main(options, results)
+    found = {(row_name(row), row["scores"]["ap"]) for row in series.read(options.out)}
+    assert found == {
+        ("closed form: Y_crf", 20.0),
+        ("closed form: Y_ret", 20.0),
+        ("closed form, sizes not counted: Y_crf", 10.0),
+        ("closed form, sizes not counted: Y_ret", 10.0),
+        ("filled box", 20.0),
+    }
 
 
 def test_rows_that_there_are_not(options):

@@ -33,7 +33,7 @@ SAME = (
         "classes",
         "backbone",
     ),
-    *("iterations", "seed"),
+    *("overlaps", "iterations", "seed"),
 )
 
 
@@ -102,7 +102,15 @@ def rows_of(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for kind in ("crf", "ret", "masks"):
         for classes, scores in content["scores"].get(kind, {}).items():
             named = {"mask": kind, "classes": classes, "backbone": backbone, "seed": 0}
+            named["overlaps"] = _overlaps(settings)
             yield {**head, **named, **parted(scores), **source}
+
+
+def _overlaps(labels: Mapping[str, Any]) -> str | None:
+    """How classes shared pixels in labels of whole images, which early results do not say."""
+    if labels.get("method") in ("box", "grabcut", "truth", "instances"):
+        return None
+    return str(labels.get("generator", {}).get("overlaps", "equal"))
 
 
 def parted(scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,7 +146,8 @@ def row_name(row: Mapping[str, Any]) -> str:
     """``BAP: Y_crf``."""
     kind = KINDS.get(str(row["mask"]))
     known = f", {row['known']} classes known" if row.get("known") else ""
-    return f"{row['labels']}{known}: {kind}" if kind else str(row["labels"])
+    equal = ", sizes not counted" if row.get("overlaps") == "equal" else ""
+    return f"{row['labels']}{known}{equal}: {kind}" if kind else str(row["labels"])
 
 
 def score(row: Mapping[str, Any], name: str, decimals: int = 1, *, bounds: bool = False) -> str:
