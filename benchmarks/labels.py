@@ -76,6 +76,7 @@ SEARCHED: dict[str, tuple[Any, ...]] = {
     "grid_size": (1, 2, 6),
     "attention_reduction": ("mean",),
     "background_otsu": (False,),
+    "background_prior": (0.0, 16.0, 256.0),
     "overlaps": ("equal",),
     "background": ("attention", "cam"),
     "foreground": ("cam",),

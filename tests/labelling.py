@@ -15,6 +15,7 @@ EQUATIONS = {
     "background": "attention",
     "background_minmax": False,
     "background_otsu": False,
+    "background_prior": 0.0,
     "foreground": "cam",
     "unary_softmax": 1.0,
 }
@@ -27,6 +28,7 @@ options = st.fixed_dictionaries(
         "background_threshold": st.sampled_from([None, 0.5, 0.99]),
         "background_minmax": st.booleans(),
         "background_otsu": st.booleans(),
+        "background_prior": st.sampled_from([0, 4.0, 64]),
         "foreground": st.sampled_from(["cam", "complement"]),
         "cam_normalization": st.sampled_from(["class", "box"]),
         "overlaps": st.sampled_from(["smaller", "equal"]),

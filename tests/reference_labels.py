@@ -29,6 +29,7 @@ DEFAULTS = {
     "background_threshold": None,
     "background_minmax": True,
     "background_otsu": True,
+    "background_prior": 64.0,
     "foreground": "complement",
     "cam_normalization": "class",
     "overlaps": "smaller",
@@ -159,8 +160,25 @@ def background_unary(f, weight, boxes, boxed, image_size, o, valid=None):  # u_0
         u_0 = minmax(u_0, boxed)
     if o["background_otsu"]:
         theta = otsu([min(max(u_0[i][j], 0), 1) for i, j in positions(image_size) if boxed[i][j]])
-        u_0 = plane_of(image_size, lambda i, j: min(max(u_0[i][j] + 0.5 - theta, 0.0), 1.0))
-    return plane_of(image_size, lambda i, j: u_0[i][j] if boxed[i][j] else 1.0)
+        shifted = plane_of(image_size, lambda i, j: min(max(u_0[i][j] + 0.5 - theta, 0.0), 1.0))
+        u_0 = shifted
+    if o["background_prior"] == 0:
+        return plane_of(image_size, lambda i, j: u_0[i][j] if boxed[i][j] else 1.0)
+    masks = [box_cells(box, image_size, image_size) for box in boxes]
+    cell = image_size[0] * image_size[1] / (len(f[0]) * len(f[0][0]))
+
+    def mixed(box, i, j):
+        x1, y1, x2, y2 = box
+        wide, high = max(x2 - x1, 1.0), max(y2 - y1, 1.0)
+        w = o["background_prior"] / (o["background_prior"] + wide * high / cell)
+        u, v = (2 * j + 1 - x1 - x2) / wide, (2 * i + 1 - y1 - y2) / high
+        return (1 - w) * u_0[i][j] + w * min((u**2 + v**2) / 2, 1.0)
+
+    def value(i, j):
+        here = [mixed(box, i, j) for box, m in zip(boxes, masks, strict=True) if m[i][j]]
+        return min(here) if here and boxed[i][j] else 1.0
+
+    return plane_of(image_size, value)
 
 
 def class_shares(cams, unseen, of_class, overlaps, size):

@@ -24,6 +24,7 @@ from labelling import blurring, fixed, images_of, labels_of, weight_of
         {"foreground": "cam"},
         {"foreground": "cam", "cam_normalization": "box"},
         {"overlaps": "equal"},
+        {"background_prior": 0.0},
         {"unary_softmax": 0.2},
         {"align_corners": True},
         {"ignore_index": 99},
@@ -194,6 +195,11 @@ def test_errors_of_options():
             {"background_threshold": "0.99"},
             TypeError,
             "background_threshold must be a number, got str",
+        ),
+        (
+            {"background_prior": -1.0},
+            ValueError,
+            "background_prior must be >= 0, got -1.0",
         ),
         (
             {"overlaps": "larger"},

@@ -310,7 +310,7 @@ OPTIONS = [
     {"background": "attention", "background_minmax": False, "background_threshold": 0.5},
     {"background": "cam", "foreground": "cam", "cam_normalization": "box"},
     {"attention_reduction": "mean", "align_corners": True, "ignore_index": 7},
-    {"overlaps": "equal"},
+    {"overlaps": "equal", "background_prior": 0.0},
 ]
 
 

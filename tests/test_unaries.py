@@ -84,6 +84,7 @@ LAW = {
     "background_threshold": (None, 0.99),
     "background_minmax": (False, True),
     "background_otsu": (False, True),
+    "background_prior": (0.0, 4.0),
     "foreground": ("cam", "complement"),
     "cam_normalization": ("class", "box"),
     "overlaps": ("smaller", "equal"),
@@ -169,6 +170,7 @@ def test_presets_are_the_settings_of_the_paper_and_of_the_released_code():
         "background_threshold": 0.99,
         "background_minmax": False,
         "background_otsu": False,
+        "background_prior": 0.0,
         "foreground": "cam",  # Eq. 5-6
         "cam_normalization": "class",  # max over p of CAM_c
         "overlaps": "equal",  # of no meaning for Eq. 5

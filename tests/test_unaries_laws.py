@@ -132,7 +132,7 @@ def test_a_threshold_does_not_see_padding():
 def test_minmax_fills_the_unit_interval_inside_the_boxes():
     scene = fixed()
     for background, kind in [("attention", "plain"), ("both", "plain"), ("both", None)]:
-        scaled = {"background": background, "background_otsu": False}
+        scaled = {"background": background, "background_otsu": False, "background_prior": 0.0}
         full = labels_of(scene, kind, **scaled).background_unary
         outside = definite_background(scene.boxes, scene.image_size)[:, 0].bool()
         for b in range(2):
@@ -140,12 +140,40 @@ def test_minmax_fills_the_unit_interval_inside_the_boxes():
             close(inside.min(), torch.tensor(0.0))
             close(inside.max(), torch.tensor(1.0))
         assert (full[outside] == 1).all()
-    raw = {"background": "attention", "background_otsu": False}
+    raw = {"background": "attention", "background_otsu": False, "background_prior": 0.0}
     plain = labels_of(scene, **raw, background_minmax=False).background_unary
     full = labels_of(scene, **raw).background_unary
     for b in range(2):
         before, after = plain[b][~outside[b]], full[b][~outside[b]]
         close(after, (before - before.min()) / (before.max() - before.min()))
+
+
+def test_the_fewer_cells_a_box_has_the_more_its_ellipse_counts():
+    """Cells of 2 x 2 pixels; boxes of 4 cells and of a quarter, of which the least value counts."""
+    features = torch.ones(1, 2, 4, 8)  # nothing to tell pixels by: u_0 is 0 without a prior
+    large, small = [2.0, 0.0, 6.0, 4.0], [5.0, 1.0, 6.0, 2.0]
+    args = (torch.zeros(1, 3, 8, 16, dtype=torch.uint8), features, None)
+
+    def unary(*boxes, prior):
+        labels = [torch.ones(len(boxes), dtype=torch.long)]
+        y = pseudo_labels(
+            *args,
+            [torch.tensor(boxes)],
+            labels,
+            crf=None,
+            background_prior=prior,
+            background_otsu=False,
+        )
+        return y.background_unary[0]
+
+    assert (unary(large, prior=0.0)[:4, 2:6] == 0).all()
+    share = torch.tensor([9.0, 1.0, 1.0, 9.0]) / 16  # (3 / 4)^2 and (1 / 4)^2
+    ellipse = (share[:, None] + share[None, :]) / 2
+    close(unary(large, prior=12.0)[:4, 2:6], ellipse * 12 / (12 + 4), tolerance=1e-6)
+    both = unary(large, small, prior=12.0)[:4, 2:6]
+    assert both[1, 3] == 0  # the centre of the small one, which is a pixel
+    both[1, 3] = ellipse[1, 3] * 12 / 16
+    close(both, ellipse * 12 / 16, tolerance=1e-6)
 
 
 def test_minmax_sees_the_scores_of_the_background_below_zero():
@@ -159,17 +187,17 @@ def test_minmax_sees_the_scores_of_the_background_below_zero():
         [torch.tensor([1])],
         crf=None,
         background="cam",
+        background_prior=0.0,
     )
     close(y.background_unary[0, 0], [1.0, 0.0, 0.5, 1.0], tolerance=1e-6)
 
 
 def test_backgrounds():
     scene = fixed()
+    raw = {"background_otsu": False, "background_prior": 0.0}
     for minmax in (False, True):
         attention, cam, both = (
-            labels_of(
-                scene, background=name, background_minmax=minmax, background_otsu=False
-            ).background_unary
+            labels_of(scene, background=name, background_minmax=minmax, **raw).background_unary
             for name in ("attention", "cam", "both")
         )
         outside = definite_background(scene.boxes, scene.image_size)[:, 0].bool()
@@ -180,7 +208,7 @@ def test_backgrounds():
             close(both[b][~outside[b]], mean)
         assert not torch.allclose(attention, cam)
         # The background's own map is not thresholded.
-        without = {"background_minmax": minmax, "background_otsu": False}
+        without = {"background_minmax": minmax, **raw}
         cut = {**without, "background_threshold": 0.9}
         close(labels_of(scene, background="cam", **cut).background_unary, cam)
         for u_0 in (attention, cam, both):
@@ -218,6 +246,7 @@ def test_a_map_that_tells_nothing_is_not_shifted():
         [torch.tensor([[2.0, 2.0, 6.0, 6.0]])],
         [torch.tensor([1])],
         crf=None,
+        background_prior=0.0,
     )
     assert (y.background_unary[0, 2:6, 2:6] == 0).all()
 
@@ -271,6 +300,7 @@ def test_the_smaller_of_two_objects_is_in_front(scale):
             [torch.tensor(classes)],
             crf=lambda _, p: seen.append(p) or p,
             background_otsu=False,
+            background_prior=0.0,
             unary_softmax=scale,
         )
         assert y.crf[0, 0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 0]
@@ -328,18 +358,21 @@ def test_boxes_without_background_fall_back_on_the_border():
     features[:, :, 1:3, 1:3] = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1)
     args = (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), features)
     boxes, labels = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])], [torch.tensor([1])]
-    y = pseudo_labels(*args, None, boxes, labels, crf=None)
+    y = pseudo_labels(*args, None, boxes, labels, crf=None, background_prior=0.0)
     expected = torch.zeros(4, 4, dtype=torch.long)
     expected[1:3, 1:3] = 1
     assert torch.equal(y.crf[0], expected)
-    y = pseudo_labels(*args, torch.eye(2), boxes, labels, crf=None, background="attention")
+    options = {"background": "attention", "background_prior": 0.0}
+    y = pseudo_labels(*args, torch.eye(2), boxes, labels, crf=None, **options)
     assert (y.background_unary == 0).all()
 
 
 def test_the_border_is_that_of_the_image_not_of_its_padding():
     scene = fixed(batch=1, map_size=(4, 4), image_size=(16, 16))
     scene = scene.replace(boxes=[torch.tensor([[0.0, 0, 16, 16]])], labels=[torch.tensor([1])])
-    alone = labels_of(scene, None, grid_size=1)  # the grid is laid over padding, too
+    alone = labels_of(
+        scene, None, grid_size=1, background_prior=0.0
+    )  # the grid is laid over padding, too
     # Repeated, as upsampling does beyond the last centres of cells.
     features = torch.nn.functional.pad(scene.features, (0, 3, 0, 2), mode="replicate")
     valid = torch.zeros(1, 24, 28, dtype=torch.bool)
@@ -350,7 +383,7 @@ def test_the_border_is_that_of_the_image_not_of_its_padding():
         valid=valid,
         boxes=[torch.tensor([[0.0, 0, 28, 24]])],
     )
-    found = labels_of(padded, None, grid_size=1)
+    found = labels_of(padded, None, grid_size=1, background_prior=0.0)
     close(found.background_unary[:, :16, :16], alone.background_unary)
     assert alone.background_unary.std() > 0.1
 
@@ -422,6 +455,7 @@ def test_a_padded_pixel_is_not_a_maximum():
         y = pseudo_labels(
             *args,
             crf=None,
+            background_prior=0.0,
             valid=valid,
             background="cam",
             foreground="cam",

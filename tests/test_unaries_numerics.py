@@ -136,7 +136,14 @@ def test_a_constant_attention_scales_to_zero():
     images = torch.zeros(1, 3, 12, 12, dtype=torch.uint8)
     for reduction in ("mean", "max"):
         y = pseudo_labels(
-            images, features, None, boxes, labels, crf=None, attention_reduction=reduction
+            images,
+            features,
+            None,
+            boxes,
+            labels,
+            crf=None,
+            attention_reduction=reduction,
+            background_prior=0.0,
         )
         assert (y.background_unary[0, 3:10, 3:10] == 0).all()
 
@@ -153,6 +160,7 @@ def test_rounding_of_a_constant_is_not_scaled_up(dtype):
             [torch.tensor([[13.0, 13.0, 16.0, 16.0]])] * 20,
             [torch.tensor([1])] * 20,
             crf=None,
+            background_prior=0.0,
         )
         assert (y.background_unary[:, 13:, 13:] == 0).all()
 

@@ -31,6 +31,7 @@ ON_IMAGES = UnaryOptions(  # the defaults of pseudo_labels, but that boxes have 
     background_threshold=None,
     background_minmax=True,
     background_otsu=True,
+    background_prior=0.0,
     foreground="complement",
     cam_normalization="class",
     overlaps="equal",
@@ -153,7 +154,7 @@ def image_log_odds(
     .. math:: M_c(p) = \log \frac{n(p) \, P_c(p)}{P_0(p)}
 
     with the probabilities P of background and classes by the defaults of that function, but
-    ``overlaps="equal"``, where the boxes of n classes cover p. Without weights that is
+    ``overlaps="equal"`` and no prior, where the boxes of n classes cover p. Without weights that is
     :math:`3 (1 - 2 u_0)` for all of them.
 
     Args:

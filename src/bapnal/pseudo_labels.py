@@ -56,6 +56,7 @@ def pseudo_labels(
     background_threshold: float | None = None,
     background_minmax: bool = True,
     background_otsu: bool = True,
+    background_prior: float = 64.0,
     foreground: str = "complement",
     cam_normalization: str = "class",
     overlaps: str = "smaller",
@@ -78,10 +79,14 @@ def pseudo_labels(
 
     .. math::
         b = m\big(m(A) + m(f \cdot w_0)\big), \qquad
-        u_0 = \mathrm{clip}(b + \tfrac{1}{2} - \theta, 0, 1), \qquad
+        u_0 = \min_k \Big(\frac{n_k}{n_0 + n_k} \mathrm{clip}(b + \tfrac{1}{2} - \theta, 0, 1)
+            + \frac{n_0}{n_0 + n_k} \frac{x_k^2 + y_k^2}{2}\Big), \qquad
         u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c / a_c}{\sum_k \mathrm{CAM}_k / a_k},
 
-    the sum being over the classes whose boxes cover the pixel, each activation plus a tenth of the
+    the minimum being over the boxes k that cover the pixel, which lies at :math:`(x_k, y_k)` of
+    them, -1 to 1 from side to side, :math:`n_k` the cells of the features in the box: the fewer
+    they are, the less they tell, and the more an ellipse does. The sum is over the classes whose
+    boxes cover the pixel, each activation plus a tenth of the
     largest in the boxes of the image, :math:`a_c` the pixels of the smallest box of class c there:
     of two objects, the smaller one is more often in front. Without weights :math:`b = m(A)`, and
     the sizes alone share; where the boxes leave no background, A is the likeness to the border of
@@ -129,6 +134,8 @@ def pseudo_labels(
             image, in place of the ReLU and the division by the maximum.
         background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to
             lie at 1/2: how much of a box is object differs from box to box.
+        background_prior: n_0, the size of a box, in cells of the features, in which its ellipse
+            counts as much as u_0; 0 for no prior.
         foreground: What u_c is with weights: ``"cam"`` (Eq. 5), or ``"complement"``: 1 - u_0,
             shared by the classes whose boxes cover a pixel.
         cam_normalization: Maximum of Eq. 5 over all boxes of the class (``"class"``), or over each
@@ -166,6 +173,7 @@ def pseudo_labels(
         background_threshold,
         background_minmax,
         background_otsu,
+        background_prior,
         foreground,
         cam_normalization,
         overlaps,
@@ -310,6 +318,7 @@ class PseudoLabelGenerator(nn.Module):
         background: ``"both"``, ``"attention"`` or ``"cam"``.
         background_minmax: Scale the parts of u_0 to [0, 1] in the boxes of an image.
         background_otsu: Shift u_0 so that the threshold of Otsu lies at 1/2.
+        background_prior: Cells of a box in which its ellipse counts as much as u_0; 0 for none.
         foreground: ``"complement"`` or ``"cam"``.
         cam_normalization: ``"class"`` or ``"box"``.
         overlaps: ``"smaller"`` or ``"equal"``.
@@ -343,6 +352,7 @@ class PseudoLabelGenerator(nn.Module):
         background: str = "both",
         background_minmax: bool = True,
         background_otsu: bool = True,
+        background_prior: float = 64.0,
         foreground: str = "complement",
         cam_normalization: str = "class",
         overlaps: str = "smaller",
@@ -360,6 +370,7 @@ class PseudoLabelGenerator(nn.Module):
         self.background = background
         self.background_minmax = background_minmax
         self.background_otsu = background_otsu
+        self.background_prior = background_prior
         self.foreground = foreground
         self.cam_normalization = cam_normalization
         self.overlaps = overlaps

@@ -37,6 +37,7 @@ _PAPER: Mapping[str, Any] = {
     "background_threshold": 0.99,
     "background_minmax": False,
     "background_otsu": False,
+    "background_prior": 0.0,
     "foreground": "cam",
     "cam_normalization": "class",
     "overlaps": "equal",
@@ -66,6 +67,7 @@ class UnaryOptions(NamedTuple):
     background_threshold: float | None
     background_minmax: bool
     background_otsu: bool
+    background_prior: float
     foreground: str
     cam_normalization: str
     overlaps: str
@@ -81,6 +83,7 @@ class UnaryOptions(NamedTuple):
             _checks.number("background_threshold", self.background_threshold, minimum=0, maximum=1)
         _checks.flag("background_minmax", self.background_minmax)
         _checks.flag("background_otsu", self.background_otsu)
+        _checks.number("background_prior", self.background_prior, minimum=0)
         _checks.choice("foreground", self.foreground, FOREGROUNDS)
         _checks.choice("cam_normalization", self.cam_normalization, CAM_NORMALIZATIONS)
         _checks.choice("overlaps", self.overlaps, OVERLAPS)
@@ -362,7 +365,52 @@ def _background_unary(
             u_0 = minmax(u_0, boxed)
     if options.background_otsu:
         u_0 = (u_0 + 0.5 - otsu_threshold(u_0, boxed)).clamp(0, 1)
+    if options.background_prior:
+        u_0 = _with_prior(u_0, (x.shape[2], x.shape[3]), padded, regions, options.background_prior)
     return torch.where(boxed, u_0, 1.0)
+
+
+def _with_prior(
+    u_0: Tensor, cells: tuple[int, int], padded: PaddedBoxes, regions: Regions, prior: float
+) -> Tensor:
+    """u_0 mixed with the ellipse of each box, the more so the fewer cells of features it covers.
+
+    In a box of n cells the ellipse has the weight prior / (prior + n); 1/2 on it, 0 at the centre
+    and 1 in the corners. Where boxes overlap the least value counts. ``(B, H, W)``.
+    """
+    height, width = regions.size
+    cell = (height / cells[0]) * (width / cells[1])
+    x1, y1, x2, y2 = padded.corners.to(u_0.dtype).unbind(-1)  # (B, S) each
+    # A box covers a pixel at least, and is taken to be as large.
+    area = (x2 - x1).clamp(min=1) * (y2 - y1).clamp(min=1)
+    weight = prior / (prior + area / cell)
+    across = _from_centre(x1, x2, width)
+    down = _from_centre(y1, y2, height)
+    mixed = torch.full_like(u_0, torch.inf)
+    for place in range(padded.present.shape[1]):
+        ellipse = (across[:, place, None, :] + down[:, place, :, None]) / 2
+        w = weight[:, place, None, None]
+        own = (1 - w) * u_0 + w * ellipse.clamp(max=1)
+        inside = _box_mask(padded, place, regions.size)
+        mixed = torch.where(inside, torch.minimum(mixed, own), mixed)
+    return mixed
+
+
+def _from_centre(start: Tensor, end: Tensor, pixels: int) -> Tensor:
+    """Square of the distance of pixels from the centre of boxes, their sides being at 1.
+
+    Args:
+        start: Of the boxes along one axis; ``(B, S)``.
+        end: The same.
+        pixels: Along this axis.
+
+    Returns:
+        ``(B, S, pixels)``, finite.
+    """
+    centres = torch.arange(pixels, dtype=start.dtype, device=start.device) + 0.5
+    half = (end / 2 - start / 2)[..., None].clamp(min=0.5)
+    distance = centres - (start / 2 + end / 2)[..., None]
+    return (distance / half).clamp(-2, 2).square()
 
 
 def _attention(

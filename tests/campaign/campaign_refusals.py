@@ -45,6 +45,7 @@ CRF = {"bilateral_weight": 4.0, "bilateral_xy": 55.0, "bilateral_rgb": 3.0}
 CRF |= {"gaussian_weight": 3.0, "gaussian_xy": 3.0, "iterations": 1, "half_resolution": False}
 GENERATOR = {"grid_size": 2, "attention_reduction": "max", "background": "both"}
 GENERATOR |= {"background_threshold": 0.5, "background_minmax": True, "foreground": "complement"}
+GENERATOR |= {"background_prior": 64.0}
 GENERATOR |= {"cam_normalization": "class", "overlaps": "smaller", "unary_softmax": 3.0}
 GENERATOR |= {"align_corners": False}
 LABELLED = {"images": IMAGES, "features": X, "weight": WEIGHT, "boxes": BOXES, "labels": LABELS}

@@ -28,6 +28,7 @@ class GeneratorSettings:
         background_minmax: Scale the parts of u_0 to [0, 1] in the boxes of an image.
         background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to
             lie at 1/2.
+        background_prior: Cells of a box in which its ellipse counts as much as u_0; 0 for none.
         foreground: What u_c is: "cam" (Eq. 5), or "complement": 1 - u_0, shared by the classes
             whose boxes cover a pixel.
         cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box alone.
@@ -43,6 +44,7 @@ class GeneratorSettings:
     background_threshold: float | None = None
     background_minmax: bool = True
     background_otsu: bool = True
+    background_prior: float = 64.0
     foreground: Foreground = "complement"
     cam_normalization: Normalization = "class"
     overlaps: Overlaps = "smaller"
