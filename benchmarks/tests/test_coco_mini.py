@@ -1,6 +1,6 @@
 """The driver of the experiments on a subset of MS-COCO: its rows, and what it keeps of them."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from result_rows import labels_result
@@ -9,6 +9,7 @@ import coco_mini
 from bapnal_recipes.coco import prepare
 from bapnal_recipes.coco.rows import row_name
 from bapnal_recipes.engine import series
+from bapnal_recipes.models.generator import GeneratorSettings
 
 
 @pytest.fixture
@@ -34,12 +35,12 @@ def test_a_row_takes_the_place_of_an_earlier_one(options):
     assert options.out.with_suffix(".csv").is_file()
 
 
-def test_rows_say_whether_sizes_of_boxes_counted(options):
-    """Results from before there was a choice do not say so: they did not count."""
+def test_rows_name_settings_other_than_the_defaults(options):
+    """Results from before there were these options do not name them."""
 
     def results(_, row):
         early, late = labels_result(row, 10.0), labels_result(row, 20.0)
-        late["inputs"]["labels"]["settings"]["generator"] = {"overlaps": "smaller"}
+        late["inputs"]["labels"]["settings"]["generator"] = asdict(GeneratorSettings())
         return [early, late]
 
     coco_mini.main(options, results)
@@ -47,8 +48,8 @@ def test_rows_say_whether_sizes_of_boxes_counted(options):
     assert found == {
         ("closed form: Y_crf", 20.0),
         ("closed form: Y_ret", 20.0),
-        ("closed form, sizes not counted: Y_crf", 10.0),
-        ("closed form, sizes not counted: Y_ret", 10.0),
+        ("closed form, overlaps=equal, background_prior=0.0: Y_crf", 10.0),
+        ("closed form, overlaps=equal, background_prior=0.0: Y_ret", 10.0),
         ("filled box", 20.0),
     }
 

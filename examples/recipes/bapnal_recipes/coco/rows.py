@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bapnal.label.files import read_json
 from bapnal_recipes.data.average_precision import SCORES
 from bapnal_recipes.engine import series
+from bapnal_recipes.models.generator import GeneratorSettings
 
 LABELS, DETECTOR = "coco labels", "coco detector"  # what evaluate.py measures
 METHODS = {
@@ -19,6 +21,8 @@ METHODS = {
     "agnostic": "without class weights",
     "ridge": "closed form",
 }
+# What results from before these options stood for.
+EARLY = {"overlaps": "equal", "background_prior": 0.0}
 KINDS = {"crf": "Y_crf", "ret": "Y_ret", "both": "Y_crf and Y_ret, loss on S"}
 SAME = (
     *(
@@ -33,7 +37,7 @@ SAME = (
         "classes",
         "backbone",
     ),
-    *("overlaps", "iterations", "seed"),
+    *("options", "iterations", "seed"),
 )
 
 
@@ -102,15 +106,17 @@ def rows_of(content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for kind in ("crf", "ret", "masks"):
         for classes, scores in content["scores"].get(kind, {}).items():
             named = {"mask": kind, "classes": classes, "backbone": backbone, "seed": 0}
-            named["overlaps"] = _overlaps(settings)
+            named["options"] = _options(settings)
             yield {**head, **named, **parted(scores), **source}
 
 
-def _overlaps(labels: Mapping[str, Any]) -> str | None:
-    """How classes shared pixels in labels of whole images, which early results do not say."""
+def _options(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the generator of whole images other than its defaults."""
     if labels.get("method") in ("box", "grabcut", "truth", "instances"):
-        return None
-    return str(labels.get("generator", {}).get("overlaps", "equal"))
+        return {}
+    chosen = {**EARLY, **labels.get("generator", {})}
+    usual = asdict(GeneratorSettings())
+    return {name: value for name, value in chosen.items() if value != usual.get(name)}
 
 
 def parted(scores: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,8 +152,8 @@ def row_name(row: Mapping[str, Any]) -> str:
     """``BAP: Y_crf``."""
     kind = KINDS.get(str(row["mask"]))
     known = f", {row['known']} classes known" if row.get("known") else ""
-    equal = ", sizes not counted" if row.get("overlaps") == "equal" else ""
-    return f"{row['labels']}{known}{equal}: {kind}" if kind else str(row["labels"])
+    options = "".join(f", {name}={value}" for name, value in row.get("options", {}).items())
+    return f"{row['labels']}{known}{options}: {kind}" if kind else str(row["labels"])
 
 
 def score(row: Mapping[str, Any], name: str, decimals: int = 1, *, bounds: bool = False) -> str:
