@@ -282,7 +282,8 @@ def ellipse(zoomed, pixels):
 
 def image_log_odds(f, boxes, labels, image_size, weight=None):  # -> {class: [H][W]}
     classes = max(labels) if weight is None else len(weight) - 1
-    args = (f, weight, boxes, labels, image_size, classes, reference_labels.DEFAULTS)
+    own = {**reference_labels.DEFAULTS, "overlaps": "equal", "background_prior": 0.0}
+    args = (f, weight, boxes, labels, image_size, classes, own)
     found = reference_labels.unaries(*args)[2]
 
     def value(c, i, j):

@@ -213,6 +213,7 @@ def test_maps_are_upsampled_with_corners_not_aligned_unless_asked(align):
         [torch.tensor([[0.0, 0.0, 4.0, 1.0]])],
         [torch.tensor([1])],
         crf=None,
+        background_prior=0.0,
         **({} if align is None else {"align_corners": align}),
     )
     expected = [0.0, 1 / 3, 2 / 3, 1.0] if align else [0.0, 0.25, 0.75, 1.0]
@@ -229,6 +230,7 @@ def test_boxes_of_labels_are_exact_to_the_pixel():
         [torch.tensor([1])],
         crf=None,
         background="cam",
+        background_prior=0.0,
     )
     expected = torch.zeros(8, 8, dtype=torch.long)
     expected[2:7, 1:6] = 1

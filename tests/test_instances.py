@@ -113,7 +113,7 @@ def test_log_odds_of_the_image_are_those_of_the_label_maps():
     (zoomed,) = seen
     close(zoomed.agreement, torch.ones(1), tolerance=0.1)
     u_0 = pseudo_labels(
-        image[None], colours(image[None]), None, [box], [labels], crf=None
+        image[None], colours(image[None]), None, [box], [labels], crf=None, background_prior=0.0
     ).background_unary
     assert u_0.shape == (1, 64, 64)
     own = (0, slice(0, 24), slice(8, 28))  # the box in pixels of the CRF
@@ -162,7 +162,7 @@ def test_a_feature_head_takes_the_place_of_weights():
     )
     activations = head(colours(image[None]))
     u_0 = pseudo_labels(
-        image[None], activations, head.weight, [box], [labels], crf=None
+        image[None], activations, head.weight, [box], [labels], crf=None, background_prior=0.0
     ).background_unary
     own = (0, slice(0, 24), slice(8, 28))  # the box in pixels of the CRF
     raised = seen[0].whole[own] - F.avg_pool2d(3 - 6 * u_0, 2)[own]

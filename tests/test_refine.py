@@ -101,7 +101,8 @@ def test_activations_have_a_tenth_of_the_squared_length(fitted):
 
 def test_head_learns_what_the_closed_form_cannot(fitted):
     weight, head = fitted
-    generate = PseudoLabelGenerator(None, background="cam")  # what the weights know, without a CRF
+    # What the weights know, without a CRF and a prior.
+    generate = PseudoLabelGenerator(None, background="cam", background_prior=0.0)
     wrong = torch.zeros(2)
     for image, features, boxes, labels, truth in samples(10, seed=5):
         one = generate(image[None], features, weight, [boxes], [labels])

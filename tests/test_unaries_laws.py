@@ -228,10 +228,11 @@ def test_the_threshold_of_otsu_parts_objects_from_background_whatever_their_shar
         [torch.tensor([[2.0, 0.0, 12.0, 1.0]])],
         [torch.tensor([1])],
     )
-    y = pseudo_labels(*args, crf=None, background="cam")
+    options = {"background": "cam", "background_prior": 0.0}
+    y = pseudo_labels(*args, crf=None, **options)
     assert y.crf[0, 0].tolist() == [0, 0] + [1] * objects + [0] * (10 - objects)
     u_0 = y.background_unary[0, 0, 2:]
-    unshifted = pseudo_labels(*args, crf=None, background="cam", background_otsu=False)
+    unshifted = pseudo_labels(*args, crf=None, background_otsu=False, **options)
     shift = u_0 - unshifted.background_unary[0, 0, 2:]
     inner = (u_0 > 0) & (u_0 < 1)
     close(shift[inner], shift[inner][:1].expand(int(inner.sum())), tolerance=1e-6)

@@ -31,6 +31,7 @@ PLANTED = GeneratorSettings(
     background_threshold=0.8,
     background_minmax=True,
     background_otsu=False,
+    background_prior=0.0,  # boxes of few cells would be ellipses
     foreground="cam",
     cam_normalization="box",
     unary_softmax=1.0,  # without a CRF the first one serves as well as any
@@ -77,6 +78,7 @@ def settings(root, out, **options):
         "split": "train",
         "classifier": root / "classifier.pt",
         "machines": CPU,
+        "generator": GeneratorSettings(background_prior=0.0),
         **options,
     }
     return search.Settings(root=root, out=out, **few)
