@@ -81,22 +81,21 @@ def pseudo_labels(
         b = m\big(m(A) + m(f \cdot w_0)\big), \qquad
         u_0 = \min_k \Big(\frac{n_k}{n_0 + n_k} \mathrm{clip}(b + \tfrac{1}{2} - \theta, 0, 1)
             + \frac{n_0}{n_0 + n_k} \frac{x_k^2 + y_k^2}{2}\Big), \qquad
-        u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c / a_c}{\sum_k \mathrm{CAM}_k / a_k},
+        u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c / a_c}{\sum_j \mathrm{CAM}_j / a_j},
 
     the minimum being over the boxes k that cover the pixel, which lies at :math:`(x_k, y_k)` of
     them, -1 to 1 from side to side, :math:`n_k` the cells of the features in the box: the fewer
     they are, the less they tell, and the more an ellipse does. The sum is over the classes whose
-    boxes cover the pixel, each activation plus a tenth of the
-    largest in the boxes of the image, :math:`a_c` the pixels of the smallest box of class c there:
-    of two objects, the smaller one is more often in front. Without weights :math:`b = m(A)`, and
-    the sizes alone share; where the boxes leave no background, A is the likeness to the border of
-    the image.
+    boxes cover the pixel, each activation plus a tenth of the largest in the boxes of the image,
+    :math:`a_c` the pixels of the smallest box of class c there: of two objects, the smaller one is
+    more often in front. Without weights :math:`b = m(A)`, and the sizes alone share; where the
+    boxes leave no background, A is the likeness to the border of the image.
 
     A softmax over the unaries of the background and these classes gives the probabilities that
     enter the CRF; by default over u_0 and 1 - u_0, the background's being that to the power of the
     number of classes whose boxes cover the pixel, each of which may be there. The marginals, kept
-    to the boxes of each class, give Y_crf. The mean feature of
-    each of its classes (Eq. 8) then retrieves similar features (Eq. 9):
+    to the boxes of each class, give Y_crf. The mean feature of each of its classes (Eq. 8) then
+    retrieves similar features (Eq. 9):
 
     .. math::
         q_c = \frac{1}{|Q_c|} \sum_{p \in Q_c} f(p), \qquad
