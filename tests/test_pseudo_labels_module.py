@@ -176,58 +176,61 @@ def test_labels_must_fit_the_boxes_image_by_image():
         labels_of(scene.replace(labels=[torch.tensor([1]), torch.tensor([1, 2, 3])]))
 
 
+REFUSED = (
+    ({"grid_size": 0}, ValueError, "grid_size must be >= 1, got 0"),
+    ({"grid_size": None}, TypeError, "grid_size must be an int, got NoneType"),
+    (
+        {"background": "none"},
+        ValueError,
+        "background must be one of 'attention', 'cam', 'both', got 'none'",
+    ),
+    (
+        {"background_threshold": 1.5},
+        ValueError,
+        "background_threshold must be >= 0 and <= 1, got 1.5",
+    ),
+    (
+        {"background_threshold": "0.99"},
+        TypeError,
+        "background_threshold must be a number, got str",
+    ),
+    (
+        {"background_prior": -1.0},
+        ValueError,
+        "background_prior must be >= 0, got -1.0",
+    ),
+    (
+        {"overlaps": "larger"},
+        ValueError,
+        "overlaps must be one of 'smaller', 'equal', got 'larger'",
+    ),
+    (
+        {"cam_normalization": "image"},
+        ValueError,
+        "cam_normalization must be one of 'class', 'box', got 'image'",
+    ),
+    (
+        {"attention_reduction": "sum"},
+        ValueError,
+        "attention_reduction must be one of 'mean', 'max', got 'sum'",
+    ),
+    (
+        {"foreground": "both"},
+        ValueError,
+        "foreground must be one of 'complement', 'cam', got 'both'",
+    ),
+    ({"background_minmax": 1}, TypeError, "background_minmax must be a bool, got int"),
+    ({"align_corners": None}, TypeError, "align_corners must be a bool, got NoneType"),
+    ({"unary_softmax": 0}, ValueError, "unary_softmax must be > 0, got 0"),
+    ({"unary_softmax": None}, TypeError, "unary_softmax must be a number, got NoneType"),
+    ({"unary_softmax": True}, TypeError, "unary_softmax must be a number, got bool"),
+    ({"unary_softmax": "1"}, TypeError, "unary_softmax must be a number, got str"),
+)
+
+
 def test_errors_of_options():
     scene = fixed()
-    for wrong, kind, text in [
-        ({"grid_size": 0}, ValueError, "grid_size must be >= 1, got 0"),
-        ({"grid_size": None}, TypeError, "grid_size must be an int, got NoneType"),
-        (
-            {"background": "none"},
-            ValueError,
-            "background must be one of 'attention', 'cam', 'both', got 'none'",
-        ),
-        (
-            {"background_threshold": 1.5},
-            ValueError,
-            "background_threshold must be >= 0 and <= 1, got 1.5",
-        ),
-        (
-            {"background_threshold": "0.99"},
-            TypeError,
-            "background_threshold must be a number, got str",
-        ),
-        (
-            {"background_prior": -1.0},
-            ValueError,
-            "background_prior must be >= 0, got -1.0",
-        ),
-        (
-            {"overlaps": "larger"},
-            ValueError,
-            "overlaps must be one of 'smaller', 'equal', got 'larger'",
-        ),
-        (
-            {"cam_normalization": "image"},
-            ValueError,
-            "cam_normalization must be one of 'class', 'box', got 'image'",
-        ),
-        (
-            {"attention_reduction": "sum"},
-            ValueError,
-            "attention_reduction must be one of 'mean', 'max', got 'sum'",
-        ),
-        (
-            {"foreground": "both"},
-            ValueError,
-            "foreground must be one of 'complement', 'cam', got 'both'",
-        ),
-        ({"background_minmax": 1}, TypeError, "background_minmax must be a bool, got int"),
-        ({"align_corners": None}, TypeError, "align_corners must be a bool, got NoneType"),
-        ({"unary_softmax": 0}, ValueError, "unary_softmax must be > 0, got 0"),
-        ({"unary_softmax": None}, TypeError, "unary_softmax must be a number, got NoneType"),
-        ({"unary_softmax": True}, TypeError, "unary_softmax must be a number, got bool"),
-        ({"unary_softmax": "1"}, TypeError, "unary_softmax must be a number, got str"),
-    ]:
+    for wrong, kind, text in REFUSED:
         with pytest.raises(kind) as caught:
             labels_of(scene, **wrong)
         assert str(caught.value) == text

@@ -371,9 +371,8 @@ def test_boxes_without_background_fall_back_on_the_border():
 def test_the_border_is_that_of_the_image_not_of_its_padding():
     scene = fixed(batch=1, map_size=(4, 4), image_size=(16, 16))
     scene = scene.replace(boxes=[torch.tensor([[0.0, 0, 16, 16]])], labels=[torch.tensor([1])])
-    alone = labels_of(
-        scene, None, grid_size=1, background_prior=0.0
-    )  # the grid is laid over padding, too
+    options = {"grid_size": 1, "background_prior": 0.0}  # the grid is laid over padding, too
+    alone = labels_of(scene, None, **options)
     # Repeated, as upsampling does beyond the last centres of cells.
     features = torch.nn.functional.pad(scene.features, (0, 3, 0, 2), mode="replicate")
     valid = torch.zeros(1, 24, 28, dtype=torch.bool)
@@ -384,7 +383,7 @@ def test_the_border_is_that_of_the_image_not_of_its_padding():
         valid=valid,
         boxes=[torch.tensor([[0.0, 0, 28, 24]])],
     )
-    found = labels_of(padded, None, grid_size=1, background_prior=0.0)
+    found = labels_of(padded, None, **options)
     close(found.background_unary[:, :16, :16], alone.background_unary)
     assert alone.background_unary.std() > 0.1
 
