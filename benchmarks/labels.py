@@ -73,7 +73,7 @@ TRAINED = ("classifier", "paper", "released")
 RESULTS = Path(__file__).parent / "results" / "labels.jsonl"
 SEARCHED: dict[str, tuple[Any, ...]] = {
     "unary_softmax": (2.0, 4.0, 6.0),
-    "grid_size": (1, 2, 6),
+    "grid_size": (1, 3, 4),
     "attention_reduction": ("mean",),
     "background_otsu": (False,),
     "background_prior": (0.0, 16.0, 256.0),

@@ -282,8 +282,9 @@ def ellipse(zoomed, pixels):
 
 def image_log_odds(f, boxes, labels, image_size, weight=None):  # -> {class: [H][W]}
     classes = max(labels) if weight is None else len(weight) - 1
-    own = {**reference_labels.DEFAULTS, "overlaps": "equal", "background_prior": 0.0}
-    args = (f, weight, boxes, labels, image_size, classes, own)
+    own = {"grid_size": 4, "overlaps": "equal", "background_prior": 0.0}
+    options = {**reference_labels.DEFAULTS, **own}
+    args = (f, weight, boxes, labels, image_size, classes, options)
     found = reference_labels.unaries(*args)[2]
 
     def value(c, i, j):

@@ -23,13 +23,13 @@ from reference import (
 
 # Of the label generator.
 DEFAULTS = {
-    "grid_size": 4,
+    "grid_size": 2,
     "attention_reduction": "max",
     "background": "both",
     "background_threshold": None,
     "background_minmax": True,
     "background_otsu": True,
-    "background_prior": 64.0,
+    "background_prior": 128.0,
     "foreground": "complement",
     "cam_normalization": "class",
     "overlaps": "smaller",
@@ -133,7 +133,8 @@ def attention_part(f, boxes, image_size, n, reduction, threshold, valid, align_c
     return a
 
 
-def background_unary(f, weight, boxes, boxed, image_size, o, valid=None):  # u_0: [H][W]
+def background_unary(f, weight, boxes, boxed, image_size, o, valid=None):
+    # -> u_0: [H][W], and how many times as sharp the softmax is: [H][W]
     parts = []
     if o["background"] != "cam":
         a = attention_part(
@@ -163,7 +164,8 @@ def background_unary(f, weight, boxes, boxed, image_size, o, valid=None):  # u_0
         shifted = plane_of(image_size, lambda i, j: min(max(u_0[i][j] + 0.5 - theta, 0.0), 1.0))
         u_0 = shifted
     if o["background_prior"] == 0:
-        return plane_of(image_size, lambda i, j: u_0[i][j] if boxed[i][j] else 1.0)
+        u_0 = plane_of(image_size, lambda i, j: u_0[i][j] if boxed[i][j] else 1.0)
+        return u_0, plane_of(image_size, lambda i, j: 1.0)
     masks = [box_cells(box, image_size, image_size) for box in boxes]
     cell = image_size[0] * image_size[1] / (len(f[0]) * len(f[0][0]))
 
@@ -172,13 +174,16 @@ def background_unary(f, weight, boxes, boxed, image_size, o, valid=None):  # u_0
         wide, high = max(x2 - x1, 1.0), max(y2 - y1, 1.0)
         w = o["background_prior"] / (o["background_prior"] + wide * high / cell)
         u, v = (2 * j + 1 - x1 - x2) / wide, (2 * i + 1 - y1 - y2) / high
-        return (1 - w) * u_0[i][j] + w * min((u**2 + v**2) / 2, 1.0)
+        return (1 - w) * u_0[i][j] + w * min((u**2 + v**2) / 2, 1.0), w
 
-    def value(i, j):
+    def least(i, j):  # of those the one that counts most
         here = [mixed(box, i, j) for box, m in zip(boxes, masks, strict=True) if m[i][j]]
-        return min(here) if here and boxed[i][j] else 1.0
+        if not here or not boxed[i][j]:
+            return 1.0, 0.0
+        return min(here, key=lambda pair: (pair[0], -pair[1]))
 
-    return plane_of(image_size, value)
+    u_0 = plane_of(image_size, lambda i, j: least(i, j)[0])
+    return u_0, plane_of(image_size, lambda i, j: 1 + least(i, j)[1])
 
 
 def class_shares(cams, unseen, of_class, overlaps, size):
@@ -229,14 +234,14 @@ def unaries(f, weight, boxes, labels, image_size, classes, options, valid=None):
     }
     covered = {c: union(of_class[c], image_size) for c in of_class}
     boxed = union(masks, image_size)
-    u_0 = background_unary(f, weight, boxes, boxed, image_size, options, valid)
+    u_0, sharp = background_unary(f, weight, boxes, boxed, image_size, options, valid)
     unseen = [c for c in of_class if weight is None or not any(weight[c])]
     cams = {
         c: activation(f, weight[c], image_size, options["align_corners"])
         for c in of_class
         if c not in unseen
     }
-    scale = options["unary_softmax"]
+    scale = plane_of(image_size, lambda i, j: options["unary_softmax"] * sharp[i][j])
     u = {}
     if weight is not None and options["foreground"] == "cam":
         for c in of_class:
@@ -247,7 +252,8 @@ def unaries(f, weight, boxes, labels, image_size, classes, options, valid=None):
 
         def probability(i, j):
             here = [c for c in covered if covered[c][i][j]]
-            return softmax({0: scale * u_0[i][j], **{c: scale * u[c][i][j] for c in here}})
+            scores = {0: u_0[i][j], **{c: u[c][i][j] for c in here}}
+            return softmax({c: scale[i][j] * score for c, score in scores.items()})
 
     else:
         shares = class_shares(cams, unseen, of_class, options["overlaps"], image_size)
@@ -259,7 +265,8 @@ def unaries(f, weight, boxes, labels, image_size, classes, options, valid=None):
         def probability(i, j):
             if not boxed[i][j]:
                 return {0: 1.0}
-            two = softmax({0: scale * u_0[i][j], 1: scale * (1 - u_0[i][j])})
+            s = scale[i][j]
+            two = softmax({0: s * u_0[i][j], 1: s * (1 - u_0[i][j])})
             p_0 = two[0] ** (len(shares[i][j]) if options["overlaps"] == "smaller" else 1)
             return {0: p_0, **{c: (1 - p_0) * share for c, share in shares[i][j].items()}}
 

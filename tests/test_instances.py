@@ -112,9 +112,8 @@ def test_log_odds_of_the_image_are_those_of_the_label_maps():
     label(image, box, labels, head=lambda zoomed: seen.append(zoomed) or zoomed.z)
     (zoomed,) = seen
     close(zoomed.agreement, torch.ones(1), tolerance=0.1)
-    u_0 = pseudo_labels(
-        image[None], colours(image[None]), None, [box], [labels], crf=None, background_prior=0.0
-    ).background_unary
+    args = (image[None], colours(image[None]), None, [box], [labels])
+    u_0 = pseudo_labels(*args, crf=None, grid_size=4, background_prior=0.0).background_unary
     assert u_0.shape == (1, 64, 64)
     own = (0, slice(0, 24), slice(8, 28))  # the box in pixels of the CRF
     raised = zoomed.whole[own] - F.avg_pool2d(3 - 6 * u_0, 2)[own]
@@ -161,9 +160,8 @@ def test_a_feature_head_takes_the_place_of_weights():
         *(image, box, labels), classifier=head, head=lambda zoomed: seen.append(zoomed) or zoomed.z
     )
     activations = head(colours(image[None]))
-    u_0 = pseudo_labels(
-        image[None], activations, head.weight, [box], [labels], crf=None, background_prior=0.0
-    ).background_unary
+    args = (image[None], activations, head.weight, [box], [labels])
+    u_0 = pseudo_labels(*args, crf=None, grid_size=4, background_prior=0.0).background_unary
     own = (0, slice(0, 24), slice(8, 28))  # the box in pixels of the CRF
     raised = seen[0].whole[own] - F.avg_pool2d(3 - 6 * u_0, 2)[own]
     close(raised, raised.mean().expand_as(raised), tolerance=1e-4)

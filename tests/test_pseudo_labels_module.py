@@ -15,7 +15,7 @@ from labelling import blurring, fixed, images_of, labels_of, weight_of
     "kwargs",
     [
         {},
-        {"grid_size": 2},
+        {"grid_size": 3},
         {"background_threshold": 0.9},
         {"attention_reduction": "mean"},
         {"background": "cam"},

@@ -176,6 +176,33 @@ def test_the_fewer_cells_a_box_has_the_more_its_ellipse_counts():
     close(both, ellipse * 12 / 16, tolerance=1e-6)
 
 
+@pytest.mark.parametrize("foreground", ["complement", "cam"])
+def test_the_ellipse_of_a_small_box_sharpens_the_softmax(foreground):
+    """By its weight, 12 / (12 + 4) here: log-odds are 1 + 3 / 4 times what they would be."""
+    found = []
+
+    def crf(images, probabilities):
+        found.append(probabilities)
+        return probabilities
+
+    y = pseudo_labels(
+        torch.zeros(1, 3, 8, 16, dtype=torch.uint8),
+        torch.ones(1, 2, 4, 8),
+        torch.ones(2, 2),
+        [torch.tensor([[2.0, 0.0, 6.0, 4.0]])],
+        [torch.tensor([1])],
+        crf=crf,
+        background_prior=12.0,
+        foreground=foreground,
+        unary_softmax=3.0,
+    )
+    inside = (slice(None, 4), slice(2, 6))
+    odds = (found[0][0, 0] / found[0][0, 1]).log()[inside]
+    lead = (y.background_unary[0] - y.foreground_unary[0, 0])[inside]
+    assert lead.abs().max() > 0.3
+    close(odds, 3 * (1 + 12 / 16) * lead, tolerance=1e-5)
+
+
 def test_minmax_sees_the_scores_of_the_background_below_zero():
     """No ReLU and no maximum of the image: scores of -3, -2 and -1 in the box are 0, 1/2 and 1."""
     features = torch.tensor([5.0, -3.0, -2.0, -1.0]).reshape(1, 1, 1, 4)
@@ -393,7 +420,9 @@ def test_the_scale_of_the_softmax():
 
     def seen(**kwargs):
         found = []
-        y = labels_of(fixed(), crf=lambda _, p: found.append(p) or p, **kwargs)
+        y = labels_of(
+            fixed(), crf=lambda _, p: found.append(p) or p, background_prior=0.0, **kwargs
+        )
         return found[0][0], y.background_unary[1], y.foreground_unary[1, 0]
 
     for scale in (0.5, 1, 3.0):

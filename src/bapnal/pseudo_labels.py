@@ -50,13 +50,13 @@ def pseudo_labels(
     *,
     crf: Callable[..., Tensor] | None,
     valid: Tensor | None = None,
-    grid_size: int = 4,
+    grid_size: int = 2,
     attention_reduction: str = "max",
     background: str = "both",
     background_threshold: float | None = None,
     background_minmax: bool = True,
     background_otsu: bool = True,
-    background_prior: float = 64.0,
+    background_prior: float = 128.0,
     foreground: str = "complement",
     cam_normalization: str = "class",
     overlaps: str = "smaller",
@@ -134,7 +134,8 @@ def pseudo_labels(
         background_otsu: Shift u_0 in the boxes of an image so that the threshold of Otsu comes to
             lie at 1/2: how much of a box is object differs from box to box.
         background_prior: n_0, the size of a box, in cells of the features, in which its ellipse
-            counts as much as u_0; 0 for no prior.
+            counts as much as u_0; 0 for no prior. By the weight of the ellipse the softmax is
+            sharper, too, up to twice, or the CRF would take small objects away.
         foreground: What u_c is with weights: ``"cam"`` (Eq. 5), or ``"complement"``: 1 - u_0,
             shared by the classes whose boxes cover a pixel.
         cam_normalization: Maximum of Eq. 5 over all boxes of the class (``"class"``), or over each
@@ -344,14 +345,14 @@ class PseudoLabelGenerator(nn.Module):
     def __init__(
         self,
         crf: Callable[..., Tensor] | None = None,
-        grid_size: int = 4,
+        grid_size: int = 2,
         background_threshold: float | None = None,
         *,
         attention_reduction: str = "max",
         background: str = "both",
         background_minmax: bool = True,
         background_otsu: bool = True,
-        background_prior: float = 64.0,
+        background_prior: float = 128.0,
         foreground: str = "complement",
         cam_normalization: str = "class",
         overlaps: str = "smaller",

@@ -151,14 +151,15 @@ def make_unaries(
         valid: ``(B, H, W)`` bool, which pixels show the image.
         options: How maps become unaries.
     """
-    u_0 = _background_unary(x, weight, padded, regions, valid, options)
+    u_0, sharpness = _background_unary(x, weight, padded, regions, valid, options)
+    scale = options.unary_softmax * sharpness
     if weight is not None and options.foreground == "cam":
         u_c = _cam_unary(x, weight, padded, regions, u_0, options)
-        unary = torch.cat([u_0[:, None], u_c], dim=1) * options.unary_softmax
+        unary = torch.cat([u_0[:, None], u_c], dim=1) * scale[:, None]
         probabilities = unary.masked_fill(~regions.allowed, -torch.inf).softmax(1)
         return Unaries(u_0, u_c, probabilities)
     shares = _shares(x, weight, padded, regions, options)
-    p_0 = torch.sigmoid(options.unary_softmax * (2 * u_0 - 1))
+    p_0 = torch.sigmoid(scale * (2 * u_0 - 1))
     if options.overlaps == "smaller":
         p_0 = p_0 ** regions.masks.sum(1)  # each class by itself is likely to be here, or not
     p_0 = torch.where(regions.masks.any(1), p_0, 1.0)
@@ -340,8 +341,11 @@ def _background_unary(
     regions: Regions,
     valid: Tensor | None,
     options: UnaryOptions,
-) -> Tensor:
-    """Eq. 7 or the background's own map or both, 1 outside all boxes; ``(B, H, W)``."""
+) -> tuple[Tensor, Tensor]:
+    """Eq. 7 or the background's own map or both, 1 outside all boxes; ``(B, H, W)``.
+
+    Beside it, how many times as sharp as elsewhere the softmax over the unaries is.
+    """
     boxed = regions.masks.any(1)
     parts = []
     if options.background != "cam" or weight is None:
@@ -365,35 +369,41 @@ def _background_unary(
             u_0 = minmax(u_0, boxed)
     if options.background_otsu:
         u_0 = (u_0 + 0.5 - otsu_threshold(u_0, boxed)).clamp(0, 1)
+    sharpness = torch.ones_like(u_0)
     if options.background_prior:
-        u_0 = _with_prior(u_0, (x.shape[2], x.shape[3]), padded, regions, options.background_prior)
-    return torch.where(boxed, u_0, 1.0)
+        cells = (x.shape[2], x.shape[3])
+        u_0, weight = _with_prior(u_0, cells, padded, regions, options.background_prior)
+        sharpness = 1 + weight
+    return torch.where(boxed, u_0, 1.0), sharpness
 
 
 def _with_prior(
     u_0: Tensor, cells: tuple[int, int], padded: PaddedBoxes, regions: Regions, prior: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """u_0 mixed with the ellipse of each box, the more so the fewer cells of features it covers.
 
     In a box of n cells the ellipse has the weight prior / (prior + n); 1/2 on it, 0 at the centre
-    and 1 in the corners. Where boxes overlap the least value counts. ``(B, H, W)``.
+    and 1 in the corners. Where boxes overlap the least value counts. ``(B, H, W)``, with the weight
+    of the ellipse that it has.
     """
     height, width = regions.size
     cell = (height / cells[0]) * (width / cells[1])
     x1, y1, x2, y2 = padded.corners.to(u_0.dtype).unbind(-1)  # (B, S) each
     # A box covers a pixel at least, and is taken to be as large.
     area = (x2 - x1).clamp(min=1) * (y2 - y1).clamp(min=1)
-    weight = prior / (prior + area / cell)
+    weights = prior / (prior + area / cell)
     across = _from_centre(x1, x2, width)
     down = _from_centre(y1, y2, height)
-    mixed = torch.full_like(u_0, torch.inf)
+    mixed, weight = torch.full_like(u_0, torch.inf), torch.zeros_like(u_0)
     for place in range(padded.present.shape[1]):
         ellipse = (across[:, place, None, :] + down[:, place, :, None]) / 2
-        w = weight[:, place, None, None]
+        w = weights[:, place, None, None]
         own = (1 - w) * u_0 + w * ellipse.clamp(max=1)
-        inside = _box_mask(padded, place, regions.size)
-        mixed = torch.where(inside, torch.minimum(mixed, own), mixed)
-    return mixed
+        least = (own < mixed) | ((own == mixed) & (w > weight))
+        least &= _box_mask(padded, place, regions.size)
+        mixed = torch.where(least, own, mixed)
+        weight = torch.where(least, w, weight)
+    return mixed, weight
 
 
 def _from_centre(start: Tensor, end: Tensor, pixels: int) -> Tensor:

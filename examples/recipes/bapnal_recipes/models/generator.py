@@ -38,13 +38,13 @@ class GeneratorSettings:
         align_corners: How maps are upsampled.
     """
 
-    grid_size: int = 4
+    grid_size: int = 2
     attention_reduction: Reduction = "max"
     background: Background = "both"
     background_threshold: float | None = None
     background_minmax: bool = True
     background_otsu: bool = True
-    background_prior: float = 64.0
+    background_prior: float = 128.0
     foreground: Foreground = "complement"
     cam_normalization: Normalization = "class"
     overlaps: Overlaps = "smaller"
