@@ -1,6 +1,8 @@
 """Settings of all tests: reproducible draws, no shared random state, CUDA where there is one."""
 
+import multiprocessing
 import os
+import sys
 from pathlib import Path
 
 # Threads that wait for each other soon sleep, or tests take ten times as long on busy cores.
@@ -11,6 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from bapnal.label.workers import IMPORTED_ONCE
+
+if sys.platform == "linux":  # tests of processes share one that has all imported
+    multiprocessing.set_forkserver_preload(list(IMPORTED_ONCE))
 
 MOST_PROCESSES = 8  # a gigabyte each
 

@@ -1,11 +1,10 @@
 """Losses summed over the ranks of torch.distributed: two processes are one with all images."""
 
-import datetime
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from assertions import close
@@ -21,6 +20,7 @@ from bapnal import (
     noise_aware_loss,
 )
 from strategies import seeded
+from two_ranks import run_two
 
 PIXEL_LOSSES = {
     "noise-aware": (noise_aware_loss, {"balance": 1.5, "gamma": 2.0}),
@@ -136,27 +136,19 @@ def outcome(case, share, wrap=lambda network: network, across_ranks=True):
 
 def one_of_two(rank, folder):
     """Do every case with one's share of the images and write down what came out."""
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
     found = {
         (case, across_ranks): outcome(case, SHARES[rank], DistributedDataParallel, across_ranks)
         for case in CASES
         for across_ranks in (True, False)
     }
     torch.save({key: tuple(value) for key, value in found.items()}, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What both processes found, case by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(one_of_two, args=(folder,), nprocs=2)
+    run_two(one_of_two, folder)
     found = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
     return {key: [Outcome(*part[key]) for part in found] for key in found[0]}
 

@@ -1,13 +1,11 @@
 """The classifier in closed form against the oracle, and its laws."""
 
-import datetime
 import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import distributed
 
 import reference
 import reference_labels
@@ -15,6 +13,7 @@ from assertions import Largest, close
 from bapnal import DenseCRF, RidgeBoxClassifier, pseudo_labels, ridge_weights
 from ridge_inputs import CLASSES, HALVES, collected, fixed, oracle_targets, targets_of, update
 from strategies import seeded, seeds
+from two_ranks import run_two
 
 
 def cells_of(scene):  # -> of (x: [D], y: [C]), those that tell something
@@ -130,21 +129,13 @@ def test_collecting_goes_on_after_a_round_trip(move, tmp_path):
 
 
 def one_of_two(rank, folder):
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
     ridge = collected(fixed(), (slice(0, 4), slice(4, 6))[rank])
     ridge.all_reduce()
     torch.save({**ridge.state_dict(), "weight": ridge.solve()}, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
 def test_two_ranks_are_one_with_all_images(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, args=(tmp_path,), nprocs=2)
+    run_two(one_of_two, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     whole = collected(fixed())
     for name, value in {**whole.state_dict(), "weight": whole.solve()}.items():
