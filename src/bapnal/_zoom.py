@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from bapnal import _checks
 from bapnal._crops import Crop, coordinates, corners_in, cover, cut, resize, sample, zoomed_size
 from bapnal._math import full_precision, unit, widen
+from bapnal._regions import class_regions
 from bapnal.boxes import box_cells, pad_boxes
 from bapnal.refine import FeatureHead
-from bapnal.unaries import UnaryOptions, class_regions, make_unaries
+from bapnal.unaries import UnaryOptions, make_unaries
 
 BACKGROUND_SHARE = 0.01  # of a cell that the box may cover
 LEAST_BACKGROUND = 4  # cells

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from bapnal import _checks
 from bapnal._math import SUM_SCALE, divide, full_precision, project, unit, widen
+from bapnal._regions import Regions, class_regions
 from bapnal.boxes import Boxes, PaddedBoxes, check_valid, pad_boxes
 from bapnal.crf import DenseCRF
 from bapnal.pooling import labels_of_boxes
-from bapnal.unaries import Regions, UnaryOptions, class_regions, make_unaries, upsample
+from bapnal.unaries import UnaryOptions, make_unaries, upsample
 
 
 class PseudoLabels(NamedTuple):

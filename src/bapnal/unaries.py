@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from bapnal import _checks
 from bapnal._math import divide
+from bapnal._regions import Regions, box_mask
 from bapnal.attention import REDUCTIONS, background_similarity, grid_prototypes
-from bapnal.boxes import PaddedBoxes, box_cells, box_masks, outside_of, valid_cells
+from bapnal.boxes import PaddedBoxes, box_masks, outside_of, valid_cells
 
 BACKGROUNDS = ("attention", "cam", "both")
 FOREGROUNDS = ("complement", "cam")
@@ -91,34 +92,6 @@ class UnaryOptions(NamedTuple):
         _checks.flag("align_corners", self.align_corners)
 
 
-class Regions(NamedTuple):
-    """Where the boxes of each class lie; P is the largest number of classes in one image.
-
-    On a GPU, where that would need a synchronisation, P is the largest number of boxes.
-
-    Attributes:
-        classes: ``(B, P)`` long, ascending, 0 where an image has fewer classes.
-        slots: ``(B, S)`` long; the channel of each padded box's class.
-        masks: ``(B, P, H, W)`` bool; the union of the boxes of each class.
-        shown: ``(B, H, W)`` bool; which pixels show the image.
-    """
-
-    classes: Tensor
-    slots: Tensor
-    masks: Tensor
-    shown: Tensor
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width."""
-        return self.masks.shape[2], self.masks.shape[3]
-
-    @property
-    def allowed(self) -> Tensor:
-        """Which of background and classes may be where; ``(B, 1 + P, H, W)`` bool."""
-        return F.pad(self.masks, (0, 0, 0, 0, 1, 0), value=True)
-
-
 class Unaries(NamedTuple):
     """Unaries and the probabilities that enter the CRF; see :class:`bapnal.PseudoLabels`.
 
@@ -165,58 +138,6 @@ def make_unaries(
     p_0 = torch.where(regions.masks.any(1), p_0, 1.0)
     probabilities = torch.cat([p_0[:, None], (1 - p_0)[:, None] * shares], dim=1)
     return Unaries(u_0, (1 - u_0)[:, None] * shares, probabilities)
-
-
-def class_regions(
-    padded: PaddedBoxes, labels: Tensor, size: tuple[int, int], valid: Tensor | None = None
-) -> Regions:
-    """Join the boxes of each class of each image; see :class:`Regions`.
-
-    Args:
-        padded: From ``pad_boxes``.
-        labels: Class of each box in ``torch.cat`` order; ``(K,)`` long, from 1.
-        size: (H, W) of the masks.
-        valid: ``(B, H, W)`` bool, which pixels show the image.
-    """
-    device = labels.device
-    classes, slots = _classes_of(padded, labels)
-    batch, places = slots.shape
-    masks = torch.zeros(batch, classes.shape[1], *size, dtype=torch.bool, device=device)
-    row = torch.arange(batch, device=device)
-    for place in range(places):
-        masks[row, slots[:, place]] |= _box_mask(padded, place, size)
-    shown = torch.ones(batch, *size, dtype=torch.bool, device=device) if valid is None else valid
-    return Regions(classes, slots, masks & shown[:, None], shown)
-
-
-def _classes_of(padded: PaddedBoxes, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The classes of each image, ascending, ``(B, P)``, and the rank of each box's, ``(B, S)``.
-
-    By sorting the labels of each image, in memory proportional to the number of boxes. The largest
-    number of classes is read where that is free; elsewhere P is the number of places.
-    """
-    batch, places = padded.present.shape
-    absent = torch.iinfo(torch.long).max
-    label = torch.full((batch, places), absent, device=labels.device)
-    ordered, order = label.index_put((padded.image, padded.place), labels).sort(dim=1)
-    fresh = ordered.diff(dim=1, prepend=torch.full_like(ordered[:, :1], -1)) != 0
-    there = ordered != absent
-    rank = (fresh & there).long().cumsum(1) - 1
-    # One column more, for places without a box.
-    classes = torch.zeros(batch, places + 1, dtype=torch.long, device=labels.device)
-    column = torch.where(there, rank, places)
-    classes = classes.scatter(1, column, ordered.masked_fill(~there, 0))
-    slots = torch.zeros_like(rank).scatter(1, order, rank.masked_fill(~there, 0))
-    count = places
-    if _checks.readable(labels):
-        count = int(rank.max()) + 1 if rank.numel() > 0 else 0
-    return classes[:, :count], slots
-
-
-def _box_mask(padded: PaddedBoxes, place: int, size: tuple[int, int]) -> Tensor:
-    """The pixels of one box of every image; ``(B, H, W)``."""
-    mask = box_cells(padded.corners[:, place], size, size)
-    return mask & padded.present[:, place, None, None]
 
 
 def upsample(maps: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
@@ -287,7 +208,7 @@ def _divide_per_box(cam: Tensor, padded: PaddedBoxes, regions: Regions) -> Tenso
     divided = torch.zeros_like(cam)
     for place in range(padded.present.shape[1]):
         slot = regions.slots[:, place]
-        own = cam[row, slot] * _box_mask(padded, place, regions.size)
+        own = cam[row, slot] * box_mask(padded, place, regions.size)
         own = divide(own, own.amax((1, 2), keepdim=True))
         divided[row, slot] = torch.maximum(divided[row, slot], own)
     return divided
@@ -328,7 +249,7 @@ def _smallness(padded: PaddedBoxes, regions: Regions, like: Tensor) -> Tensor:
     found = torch.zeros_like(like)
     for place in range(padded.present.shape[1]):
         slot = regions.slots[:, place]
-        own = _box_mask(padded, place, regions.size) & regions.shown
+        own = box_mask(padded, place, regions.size) & regions.shown
         own = own / own.sum((1, 2), keepdim=True).clamp(min=1).to(like.dtype)
         found[row, slot] = torch.maximum(found[row, slot], own)
     return found
@@ -400,7 +321,7 @@ def _with_prior(
         w = weights[:, place, None, None]
         own = (1 - w) * u_0 + w * ellipse.clamp(max=1)
         least = (own < mixed) | ((own == mixed) & (w > weight))
-        least &= _box_mask(padded, place, regions.size)
+        least &= box_mask(padded, place, regions.size)
         mixed = torch.where(least, own, mixed)
         weight = torch.where(least, w, weight)
     return mixed, weight
