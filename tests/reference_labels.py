@@ -186,19 +186,26 @@ def background_unary(f, weight, boxes, boxed, image_size, o, valid=None):
     return u_0, plane_of(image_size, lambda i, j: 1 + least(i, j)[1])
 
 
-def class_shares(cams, unseen, of_class, overlaps, size):
-    # {class: CAM_c in its boxes [H][W]}, classes without weights, {class: masks of its boxes}
+def class_shares(cams, unseen, of_class, corners, overlaps, size):
+    # {class: CAM_c in its boxes [H][W]}, classes without weights, {class: masks of its boxes},
+    # {class: its boxes}
     # -> [H][W] of {class: share}
     least = {"equal": 1e-3, "smaller": 0.1}[overlaps]
     covered = {c: union(masks, size) for c, masks in of_class.items()}
     peak = max((largest(cam, covered[c]) for c, cam in cams.items()), default=0.0)
     pixels = {c: [sum(map(sum, mask)) for mask in masks] for c, masks in of_class.items()}
 
-    def weight(c, i, j):  # of its smallest box here
+    def weight(c, i, j):  # of its likeliest box here
         if overlaps == "equal":
             return 1.0
-        sizes = zip(pixels[c], of_class[c], strict=True)
-        return 1 / min(count for count, mask in sizes if mask[i][j])
+        likely = []
+        for count, mask, (x1, y1, x2, y2) in zip(pixels[c], of_class[c], corners[c], strict=True):
+            if mask[i][j]:
+                u = (2 * j + 1 - x1 - x2) / max(x2 - x1, 1.0)
+                v = (2 * i + 1 - y1 - y2) / max(y2 - y1, 1.0)
+                radius = min(abs(u), 2.0) ** 2 + min(abs(v), 2.0) ** 2  # may lie outside
+                likely.append(1 / (1 + math.exp(-3 * (1 - radius))) / count)
+        return max(likely)
 
     def shares(i, j):
         here = [c for c in of_class if covered[c][i][j]]
@@ -256,7 +263,11 @@ def unaries(f, weight, boxes, labels, image_size, classes, options, valid=None):
             return softmax({c: scale[i][j] * score for c, score in scores.items()})
 
     else:
-        shares = class_shares(cams, unseen, of_class, options["overlaps"], image_size)
+        corners = {
+            c: [box for box, label in zip(boxes, labels, strict=True) if label == c]
+            for c in of_class
+        }
+        shares = class_shares(cams, unseen, of_class, corners, options["overlaps"], image_size)
         for c in of_class:
             u[c] = plane_of(
                 image_size, lambda i, j, c=c: (1 - u_0[i][j]) * shares[i][j].get(c, 0.0)

@@ -8,7 +8,7 @@ are applied pixel by pixel at the resolution of the image.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ FOREGROUNDS = ("complement", "cam")
 CAM_NORMALIZATIONS = ("class", "box")
 OVERLAPS = ("smaller", "equal")
 OTSU_BINS = 251  # a prime, so that no simple fraction is the border of a bin
+CENTRE_LOG_ODDS = 3.0  # of the object at the centre of its box; 0 on the ellipse
 # Of the strongest activation: what a class without any keeps of a pixel. Where sizes speak, too,
 # activations speak less.
 LEAST_SHARES = {"smaller": 0.1, "equal": 1e-3}
@@ -244,15 +245,32 @@ def _shares(
 
 
 def _smallness(padded: PaddedBoxes, regions: Regions, like: Tensor) -> Tensor:
-    """One over the pixels of the smallest box of each class that covers a pixel; as ``like``."""
+    """How likely each class is to be the one in front, up to a factor; as ``like``.
+
+    The largest of its boxes that cover the pixel: sigmoid(3 (1 - r^2)) over the pixels of the box,
+    r being 1 on its ellipse: in its corners, an object leaves room for what is behind it.
+    """
     row = torch.arange(like.shape[0], device=like.device)
     found = torch.zeros_like(like)
+    radius = _ellipses(padded, regions.size, like)
     for place in range(padded.present.shape[1]):
         slot = regions.slots[:, place]
         own = box_mask(padded, place, regions.size) & regions.shown
-        own = own / own.sum((1, 2), keepdim=True).clamp(min=1).to(like.dtype)
-        found[row, slot] = torch.maximum(found[row, slot], own)
+        pixels = own.sum((1, 2), keepdim=True).clamp(min=1).to(like.dtype)
+        likely = own * torch.sigmoid(CENTRE_LOG_ODDS * (1 - radius(place))) / pixels
+        found[row, slot] = torch.maximum(found[row, slot], likely)
     return found
+
+
+def _ellipses(padded: PaddedBoxes, size: tuple[int, int], like: Tensor) -> Callable[[int], Tensor]:
+    """Square of the distance from the centre of the box of a place; 1 on its ellipse; as ``like``.
+
+    ``(B, H, W)``, made when it is asked for: there may be many boxes.
+    """
+    x1, y1, x2, y2 = padded.corners.to(like.dtype).unbind(-1)  # (B, S) each
+    across = _from_centre(x1, x2, size[1])
+    down = _from_centre(y1, y2, size[0])
+    return lambda place: across[:, place, None, :] + down[:, place, :, None]
 
 
 def _background_unary(
@@ -313,13 +331,11 @@ def _with_prior(
     # A box covers a pixel at least, and is taken to be as large.
     area = (x2 - x1).clamp(min=1) * (y2 - y1).clamp(min=1)
     weights = prior / (prior + area / cell)
-    across = _from_centre(x1, x2, width)
-    down = _from_centre(y1, y2, height)
+    radius = _ellipses(padded, regions.size, u_0)
     mixed, weight = torch.full_like(u_0, torch.inf), torch.zeros_like(u_0)
     for place in range(padded.present.shape[1]):
-        ellipse = (across[:, place, None, :] + down[:, place, :, None]) / 2
         w = weights[:, place, None, None]
-        own = (1 - w) * u_0 + w * ellipse.clamp(max=1)
+        own = (1 - w) * u_0 + w * (radius(place) / 2).clamp(max=1)
         least = (own < mixed) | ((own == mixed) & (w > weight))
         least &= box_mask(padded, place, regions.size)
         mixed = torch.where(least, own, mixed)
