@@ -74,8 +74,17 @@ def test_scaling_features_or_weights_changes_nothing(scale, preset):
         close(other.foreground_unary, plain.foreground_unary)
 
 
+def in_front(x1, y1, x2, y2, size=24):
+    """By size and ellipse; ``(size, size)``, 0 outside the box, which is of whole pixels."""
+    centres = torch.arange(size, dtype=torch.float64) + 0.5
+    u = (2 * centres - x1 - x2) / (x2 - x1)
+    v = (2 * centres - y1 - y2) / (y2 - y1)
+    inside = (u.abs() < 1) & (v.abs() < 1)[:, None]
+    return inside * torch.sigmoid(3 * (1 - u**2 - v[:, None] ** 2)) / inside.sum()
+
+
 def test_class_agnostic_labels():
-    """One class in a box: 1 - u_0. Two classes on a pixel: as one over their smallest boxes."""
+    """One class in a box: 1 - u_0. Two classes on a pixel: by the sizes and ellipses of boxes."""
     scene = fixed()
     y = labels_of(scene, None)
     inside = ~definite_background([scene.boxes[1]], scene.image_size)[0, 0].bool()
@@ -89,16 +98,13 @@ def test_class_agnostic_labels():
     equal = labels_of(scene, None, overlaps="equal")
     for slot in (0, 1):
         close(equal.foreground_unary[0, slot][both], (1 - y.background_unary[0][both]) / 2)
-    third, first, last = [12 * 12, 12 * 14, 16 * 12]  # pixels of the boxes of classes 1, 3 and 3
-    of_last = torch.zeros(24, 24, dtype=torch.bool)
-    of_last[11:23, 5:21] = True
-    of_first = torch.zeros(24, 24, dtype=torch.bool)
-    of_first[3:17, 3:15] = True
-    smallest = torch.where(of_first, first, last).double()[both]
-    share = smallest / (smallest + third)  # of class 1
+    front = torch.stack([in_front(*box) for box in scene.boxes[0].tolist()])
+    first, second = front[1][both], torch.maximum(front[0], front[2])[both]
+    share = first / (first + second)  # of class 1
     close(y.foreground_unary[0, 0][both], (1 - y.background_unary[0][both]) * share)
     close(y.foreground_unary[0, 1][both], (1 - y.background_unary[0][both]) * (1 - share))
-    assert (of_last & both & ~of_first).any()
+    assert ((front[2] > front[0]) & both).any()
+    assert ((front[2] < front[0]) & both).any()
     close(y.foreground_unary.sum(1)[1], (1 - y.background_unary[1]) * inside)
     alone = masks[0] & ~masks[1]
     close(y.foreground_unary[0, 0][alone], 1 - y.background_unary[0][alone])
@@ -108,7 +114,7 @@ def test_class_agnostic_labels():
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_smaller_of_two_objects_is_in_front(scale):
-    """A box of 4 pixels in one of 8: it gets two thirds, and the background's odds twice."""
+    """A box of 4 pixels in one of 8: it gets some two thirds, and the odds count twice."""
     a, b = 0.3, 0.9  # cosines with the background, which minmax takes to 0 and 1
     cosines = torch.tensor([1.0, 1, b, a, a, a, a, a, a, b])
     features = torch.stack([cosines, (1 - cosines.square()).sqrt()]).reshape(1, 2, 1, 10)
@@ -131,7 +137,12 @@ def test_the_smaller_of_two_objects_is_in_front(scale):
     odds = torch.tensor(-scale, dtype=torch.float64).exp()  # u_0 = 0 against 1
     p_0 = float(odds / (1 + odds))
     inner, outer = seen[0][0, :, 0, 4], seen[0][0, :, 0, 8]
-    close(inner, [p_0**2, (1 - p_0**2) * 2 / 3, (1 - p_0**2) / 3], tolerance=1e-6)
+    # A quarter of the way from its centre to its side, and three eighths of the large one's.
+    of_small, of_large = (
+        torch.sigmoid(torch.tensor(3 * (1 - u**2))) / n for u, n in ((2 / 8, 4), (3 / 8, 8))
+    )
+    share = float(of_small / (of_small + of_large))
+    close(inner, [p_0**2, (1 - p_0**2) * share, (1 - p_0**2) * (1 - share)], tolerance=1e-6)
     close(outer, [p_0, 0.0, 1 - p_0], tolerance=1e-6)
 
 
@@ -156,9 +167,13 @@ def test_a_class_of_zeros_counts_as_unseen():
     seen[2, -1] = 1
     y_seen = labels_of(joined, seen, overlaps="equal")
     assert not torch.allclose(y_seen.foreground_unary, y.foreground_unary)
-    y = labels_of(joined, unseen)  # 12 * 12 pixels against 12 * 14 or more
-    share = y.foreground_unary[0, 0][both] / (1 - y.background_unary[0][both])
-    assert share.min() > 0.5
+    share, without = (
+        (y.foreground_unary[0, 0] / (1 - y.background_unary[0]))[both]
+        for y in (labels_of(joined, unseen), labels_of(joined, None))
+    )
+    close(share, without)
+    assert share.max() > 0.8  # where its own box is the smaller one
+    assert share.min() < 0.2
 
 
 def test_a_bias_is_a_channel_of_ones():

@@ -82,15 +82,17 @@ def pseudo_labels(
         b = m\big(m(A) + m(f \cdot w_0)\big), \qquad
         u_0 = \min_k \Big(\frac{n_k}{n_0 + n_k} \mathrm{clip}(b + \tfrac{1}{2} - \theta, 0, 1)
             + \frac{n_0}{n_0 + n_k} \frac{x_k^2 + y_k^2}{2}\Big), \qquad
-        u_c = (1 - u_0) \, \frac{\mathrm{CAM}_c / a_c}{\sum_j \mathrm{CAM}_j / a_j},
+        u_c = (1 - u_0) \, \frac{s_c \mathrm{CAM}_c}{\sum_j s_j \mathrm{CAM}_j}, \qquad
+        s_c = \max_{k \,\text{of}\, c} \frac{\mathrm{sigmoid}\,3 (1 - x_k^2 - y_k^2)}{a_k},
 
     the minimum being over the boxes k that cover the pixel, which lies at :math:`(x_k, y_k)` of
     them, -1 to 1 from side to side, :math:`n_k` the cells of the features in the box: the fewer
     they are, the less they tell, and the more an ellipse does. The sum is over the classes whose
     boxes cover the pixel, each activation plus a tenth of the largest in the boxes of the image,
-    :math:`a_c` the pixels of the smallest box of class c there: of two objects, the smaller one is
-    more often in front. Without weights :math:`b = m(A)`, and the sizes alone share; where the
-    boxes leave no background, A is the likeness to the border of the image.
+    :math:`a_k` being the pixels of box k: of two objects, the smaller one is more often in front,
+    and the corners of its box belong to what is behind it. Without weights :math:`b = m(A)`, and
+    the boxes alone share; where they leave no background, A is the likeness to the border of the
+    image.
 
     A softmax over the unaries of the background and these classes gives the probabilities that
     enter the CRF; by default over u_0 and 1 - u_0, the background's being that to the power of the
@@ -141,8 +143,8 @@ def pseudo_labels(
             shared by the classes whose boxes cover a pixel.
         cam_normalization: Maximum of Eq. 5 over all boxes of the class (``"class"``), or over each
             box alone (``"box"``, as the authors' released code does).
-        overlaps: How the classes whose boxes cover a pixel share 1 - u_0: by their activations over
-            the sizes of their boxes, each adding to the odds against the background
+        overlaps: How the classes whose boxes cover a pixel share 1 - u_0: by their activations, the
+            sizes and the ellipses of their boxes, each adding to the odds against the background
             (``"smaller"``), or by activations plus 1e-3 of the largest, equally without weights,
             however many they are (``"equal"``). Of no meaning for ``"cam"`` with weights.
         unary_softmax: Scale of the softmax over the unaries. With ``"complement"`` it is over u_0

@@ -224,12 +224,12 @@ def _shares(
 ) -> Tensor:
     """How the classes whose boxes cover a pixel share its foreground; ``(B, P, H, W)``.
 
-    By their activations and the sizes of their boxes, without weights by the latter alone. A class
-    without weights takes what it would get then, the others divide the rest.
+    By their activations and by the sizes and ellipses of their boxes, without weights by the latter
+    alone. A class without weights takes what it would get then, the others divide the rest.
     """
     masks = regions.masks.to(x.dtype)
     if options.overlaps == "smaller":
-        masks = _smallness(padded, regions, masks)
+        masks = _in_front(padded, regions, masks)
     prior = divide(masks, masks.sum(1, keepdim=True))
     if weight is None or masks.shape[1] == 0:
         return prior
@@ -244,7 +244,7 @@ def _shares(
     return torch.where(unseen, prior, divide(score, score.sum(1, keepdim=True)) * rest)
 
 
-def _smallness(padded: PaddedBoxes, regions: Regions, like: Tensor) -> Tensor:
+def _in_front(padded: PaddedBoxes, regions: Regions, like: Tensor) -> Tensor:
     """How likely each class is to be the one in front, up to a factor; as ``like``.
 
     The largest of its boxes that cover the pixel: sigmoid(3 (1 - r^2)) over the pixels of the box,

@@ -32,8 +32,8 @@ class GeneratorSettings:
         foreground: What u_c is: "cam" (Eq. 5), or "complement": 1 - u_0, shared by the classes
             whose boxes cover a pixel.
         cam_normalization: Maximum of Eq. 5 over all boxes of a class, or over each box alone.
-        overlaps: How they share it: by activations over the sizes of their boxes ("smaller"), or by
-            activations, equally without class weights ("equal").
+        overlaps: How they share it: by activations, sizes and ellipses of their boxes ("smaller"),
+            or by activations, equally without class weights ("equal").
         unary_softmax: Scale of the softmax over the unaries.
         align_corners: How maps are upsampled.
     """
